@@ -1,0 +1,75 @@
+"""Consoles, option parsing and progress that all verbs share."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jsonargparse
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mor.errors import nearest
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one sentence, and name the nearest known option."""
+
+    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
+        """Print what is wrong and leave."""
+        text = message.split("\n")[0].removeprefix("error: ").strip()
+        marker = "nrecognized arguments: "
+        if marker in text:
+            name = text.split(marker)[1].split()[0].split("=")[0]
+            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
+            text = f"unknown option {name}: {nearest(name, known)}"
+        raise SystemExit(fail(f"{text}\n  `{self.prog} --help` lists what there is.", status=2))
+
+
+def parser(verb: str, description: str, examples: Sequence[str]) -> Parser:
+    """A verb's parser, with its examples at the end of `--help`."""
+    lines = "\n".join(f"  {example}" for example in examples)
+    return Parser(
+        prog=f"mor {verb}",
+        description=description,
+        epilog=f"examples:\n{lines}",
+        formatter_class=_HelpFormatter,
+    )
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def console() -> Console:
+    """Standard output; plain text when it is not a terminal."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def err_console() -> Console:
+    """Standard error."""
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def fail(message: str, status: int = 1) -> int:
+    """Say what went wrong on standard error; returns the exit status."""
+    err_console().print(f"[bold red]error:[/] {_plain(message)}")
+    return status
+
+
+def _plain(text: str) -> str:
+    """Text whose square brackets rich leaves alone."""
+    return text.replace("[", r"\[")
+
+
+def progress() -> Progress:
+    """A progress bar on standard error; silent when that is not a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err_console(),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )

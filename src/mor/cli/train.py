@@ -1,0 +1,212 @@
+"""`mor train`: pre-train a model, or continue."""
+
+import signal
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.live import Live
+
+from mor.cli.terminal import console, parser
+from mor.config import merge, read_yaml
+from mor.errors import ConfigError, nearest
+from mor.train.config import TrainConfig
+from mor.train.trainer import Row, Trainer
+
+EXAMPLES = (
+    "mor train configs/smoke.yaml --out runs/smoke",
+    "mor train configs/smoke.yaml --out runs/smoke --resume auto",
+    "mor train configs/360m-mor3.yaml --data data/web --micro_batch_size 16 --precision bf16",
+    "mor train configs/smoke.yaml --out runs/r4 --model.num_recursions 4 --lr 1e-3",
+)
+
+_LINE_EVERY_S = 5.0  # seconds between lines when the output is not a terminal
+
+
+def run(args: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    options, overrides = _split(args)
+    config = load_train_config(options.config, overrides)
+    out = Path(options.out or Path("runs") / Path(options.config).stem)
+    screen = console()
+    with watched(screen, config) as (on_step, should_stop):
+        trainer = Trainer(
+            config, out, resume=options.resume, on_step=on_step, should_stop=should_stop
+        )
+        if trainer.step >= config.steps:
+            screen.print(f"{out} is finished: {trainer.step} of {config.steps} steps.")
+            return 0
+        if trainer.step:
+            screen.print(f"resuming {out} after step {trainer.step}.")
+        outcome = trainer.run()
+    if outcome == "stopped":
+        screen.print(
+            f"stopped and saved after step {trainer.step} of {config.steps}; continue with "
+            f"`mor train {options.config} --out {out} --resume auto`."
+        )
+        return 0
+    screen.print(f"finished: {out}. Next: `mor generate {out} --show-depth`, `mor eval {out}`.")
+    return 0
+
+
+def _split(args: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Own options, and the training config's overrides as nested plain data."""
+    p = parser("train", "Pre-train a model, or continue.", EXAMPLES)
+    p.add_argument("config", help="YAML file with fields of the training config")
+    p.add_argument("--out", default=None, help="folder of the run; default runs/<config's name>")
+    p.add_argument(
+        "--resume",
+        default="never",
+        help="never, auto (newest checkpoint in --out, if any), or a checkpoint's folder",
+    )
+    group = p.add_argument_group("training config, the same keys as in the YAML file")
+    for f in fields(TrainConfig):
+        if f.name != "model":
+            kind = getattr(f.type, "__name__", str(f.type)).replace("typing.", "")
+            text = f"{kind}, default {f.default}"
+            group.add_argument(f"--{f.name}", default=None, metavar="VALUE", help=text)
+    group.add_argument("--model.FIELD", default=None, metavar="VALUE", help="a field of the model")
+    own: list[str] = []
+    rest = list(args)
+    overrides: dict[str, Any] = {}
+    while rest:
+        arg = rest.pop(0)
+        if arg.startswith("--model."):
+            key, _, value = arg.removeprefix("--model.").partition("=")
+            if not _ and not rest:
+                raise ConfigError(f"--model.{key} needs a value.")
+            overrides = merge(overrides, {"model": {key: _value(value if _ else rest.pop(0))}})
+        else:
+            own.append(arg)
+    options = p.parse_args(own)
+    for f in fields(TrainConfig):
+        given = getattr(options, f.name, None)
+        if f.name != "model" and given is not None:
+            overrides[f.name] = _value(given)
+    return options, overrides
+
+
+def _value(text: str) -> Any:
+    """A command line's value as YAML reads it, `1e-3` as a number."""
+    value = yaml.safe_load(text) if isinstance(text, str) else text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_train_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """A training config from a YAML file, with overrides.
+
+    Raises:
+        ConfigError: an unknown key (the message names the nearest), a value of the wrong type, or
+            a combination that cannot work.
+    """
+    values = merge(read_yaml(Path(path)), overrides or {})
+    known = {f.name: f for f in fields(TrainConfig)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{path}: field {key!r} is unknown: {nearest(key, known)}")
+        values[key] = _typed(key, value, str(known[key].type))
+    return TrainConfig.from_dict(values)
+
+
+def _typed(key: str, value: Any, kind: str) -> Any:
+    """The value in the field's type; whole floats pass as integers and `1e-3` as a number."""
+    if "Path" in kind:
+        return None if value is None else Path(str(value))
+    if isinstance(value, str) and key not in ("data", "device"):
+        value = _value(value)
+    if "Literal" in kind or key in ("data", "device"):
+        choices = [c.strip(" '\"") for c in kind.partition("[")[2].rstrip("]").split(",")]
+        if not isinstance(value, str) or ("Literal" in kind and value not in choices):
+            raise ConfigError(f"{key}={value!r} must be one of {', '.join(choices)}.")
+        return value
+    good: dict[str, bool] = {
+        "bool": isinstance(value, bool),
+        "dict": isinstance(value, dict),
+        "int": isinstance(value, (int, float)) and not isinstance(value, bool),
+        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
+    }
+    name = next(n for n in ("bool", "dict", "int", "float") if n in kind)
+    if value is None and "None" in kind:
+        return None
+    if not good[name] or (name == "int" and value != int(value)):
+        raise ConfigError(f"{key}={value!r} must be of type {name}.")
+    return int(value) if name == "int" else float(value) if name == "float" else value
+
+
+@contextmanager
+def watched(screen: Console, config: TrainConfig) -> Generator[tuple[Any, Any], None, None]:
+    """A live line of the run's progress, and a question whether a signal asked to stop.
+
+    SIGTERM and the first Ctrl-C finish the step, save and end; a second Ctrl-C ends at once.
+    """
+    asked = [False]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if asked[0] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked[0] = True
+        screen.print("stopping after this step; saving ...")
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        if sys.stdout.isatty():
+            with Live(console=screen, refresh_per_second=4, transient=False) as live:
+                yield (lambda row: live.update(_line(row, config, live.console))), lambda: asked[0]
+        else:
+            printer = _Printer(screen, config)
+            yield printer, lambda: asked[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _line(row: Row, config: TrainConfig, screen: Console) -> str:
+    if "nll_threshold" in row:
+        screen.print(evaluation_line(row))
+    left = (config.steps - row["step"]) * config.tokens_per_step / row["tokens_per_s"]
+    return (
+        f"step {row['step']}/{config.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"{row['tokens_per_s']:,.0f} tokens/s  ETA {_clock(left)}"
+    )
+
+
+def evaluation_line(row: Row) -> str:
+    """One evaluation in words."""
+    shares = " ".join(f"{share:.2f}" for share in row["depth_histogram"])
+    return (
+        f"step {row['step']}  NLL topk {row['nll_topk']:.4f}  threshold "
+        f"{row['nll_threshold']:.4f}  depths {shares}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _Printer:
+    """Plain lines now and then, for pipes and log files."""
+
+    def __init__(self, screen: Console, config: TrainConfig) -> None:
+        self._screen, self._config, self._last = screen, config, 0.0
+
+    def __call__(self, row: Row) -> None:
+        now = time.monotonic()
+        if "nll_threshold" in row:
+            self._screen.print(evaluation_line(row))
+        elif now - self._last >= _LINE_EVERY_S:
+            self._last = now
+            self._screen.print(_line(row, self._config, self._screen))

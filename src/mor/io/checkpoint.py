@@ -1,0 +1,191 @@
+"""Models on disk, in Hugging Face's layout.
+
+    DIR/config.json  model.safetensors  tokenizer.json  generation_config.json
+
+A training run's folder holds many such folders under `checkpoints/step-NNNNNNNN`; wherever a model
+is asked for, the run's folder stands for its newest complete checkpoint.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mor.errors import CheckpointError, ConfigError
+from mor.io.storage import staged_folder, storage_error
+from mor.io.tokenizer import Tokenizer
+from mor.model.config import MoRConfig
+from mor.model.mor import MoRModel
+
+CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+MODEL_TYPE = "mor"
+
+# Written for third-party tools; our own fields say the same.
+_DERIVED = ("model_type", "architectures", "num_hidden_layers", "dtype")
+
+
+def save(model: MoRModel, path: Path | str, tokenizer: Tokenizer | None = None) -> None:
+    """Write a model (and its tokenizer) to a folder.
+
+    A new folder appears complete or not at all; in an existing one each file is replaced in one
+    step and other files are left alone.
+
+    Raises:
+        CheckpointError: the place cannot be written.
+        CapacityError: the disk is full; what was there before is still there.
+    """
+    target = Path(path)
+    try:
+        if not target.exists():
+            with staged_folder(target) as staged:
+                write_model(model, staged, tokenizer)
+            return
+        with staged_folder(target / ".new") as staged:
+            write_model(model, staged, tokenizer)
+        fresh = target / ".new"
+        for file in sorted(fresh.iterdir(), key=lambda f: f.name == CONFIG):  # the config last
+            file.replace(target / file.name)
+        fresh.rmdir()
+    except OSError as error:
+        raise storage_error(target, error, CheckpointError) from error
+
+
+def write_model(model: MoRModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write the files of a checkpoint into an existing folder."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    try:
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # hides the operating system's error number
+        full = "No space left" in str(error) or "os error 28" in str(error)
+        raise OSError(28 if full else 5, str(error)) from error
+    (folder / CONFIG).write_text(json.dumps(config_json(model), indent=2) + "\n")
+    (folder / GENERATION).write_text(json.dumps(_generation_json(model.config), indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def config_json(model: MoRModel) -> dict[str, Any]:
+    """`config.json`: our fields, and those that third-party tools read."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["MoRForCausalLM"],
+        "num_hidden_layers": model.config.num_hidden_layers,
+        "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
+        **model.config.to_dict(),
+    }
+
+
+def _generation_json(config: MoRConfig) -> dict[str, Any]:
+    tokens = {n: getattr(config, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {k: v for k, v in tokens.items() if v is not None}
+
+
+def load(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> MoRModel:
+    """Read a model from a checkpoint's folder, or from a run's folder (its newest checkpoint).
+
+    Args:
+        dtype: of the parameters; None keeps the file's.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: something is missing, damaged or does not fit; the message names it.
+    """
+    folder = resolve(path)
+    config = load_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is not complete.")
+    try:
+        with safe_open(weights, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{weights} is damaged ({error}): use another checkpoint or copy it again."
+        ) from error
+    model = MoRModel(config)
+    _check_state(weights, state, model)
+    stored = next(iter(state.values())).dtype
+    model = model.to(dtype or stored)
+    model.load_state_dict(state, strict=False)
+    return model.to(device).eval()
+
+
+def load_config(path: Path | str) -> MoRConfig:
+    """Read `config.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or of another kind of model.
+    """
+    folder = resolve(path)
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}.") from error
+    if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        raise CheckpointError(
+            f"{folder / CONFIG} describes a model of type {kind!r}, not {MODEL_TYPE!r}."
+        )
+    try:
+        return MoRConfig.from_dict({k: v for k, v in values.items() if k not in _DERIVED})
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+
+
+def resolve(path: Path | str) -> Path:
+    """The checkpoint's folder that `path` stands for.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(path)
+    if (folder / CONFIG).is_file():
+        return folder
+    newest = newest_step(folder)
+    if newest is not None:
+        return newest
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist: give a checkpoint's or a run's folder.")
+    raise CheckpointError(
+        f"{folder} holds no model: it has neither {CONFIG} nor a complete checkpoint under "
+        f"checkpoints{os.sep}step-*."
+    )
+
+
+def newest_step(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None if there is none."""
+    complete = [c.parent for c in (run / "checkpoints").glob(f"step-*/{CONFIG}")]
+    return max(complete, key=lambda c: c.name, default=None)
+
+
+def _check_state(path: Path, state: dict[str, torch.Tensor], model: MoRModel) -> None:
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+        state.pop("lm_head.weight", None)
+    for name, shape in expected.items():
+        if name not in state:
+            raise CheckpointError(f"{path} lacks {name!r}, which its config.json asks for.")
+        if state[name].shape != shape:
+            raise CheckpointError(
+                f"{path}: {name!r} has shape {tuple(state[name].shape)}, its config.json asks for "
+                f"{tuple(shape)}."
+            )
+    unexpected = sorted(set(state) - set(expected))
+    if unexpected:
+        raise CheckpointError(
+            f"{path} holds {unexpected[0]!r}, for which its config.json has no place."
+        )

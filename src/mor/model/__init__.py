@@ -1,0 +1,1 @@
+"""The model: configuration, layers, routing, stages, cost, and the reference generator."""

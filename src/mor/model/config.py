@@ -1,0 +1,379 @@
+"""`MoRConfig`: one frozen description of a model, from vanilla to Mixture-of-Recursions.
+
+Field names are Hugging Face's Llama names where the meaning is the same. Everything is checked when
+the config is built, so that no later code has to ask whether a combination can work.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from mor.errors import ConfigError, nearest
+
+Sharing = Literal["cycle", "sequence"]
+Routing = Literal["none", "expert_choice", "token_choice"]
+KVStrategy = Literal["recursion_wise", "shared"]
+RouterType = Literal["linear", "mlp", "random"]
+RouterActivation = Literal["sigmoid", "tanh", "softmax", "none"]
+SelectionTraining = Literal["aux_loss", "aux_router", "none"]
+Balancing = Literal["loss", "loss_free", "none"]
+Gating = Literal["weighted", "additive"]
+
+_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "sharing": get_args(Sharing),
+        "routing": get_args(Routing),
+        "kv_strategy": get_args(KVStrategy),
+        "router_type": get_args(RouterType),
+        "router_activation": get_args(RouterActivation),
+        "selection_training": get_args(SelectionTraining),
+        "balancing": get_args(Balancing),
+        "gating": get_args(Gating),
+    }
+)
+
+# The paper's shapes (arXiv 2507.10524, appendix; SmolLM's): vocabulary 49K, head size 64.
+_PRESETS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
+    {  # layers, hidden, query heads, key-value heads, intermediate
+        "135m": (30, 576, 9, 3, 1536),
+        "360m": (32, 960, 15, 5, 2560),
+        "730m": (26, 1536, 24, 8, 4096),
+        "1.7b": (24, 2048, 32, 32, 8192),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoRConfig:
+    """Everything that defines a model's function, and nothing about how it is trained or run.
+
+    A plain ("vanilla") Transformer is `num_recursions=1, routing="none"`; a recursive Transformer
+    has `num_recursions > 1, routing="none"`. Fields whose default is None are resolved from
+    `routing` when the config is built and are never None afterwards, where they apply.
+
+    Raises:
+        ConfigError: a value or a combination cannot work; the message names field and cure.
+    """
+
+    vocab_size: int = 49152
+    """V, entries of the embedding and of the head."""
+    hidden_size: int = 576
+    """E, width of the residual stream."""
+    intermediate_size: int = 1536
+    """Width inside the SwiGLU."""
+    num_attention_heads: int = 9
+    """H, query heads."""
+    num_key_value_heads: int | None = None
+    """G, key-value heads; None means as many as query heads."""
+    head_dim: int | None = None
+    """D; None means hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 2048
+    """Longest sequence, in tokens."""
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    num_prelude_layers: int = 1
+    """Unshared layers before the block."""
+    num_block_layers: int = 10
+    """L, layers of the shared block."""
+    num_coda_layers: int = 1
+    """Unshared layers after the block."""
+    num_recursions: int = 3
+    """R, the most passes of the block that a token can take."""
+    twin_num_layers: int | None = None
+    """Layers of the vanilla twin that this model is compared with; None: the effective count."""
+
+    sharing: Sharing = "cycle"
+    routing: Routing = "expert_choice"
+    kv_strategy: KVStrategy = "recursion_wise"
+    capacities: tuple[float, ...] | None = None
+    """c_r, fraction of the sequence that expert choice sends to depth r; None: (R - r) / R."""
+    router_type: RouterType = "linear"
+    """`random` ignores its input: the baseline that every learned router has to beat."""
+    router_activation: RouterActivation | None = None
+    """Of the gate. None: sigmoid for expert choice, softmax for token choice."""
+    router_alpha: float | None = None
+    """Scale of the gate. None: 0.1 for expert choice, 1.0 for token choice."""
+    router_temperature: float = 1.0
+    selection_training: SelectionTraining | None = None
+    """How expert choice learns to select without looking ahead. None: `aux_loss`."""
+    aux_loss_coeff: float = 0.001
+    balancing: Balancing | None = None
+    """How token choice spreads its tokens over depths. None: `loss`."""
+    balancing_coeff: float = 0.1
+    balancing_update_rate: float = 0.001
+    z_loss_coeff: float = 0.0
+    gating: Gating = "weighted"
+    thresholds: tuple[float, ...] | None = None
+    """tau_r, router logit from which a token goes on to depth r. None: 0, sigmoid's 0.5."""
+
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name, value in self._resolved().items():
+            object.__setattr__(self, name, value)
+        self._check_shapes()
+        self._check_routing()
+        self._check_depth_tables()
+
+    # -- construction ---------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, num_recursions: int = 3, **overrides: Any) -> "MoRConfig":
+        """The paper's shapes with middle-cycle sharing; `num_recursions=1` gives the vanilla model.
+
+        Args:
+            name: `135m`, `360m`, `730m` or `1.7b` (arXiv 2507.10524, table of the appendix).
+            num_recursions: R; the block gets ceil((layers - 2) / R) layers.
+            **overrides: any other field.
+        """
+        if name.lower() not in _PRESETS:
+            raise ConfigError(f"preset {name!r} is unknown: {nearest(name.lower(), _PRESETS)}")
+        layers, hidden, heads, kv_heads, intermediate = _PRESETS[name.lower()]
+        vanilla = num_recursions == 1
+        shape: dict[str, Any] = {
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 64,
+            "intermediate_size": intermediate,
+            "num_prelude_layers": 0 if vanilla else 1,
+            "num_block_layers": layers if vanilla else math.ceil((layers - 2) / num_recursions),
+            "num_coda_layers": 0 if vanilla else 1,
+            "num_recursions": num_recursions,
+            "routing": "none" if vanilla else "expert_choice",
+            "twin_num_layers": layers,
+        }
+        return cls.from_dict({**shape, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MoRConfig":
+        """Build from plain data (YAML, config.json); a `preset` key fills what is not given.
+
+        Raises:
+            ConfigError: an unknown key (the message names the nearest known one) or a bad value.
+        """
+        values = dict(values)
+        preset = values.pop("preset", None)
+        if preset is not None:
+            return cls.preset(str(preset), **values)
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"model field {key!r} is unknown: {nearest(key, known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` turns back into an equal config."""
+        return asdict(self)
+
+    def with_thresholds(self, thresholds: tuple[float, ...]) -> "MoRConfig":
+        """The same model with other routing thresholds."""
+        return replace(self, thresholds=thresholds)
+
+    def vanilla_twin(self) -> "MoRConfig":
+        """The plain Transformer of the same width that this model is compared with."""
+        return MoRConfig(
+            **{f: getattr(self, f) for f in _TWIN_FIELDS},
+            num_prelude_layers=0,
+            num_block_layers=self.twin_num_layers or self.num_hidden_layers,
+            num_coda_layers=0,
+            num_recursions=1,
+            routing="none",
+        )
+
+    # -- derived --------------------------------------------------------------------------------
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Effective layers of a token at full depth: prelude + R * block + coda."""
+        passes = self.num_recursions * self.num_block_layers
+        return self.num_prelude_layers + passes + self.num_coda_layers
+
+    @property
+    def num_unique_layers(self) -> int:
+        """Layers that own parameters: prelude + block + coda."""
+        return self.num_prelude_layers + self.num_block_layers + self.num_coda_layers
+
+    @property
+    def num_heads_and_dim(self) -> tuple[int, int, int]:
+        """(H, G, D) with the defaults resolved."""
+        assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    @property
+    def depth_capacities(self) -> tuple[float, ...]:
+        """(R,) fraction of tokens that the configuration means to have at each depth."""
+        if self.capacities is not None:
+            return self.capacities
+        depths = range(self.num_recursions)
+        if self.routing == "token_choice":  # balanced counts: a token in R stops at each depth
+            return tuple((self.num_recursions - r) / self.num_recursions for r in depths)
+        return tuple(1.0 for _ in depths)
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _CHOICES:
+                choices = _CHOICES[f.name]
+                if value not in choices and not (value is None and f.default is None):
+                    hint = nearest(str(value), choices)
+                    raise ConfigError(f"{f.name}={value!r} is not a choice: {hint}")
+            elif value is None and f.default is None:
+                continue
+            elif f.type in (int, int | None):
+                least = (
+                    0 if f.name.endswith("_id") or "prelude" in f.name or "coda" in f.name else 1
+                )
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ConfigError(f"{f.name}={value!r} must be an integer >= {least}.")
+            elif f.type in (float, float | None):
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if not number or not math.isfinite(value) or value < 0:
+                    raise ConfigError(f"{f.name}={value!r} must be a finite number >= 0.")
+            elif f.type is bool and not isinstance(value, bool):
+                raise ConfigError(f"{f.name}={value!r} must be true or false.")
+
+    def _resolved(self) -> dict[str, Any]:
+        """Values of the fields that were left to their defaults, and lists as tuples."""
+        expert, token = self.routing == "expert_choice", self.routing == "token_choice"
+        resolved: dict[str, Any] = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+        }
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} does not divide by "
+                f"num_attention_heads={self.num_attention_heads}: change one, or give head_dim."
+            )
+        if expert or token:
+            resolved |= {
+                "router_activation": "sigmoid" if expert else "softmax",
+                "router_alpha": 0.1 if expert else 1.0,
+                "selection_training": "aux_loss" if expert else "none",
+                "balancing": "none" if expert else "loss",
+            }
+            if self.router_type == "random":  # nothing to train
+                resolved |= {"selection_training": "none", "balancing": "none"}
+        else:
+            resolved |= {"selection_training": "none", "balancing": "none"}
+        if expert:
+            depths = range(self.num_recursions)
+            resolved["capacities"] = tuple(
+                (self.num_recursions - r) / self.num_recursions for r in depths
+            )
+            resolved["thresholds"] = tuple(0.0 for _ in depths)
+        left = {name: value for name, value in resolved.items() if getattr(self, name) is None}
+        tables = {name: getattr(self, name) for name in ("capacities", "thresholds")}
+        return left | {name: tuple(t) for name, t in tables.items() if isinstance(t, list)}
+
+    def _check_shapes(self) -> None:
+        heads, kv_heads, head_dim = self.num_heads_and_dim
+        if heads % kv_heads:
+            raise ConfigError(
+                f"num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}: "
+                "each key-value head serves the same number of query heads."
+            )
+        if head_dim % 2:
+            raise ConfigError(f"head_dim={head_dim} must be even: RoPE rotates pairs.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and token >= self.vocab_size:
+                raise ConfigError(f"{name}={token} must be below vocab_size={self.vocab_size}.")
+        if self.router_temperature == 0:
+            raise ConfigError("router_temperature=0 divides by zero: 1.0 is the paper's.")
+        if self.num_recursions == 1 and self.routing != "none":
+            raise ConfigError(
+                f"routing={self.routing!r} needs num_recursions >= 2: with num_recursions=1 there "
+                "is nothing to route; set routing='none' for a vanilla model."
+            )
+        if self.num_recursions == 1 and self.kv_strategy == "shared":
+            raise ConfigError("kv_strategy='shared' needs num_recursions >= 2: nothing to share.")
+        if self.sharing == "sequence" and self.routing != "none":
+            raise ConfigError(
+                f"routing={self.routing!r} needs sharing='cycle': with 'sequence' a layer finishes "
+                "all its passes before the next one starts, so no token can leave after a pass."
+            )
+
+    def _check_routing(self) -> None:
+        def only(name: str, value: object, allowed: tuple[object, ...]) -> None:
+            if value not in allowed:
+                options = " or ".join(repr(a) for a in allowed)
+                raise ConfigError(
+                    f"{name}={value!r} does not go with routing={self.routing!r} and "
+                    f"router_type={self.router_type!r}: use {options}."
+                )
+
+        random = self.router_type == "random"
+        if self.routing == "expert_choice":
+            only("router_activation", self.router_activation, ("sigmoid", "tanh", "none"))
+            only("balancing", self.balancing, ("none",))
+            if random:
+                only("selection_training", self.selection_training, ("none",))
+        elif self.routing == "token_choice":
+            only("router_activation", self.router_activation, ("softmax", "sigmoid"))
+            only("selection_training", self.selection_training, ("none",))
+            if random:
+                only("balancing", self.balancing, ("none",))
+        else:
+            only("router_activation", self.router_activation, (None,))
+            only("router_alpha", self.router_alpha, (None,))
+            only("selection_training", self.selection_training, ("none",))
+            only("balancing", self.balancing, ("none",))
+        if self.routing != "expert_choice":
+            only("capacities", self.capacities, (None,))
+            only("thresholds", self.thresholds, (None,))
+
+    def _check_depth_tables(self) -> None:
+        for name in ("capacities", "thresholds"):
+            table = getattr(self, name)
+            if table is None:
+                continue
+            numbers = isinstance(table, tuple) and all(
+                isinstance(x, (int, float)) and math.isfinite(x) for x in table
+            )
+            if not numbers or len(table) != self.num_recursions:
+                raise ConfigError(
+                    f"{name}={table!r} must hold num_recursions={self.num_recursions} numbers."
+                )
+        if self.capacities is None:
+            return
+        falling = all(a >= b for a, b in zip(self.capacities, self.capacities[1:], strict=False))
+        if not falling or not all(0 < c <= 1 for c in self.capacities):
+            raise ConfigError(
+                f"capacities={self.capacities} must lie in (0, 1] and never grow with depth: only "
+                "tokens that were at depth r - 1 can go on to depth r."
+            )
+        if self.kv_strategy == "shared" and self.capacities[0] != 1:
+            raise ConfigError(
+                f"kv_strategy='shared' needs capacities[0]=1, not {self.capacities[0]}: depth 0 "
+                "computes the keys and values of every token for all depths."
+            )
+
+
+_TWIN_FIELDS: tuple[str, ...] = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)

@@ -1,0 +1,200 @@
+"""What a model costs: parameters, FLOPs per token, KV bytes per token, for any configuration.
+
+A multiply-add is two FLOPs. Counted are matrix products and attention, as torch's FLOP counter does
+(norms, rotations and softmax are left out: under 2 % at every preset). A training step is three
+times its forward pass: one for the activations' and one for the weights' gradients.
+
+`presence` is a tuple (R,): the share of all tokens that is there at each depth. It comes from the
+configured capacities or from a measured depth histogram.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mor.errors import ConfigError
+from mor.model.config import MoRConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Forward FLOPs of one token, averaged over a sequence or at one position."""
+
+    outer: float
+    """Prelude and coda layers."""
+    depths: tuple[float, ...]
+    """(R,) the block at each depth, for a token that is there, its router included."""
+    presence: tuple[float, ...]
+    """(R,) share of tokens at each depth."""
+    routing: float
+    """Routers that decide for tokens which then do not go on, averaged over all tokens."""
+    head: float
+
+    @property
+    def mean(self) -> float:
+        """Of an average token."""
+        block = sum(p * f for p, f in zip(self.presence, self.depths, strict=True))
+        return self.outer + block + self.routing + self.head
+
+    def of_count(self, recursions: int) -> float:
+        """Of a token that takes this many recursions."""
+        return self.outer + sum(self.depths[:recursions]) + self.head
+
+
+def presence_of(config: MoRConfig, histogram: Sequence[float] | None = None) -> tuple[float, ...]:
+    """(R,) share of tokens at each depth.
+
+    Args:
+        histogram: (R,) or (R + 1,) share or number of tokens by recursion count, from 1 or from 0
+            recursions on; None takes what the configuration means to have.
+
+    Raises:
+        ConfigError: the histogram does not fit the model.
+    """
+    if histogram is None:
+        return config.depth_capacities
+    num, total = config.num_recursions, sum(histogram)
+    if len(histogram) not in (num, num + 1) or total <= 0:
+        raise ConfigError(
+            f"a depth histogram of {len(histogram)} entries does not fit num_recursions={num}."
+        )
+    counts = list(histogram)[-num:]
+    return tuple(sum(counts[r:]) / total for r in range(num))
+
+
+def layer_parameters(config: MoRConfig) -> int:
+    """Parameters of one layer, norms included."""
+    return layer_matrix_parameters(config) + 2 * config.hidden_size
+
+
+def layer_matrix_parameters(config: MoRConfig) -> int:
+    """Parameters of one layer's seven matrices."""
+    heads, kv_heads, dim = config.num_heads_and_dim
+    attention = config.hidden_size * dim * (2 * heads + 2 * kv_heads)
+    return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def router_parameters(config: MoRConfig) -> int:
+    """Parameters of all routers, auxiliary ones included."""
+    if config.routing == "expert_choice":
+        one, copies = _router_matrices(config, 1), config.num_recursions
+        return one * copies * (2 if config.selection_training == "aux_router" else 1)
+    return _router_matrices(config, config.num_recursions) if config.routing != "none" else 0
+
+
+def _router_matrices(config: MoRConfig, outputs: int) -> int:
+    width = config.hidden_size
+    return {
+        "linear": width * outputs,
+        "mlp": 2 * width * (width + outputs),
+        "random": 0,
+    }[config.router_type]
+
+
+def parameters_non_embedding(config: MoRConfig) -> int:
+    """Everything but the embedding and the head; the paper's parameter count."""
+    layers = config.num_unique_layers * layer_parameters(config)
+    return layers + config.hidden_size + router_parameters(config)
+
+
+def parameters(config: MoRConfig) -> int:
+    """All parameters; a tied head counts once."""
+    matrices = 1 if config.tie_word_embeddings else 2
+    return parameters_non_embedding(config) + matrices * config.vocab_size * config.hidden_size
+
+
+def sequence_flops(
+    config: MoRConfig,
+    length: int,
+    *,
+    presence: Sequence[float] | None = None,
+    causal: bool = True,
+) -> Flops:
+    """Forward FLOPs per token of whole sequences: training and prefill.
+
+    Args:
+        length: T, tokens per sequence.
+        presence: (R,) share of tokens at each depth; None: `presence_of(config)`.
+        causal: count only keys that a query sees; False counts the full square, as torch's FLOP
+            counter does.
+    """
+    there = tuple(presence if presence is not None else presence_of(config))
+
+    def keys(tokens: float) -> float:
+        return (tokens + 1) / 2 if causal else tokens
+
+    shared = config.kv_strategy == "shared"
+    seen = [keys(length if shared else p * length) for p in there]
+    return _flops(config, there, seen, keys(length))
+
+
+def decode_flops(
+    config: MoRConfig, context: int, *, presence: Sequence[float] | None = None
+) -> Flops:
+    """Forward FLOPs of one new token after `context` tokens, itself included."""
+    there = tuple(presence if presence is not None else presence_of(config))
+    shared = config.kv_strategy == "shared"
+    return _flops(config, there, [context if shared else p * context for p in there], context)
+
+
+def _flops(
+    config: MoRConfig, presence: tuple[float, ...], seen: Sequence[float], outer_seen: float
+) -> Flops:
+    heads, kv_heads, dim = config.num_heads_and_dim
+    matrices = 2 * layer_matrix_parameters(config)
+    kv_matrices = 2 * config.hidden_size * dim * 2 * kv_heads  # k_proj and v_proj
+    per_key = 2 * 2 * heads * dim  # scores and mixing
+    outer_layers = config.num_prelude_layers + config.num_coda_layers
+    depths: list[float] = []
+    routing = 0.0
+    routers = 2 if config.selection_training == "aux_router" else 1
+    for r, keys in enumerate(seen):
+        reused = config.kv_strategy == "shared" and r > 0
+        layer = matrices - (kv_matrices if reused else 0) + per_key * keys
+        router = 0
+        if config.routing == "expert_choice":
+            router = 2 * routers * _router_matrices(config, 1)
+            routing += router * ((presence[r - 1] if r else 1.0) - presence[r])
+        elif config.routing == "token_choice" and r == 0:
+            router = 2 * _router_matrices(config, config.num_recursions)
+        depths.append(config.num_block_layers * layer + router)
+    return Flops(
+        outer=outer_layers * (matrices + per_key * outer_seen),
+        depths=tuple(depths),
+        presence=presence,
+        routing=routing,
+        head=2.0 * config.vocab_size * config.hidden_size,
+    )
+
+
+def training_flops(
+    config: MoRConfig, length: int, presence: Sequence[float] | None = None
+) -> float:
+    """FLOPs of one training token in sequences of `length`: forward and backward."""
+    return 3 * sequence_flops(config, length, presence=presence).mean
+
+
+def kv_bytes_per_token(
+    config: MoRConfig, *, presence: Sequence[float] | None = None, bytes_per_value: int = 2
+) -> float:
+    """Bytes of keys and values that an average token leaves in the cache, all layers."""
+    _, kv_heads, dim = config.num_heads_and_dim
+    there = presence if presence is not None else presence_of(config)
+    depths = 1.0 if config.kv_strategy == "shared" else sum(there)
+    outer_layers = config.num_prelude_layers + config.num_coda_layers
+    layers = outer_layers + config.num_block_layers * depths
+    return layers * 2 * kv_heads * dim * bytes_per_value
+
+
+def activation_values_per_token(
+    config: MoRConfig, presence: Sequence[float] | None = None
+) -> float:
+    """Values that a training step keeps per token for its backward pass, head and loss aside.
+
+    A layer keeps the inputs of its two norms and what they give (4 E), the rotated queries and
+    keys, values and attention's output (2 H D + 2 G D), and four arrays inside the SwiGLU.
+    """
+    heads, kv_heads, dim = config.num_heads_and_dim
+    layer = 4 * config.hidden_size + 2 * (heads + kv_heads) * dim + 4 * config.intermediate_size
+    there = presence if presence is not None else presence_of(config)
+    outer_layers = config.num_prelude_layers + config.num_coda_layers
+    return (outer_layers + config.num_block_layers * sum(there)) * layer

@@ -1,0 +1,56 @@
+"""The Llama layer: RMSNorm -> attention -> +residual -> RMSNorm -> SwiGLU -> +residual."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mor.model.attention import Attention, Context
+from mor.model.config import MoRConfig
+from mor.model.sharing import Slot
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in fp32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n e"]:
+        """Normalise the last axis."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, config: MoRConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+        """Feed-forward of each token."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One Transformer layer; its own residuals are inside."""
+
+    def __init__(self, config: MoRConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x: Float[Tensor, "n e"], slot: Slot, context: Context
+    ) -> Float[Tensor, "n e"]:
+        """One application of the layer to the packed tokens, its keys and values kept in `slot`."""
+        x = x + self.self_attn(self.input_layernorm(x), slot, context)
+        return x + self.mlp(self.post_attention_layernorm(x))

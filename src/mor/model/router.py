@@ -1,0 +1,257 @@
+"""Routers: who goes on to the next recursion, and with which weight.
+
+Expert choice (arXiv 2507.10524, section 2.2) has one router per depth, and each depth selects among
+the tokens of the depth before. Token choice has one router that fixes every token's recursion count
+at the start.
+
+Shape letters: B batch, T time, N packed tokens, W tokens per sequence, R recursions, E width.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mor.model.config import MoRConfig
+from mor.model.packing import Packing
+
+Selection = Literal["topk", "threshold"]
+
+
+class LinearRouter(nn.Module):
+    """One matrix without bias."""
+
+    def __init__(self, config: MoRConfig, num_outputs: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, num_outputs, bias=False)
+
+    def forward(self, x: Float[Tensor, "n e"], positions: Tensor) -> Float[Tensor, "n out"]:
+        """(N, outputs) logits."""
+        return self.proj(x)
+
+
+class MLPRouter(nn.Module):
+    """Linear(E, 2E) - GELU - Linear(2E, outputs), without biases."""
+
+    def __init__(self, config: MoRConfig, num_outputs: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
+        self.down = nn.Linear(2 * config.hidden_size, num_outputs, bias=False)
+
+    def forward(self, x: Float[Tensor, "n e"], positions: Tensor) -> Float[Tensor, "n out"]:
+        """(N, outputs) logits."""
+        return self.down(F.gelu(self.up(x)))
+
+
+class RandomRouter(nn.Module):
+    """Logits that know nothing about the token: sigmoid(logit) is uniform in (0, 1).
+
+    Fresh draws in training; in evaluation a fixed function of depth and position, so that
+    generation with a cache, recomputation and any batching agree.
+    """
+
+    def __init__(self, config: MoRConfig, num_outputs: int, depth: int = 0) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.depth = depth
+
+    def forward(self, x: Float[Tensor, "n e"], positions: Tensor) -> Float[Tensor, "n out"]:
+        """(N, outputs) logits."""
+        if self.training:
+            uniform = torch.rand(x.shape[0], self.num_outputs, device=x.device)
+        else:
+            salt = torch.arange(self.num_outputs, device=x.device) * 78.233 + self.depth * 37.719
+            mixed = torch.sin(positions[:, None].double() * 12.9898 + salt.double()) * 43758.5453
+            uniform = (mixed - mixed.floor()).float()
+        return torch.logit(uniform, eps=1e-6).to(x.dtype)
+
+
+def build_router(config: MoRConfig, num_outputs: int, depth: int = 0) -> nn.Module:
+    """A router of the configured type."""
+    if config.router_type == "random":
+        return RandomRouter(config, num_outputs, depth)
+    return {"linear": LinearRouter, "mlp": MLPRouter}[config.router_type](config, num_outputs)
+
+
+def warmed_capacity(capacity: float, step: int, warmup_steps: int) -> float:
+    """Capacity at a training step: falls from 1 to `capacity` along a cosine (section 3.1).
+
+    A pure function of the trainer's step, so that a resumed run and a copied module agree.
+    """
+    if warmup_steps <= 0:
+        return capacity
+    return capacity + (1 - capacity) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / warmup_steps)))
+
+
+@dataclass
+class RoutingRecord:
+    """What the routers did in one forward pass: losses by name, choices, and how sure they were."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Unscaled: `sampling_loss`, `balancing_loss`, `router_z_loss`, where the config has them."""
+    selected: list[Tensor] = field(default_factory=list)
+    """Expert choice by `topk`: for each depth the (B, k_r) positions, in time order."""
+    correct: list[Tensor] = field(default_factory=list)
+    """Expert choice by `topk`: share of candidates that the threshold rule treats alike."""
+
+    decisions: list[Tensor] = field(default_factory=list)
+    """Expert choice by `threshold`: for each depth the logits that candidates were judged by."""
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Sum losses over depths."""
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The candidates that expert choice sends on from one depth."""
+
+    packing: Packing
+    places: Int[Tensor, " m"] | None
+    """Their places among the candidates; None if all were chosen."""
+    gate: Float[Tensor, "m 1"]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Routing decisions are taken in fp32 or wider, whatever the model computes in."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class ExpertChoice(nn.Module):
+    """A router per depth; each depth picks from the tokens that were at the depth before."""
+
+    def __init__(self, config: MoRConfig) -> None:
+        super().__init__()
+        self.config = config
+        depths = range(config.num_recursions)
+        self.routers = nn.ModuleList(build_router(config, 1, r) for r in depths)
+        auxiliary = config.selection_training == "aux_router"
+        self.aux_routers = nn.ModuleList(build_router(config, 1, r) for r in depths if auxiliary)
+
+    def gate(self, logits: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """alpha * activation(logit)."""
+        assert self.config.router_alpha is not None
+        if self.config.router_activation == "none":
+            return logits
+        squash = torch.sigmoid if self.config.router_activation == "sigmoid" else torch.tanh
+        return self.config.router_alpha * squash(logits)
+
+    def threshold(self, depth: int) -> float:
+        """tau_r; everybody passes depth 0 when its capacity is 1."""
+        assert self.config.thresholds is not None
+        assert self.config.capacities is not None
+        if depth == 0 and self.config.capacities[0] == 1:
+            return -math.inf
+        return self.config.thresholds[depth]
+
+    def logits(
+        self, depth: int, x: Float[Tensor, "n e"], packing: Packing
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """(N,) logits of the gate, and of the causal decision (the same without `aux_router`)."""
+        scaled = x / self.config.router_temperature if self.config.router_temperature != 1 else x
+        main = _wide(self.routers[depth](scaled, packing.positions))[:, 0]
+        if not self.aux_routers:
+            return main, main
+        # Detached: the second router learns to imitate the selection and shapes nothing else.
+        return main, _wide(self.aux_routers[depth](x.detach(), packing.positions))[:, 0]
+
+    def choose(
+        self,
+        depth: int,
+        x: Float[Tensor, "n e"],
+        packing: Packing,
+        selection: Selection,
+        num_selected: int,
+        record: RoutingRecord,
+    ) -> Choice:
+        """Select among the candidates x.
+
+        Args:
+            num_selected: k_r of the `topk` rule; the `threshold` rule does not look at it.
+            record: gets the losses and the selection.
+        """
+        main, decision = self.logits(depth, x, packing)
+        gate = self.gate(main)
+        if selection == "threshold":
+            record.decisions.append(decision.detach())
+            chosen, places = packing.take(decision.detach() >= self.threshold(depth))
+        else:
+            rows = gate.detach().view(packing.batch, packing.width)
+            num_selected = min(num_selected, packing.width)
+            index = rows.topk(num_selected, dim=1, sorted=False).indices.sort(dim=1).values
+            chosen, places = packing.take_per_row(index)
+            self._record(depth, main, decision, chosen, places, record)
+        if places.shape[0] == packing.num_tokens:
+            return Choice(packing=packing, places=None, gate=gate[:, None])
+        return Choice(packing=chosen, places=places, gate=gate[places][:, None])
+
+    def _record(
+        self,
+        depth: int,
+        main: Tensor,
+        decision: Tensor,
+        chosen: Packing,
+        places: Tensor,
+        record: RoutingRecord,
+    ) -> None:
+        was_selected = torch.zeros_like(decision).index_fill(0, places, 1.0)
+        if self.config.selection_training != "none":
+            bce = F.binary_cross_entropy_with_logits(decision, was_selected)
+            record.add_loss("sampling_loss", bce)
+        if self.config.z_loss_coeff:
+            record.add_loss("router_z_loss", main.square().mean())  # logsumexp over one logit
+        record.selected.append(chosen.positions.view(chosen.batch, chosen.width))
+        agrees = (decision >= self.threshold(depth)) == (was_selected > 0)
+        record.correct.append(agrees.float().mean().detach())
+
+
+class TokenChoice(nn.Module):
+    """One router that reads the state before the block and fixes each token's recursion count."""
+
+    bias: Tensor
+
+    def __init__(self, config: MoRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = build_router(config, config.num_recursions)
+        if config.balancing == "loss_free":
+            self.register_buffer("bias", torch.zeros(config.num_recursions))
+
+    def choose(
+        self, x: Float[Tensor, "n e"], packing: Packing, record: RoutingRecord
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 1"]]:
+        """(N,) recursion counts 1..R and (N, 1) weights of the result."""
+        config = self.config
+        assert config.router_alpha is not None
+        logits = _wide(self.router(x / config.router_temperature, packing.positions))
+        softmax = config.router_activation == "softmax"
+        squashed = logits.softmax(-1) if softmax else logits.sigmoid()
+        probs = config.router_alpha * squashed
+        score = probs + self.bias if config.balancing == "loss_free" else probs
+        choice = score.argmax(-1)
+        if config.balancing == "loss":
+            fractions = self.fractions(choice + 1)
+            balance = (probs.mean(0) * fractions * config.num_recursions).sum()
+            record.add_loss("balancing_loss", balance)
+        if config.z_loss_coeff:
+            record.add_loss("router_z_loss", logits.logsumexp(-1).square().mean())
+        return choice + 1, probs.gather(1, choice[:, None])
+
+    def fractions(self, counts: Int[Tensor, " n"]) -> Float[Tensor, " r"]:
+        """(R,) share of tokens by recursion count."""
+        num = self.config.num_recursions
+        return torch.bincount(counts - 1, minlength=num).to(torch.float32) / max(1, len(counts))
+
+    @torch.no_grad()
+    def update_bias(self, fractions: Float[Tensor, " r"]) -> None:
+        """Loss-free balancing after an optimizer step: move towards depths with too few tokens.
+
+        Args:
+            fractions: (R,) share of tokens by count, averaged over the step's micro-batches.
+        """
+        assert self.config.balancing == "loss_free"
+        self.bias += self.config.balancing_update_rate * torch.sign(fractions.mean() - fractions)

@@ -1,0 +1,86 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+The logits of a 49K vocabulary in fp32 are larger than all other activations of a small model. Here
+they exist for one chunk of tokens at a time: the forward pass computes a chunk's loss and, where a
+gradient will be asked for, at once its gradients, so the backward pass only scales them and no
+matrix product is done twice.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a token that does not count."""
+
+_CHUNK_TOKENS = 256
+
+
+def _chunk_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per token: negative log-likelihood (0 where ignored) and logsumexp, both in fp32 or wider."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    lse = torch.logsumexp(wide, dim=-1)
+    picked = wide.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets == IGNORE, torch.zeros_like(lse), lse - picked), lse
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor
+    ) -> Tensor:
+        wanted = hidden.requires_grad or weight.requires_grad
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = torch.zeros_like(weight, dtype=hidden.dtype) if wanted else None
+        used = weight.to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for start in range(0, hidden.shape[0], _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            logits = F.linear(hidden[rows], used)
+            nll, lse = _chunk_nll(logits, targets[rows])
+            total += nll.sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            # d nll / d logits = softmax - one-hot, and nothing for ignored tokens.
+            grads = (logits - lse[:, None].to(logits.dtype)).exp_()
+            index = targets[rows].clamp(min=0)[:, None]
+            grads.scatter_add_(1, index, -torch.ones_like(index, dtype=grads.dtype))
+            grads.masked_fill_((targets[rows] == IGNORE)[:, None], 0)
+            torch.mm(grads, used, out=grad_hidden[rows])
+            grad_weight.addmm_(grads.t(), hidden[rows])
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (scale,) = grads
+        return (
+            grad_hidden * scale.to(grad_hidden.dtype),
+            grad_weight * scale.to(grad_weight.dtype),
+            None,
+        )
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "n e"], weight: Float[Tensor, "v e"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target]; IGNORE targets add nothing.
+
+    Returns:
+        A scalar in fp32 or wider, differentiable (once) in `hidden` and `weight`.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+@torch.no_grad()
+def token_nll(
+    hidden: Float[Tensor, "n e"], weight: Float[Tensor, "v e"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """(N,) negative log-likelihood of each target in nats, 0 where ignored; no gradient."""
+    chunks = zip(hidden.split(_CHUNK_TOKENS), targets.split(_CHUNK_TOKENS), strict=True)
+    return torch.cat([_chunk_nll(F.linear(h, weight.to(h.dtype)), t)[0] for h, t in chunks])

@@ -1,0 +1,153 @@
+"""`TrainConfig`: everything that defines a training run but its output folder."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mor.errors import ConfigError, nearest
+from mor.model.config import MoRConfig
+
+STDLIB = "stdlib"
+"""`data` of this name: the source of the running interpreter's standard library."""
+
+Schedule = Literal["trapezoid", "cosine"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. Defaults are the paper's recipe (arXiv 2507.10524, appendix).
+
+    Raises:
+        ConfigError: a value or a combination cannot work.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of MoRConfig, and `preset` to start from one of the paper's shapes."""
+    init_from: Path | None = None
+    """Continue from this checkpoint's weights, not random ones; `model` must then be empty."""
+    data: str = STDLIB
+    """Folder made by `mor data build`, or `stdlib`."""
+    verify_data: bool = True
+    """Compare the shards' checksums before the first step."""
+    sequence_length: int = 2048
+    """T, tokens that a sequence predicts."""
+    batch_size: int = 1024
+    """Sequences per optimizer step."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; None: the whole batch at once."""
+    steps: int = 10_000
+    """Optimizer steps."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    schedule: Schedule = "trapezoid"
+    warmup_fraction: float = 0.05
+    """Of all steps, rising linearly."""
+    cooldown_fraction: float = 0.2
+    """Of all steps, falling linearly to 0 (trapezoid only)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """On matrices; norms have none."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    capacity_warmup_steps: int = 0
+    """Steps over which expert choice's capacities fall from 1 to the configured ones."""
+
+    eval_every: int = 500
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_windows: int = 64
+    """Sequences of the validation split that an evaluation reads."""
+    calibration_windows: int = 16
+    """Training sequences on which routing thresholds are calibrated before an evaluation and a
+    save; 0 leaves them as they are."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+
+    seed: int = 0
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`."""
+    precision: Precision = "fp32"
+    """`bf16`: autocast; weights and optimizer stay in fp32."""
+
+    def __post_init__(self) -> None:
+        positive = ("sequence_length", "batch_size", "steps", "lr")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be above 0.")
+        not_negative = (
+            *("weight_decay", "clip", "capacity_warmup_steps", "eval_every", "eval_windows"),
+            *("calibration_windows", "save_every", "keep_checkpoints", "seed"),
+        )
+        for name in not_negative:
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be 0 or more.")
+        for name in ("warmup_fraction", "cooldown_fraction", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1).")
+        if self.warmup_fraction + self.cooldown_fraction > 1:
+            raise ConfigError(
+                f"warmup_fraction={self.warmup_fraction} and cooldown_fraction="
+                f"{self.cooldown_fraction} are more than the whole run: their sum must be <= 1."
+            )
+        if self.eval_windows == 0:
+            raise ConfigError("eval_windows=0 measures nothing: give at least 1.")
+        if self.batch_size % self.micro_size:
+            raise ConfigError(
+                f"batch_size={self.batch_size} does not divide by micro_batch_size="
+                f"{self.micro_size}: every optimizer step sums whole micro-batches."
+            )
+        if self.init_from is not None and self.model:
+            raise ConfigError(
+                "init_from takes the model from the checkpoint, so `model` must be empty: remove "
+                f"{', '.join(sorted(self.model))}."
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Build from plain data.
+
+        Raises:
+            ConfigError: an unknown key (the message names the nearest known one) or a bad value.
+        """
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"training field {key!r} is unknown: {nearest(key, known)}")
+        return cls(**values)
+
+    @property
+    def micro_size(self) -> int:
+        """Sequences per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.batch_size // self.micro_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that an optimizer step predicts."""
+        return self.batch_size * self.sequence_length
+
+    def model_config(self) -> MoRConfig:
+        """The model's config; long enough for this run's sequences.
+
+        Raises:
+            ConfigError: the model cannot work, or its positions end before the sequences do.
+        """
+        config = MoRConfig.from_dict(self.model)
+        self.check_length(config)
+        return config
+
+    def check_length(self, config: MoRConfig) -> None:
+        """Raise ConfigError if the model cannot take this run's sequences."""
+        if self.sequence_length > config.max_position_embeddings:
+            raise ConfigError(
+                f"sequence_length={self.sequence_length} is more than the model's "
+                f"max_position_embeddings={config.max_position_embeddings}: change one of them."
+            )

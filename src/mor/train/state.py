@@ -1,0 +1,107 @@
+"""Checkpoints of a run: the model as any other, and beside it all that resuming needs."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mor.errors import CheckpointError
+from mor.io.checkpoint import write_model
+from mor.io.storage import staged_folder, storage_error
+from mor.io.tokenizer import Tokenizer
+from mor.model.mor import MoRModel
+
+STATE = "training_state.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Explicit state of a run after a whole number of optimizer steps.
+
+    Learning rate, capacities and the data's position are pure functions of `step`; balancing biases
+    and thresholds are part of the model.
+    """
+
+    step: int
+    """Optimizer steps done."""
+    optimizer: dict[str, Any]
+    rng: dict[str, torch.Tensor]
+    """Random number generators by device type."""
+    settings: dict[str, Any]
+    """The resolved training configuration as plain data, to refuse a resume with another one."""
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """State of torch's random number generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put torch's random number generators back."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_step(
+    run: Path, model: MoRModel, state: TrainState, tokenizer: Tokenizer, keep: int
+) -> Path:
+    """Write `checkpoints/step-N`, which appears complete or not at all; then drop old ones.
+
+    Args:
+        keep: newest checkpoints to keep; 0 keeps all.
+
+    Raises:
+        CapacityError: the disk is full; earlier checkpoints are still there.
+        CheckpointError: the place cannot be written.
+    """
+    target = run / "checkpoints" / f"step-{state.step:08d}"
+    if not target.exists():
+        try:
+            with staged_folder(target) as staged:
+                write_model(model, staged, tokenizer)
+                plain = {"step": state.step, "settings": json.dumps(state.settings)}
+                torch.save(
+                    {**plain, "optimizer": state.optimizer, "rng": state.rng}, staged / STATE
+                )
+        except OSError as error:
+            raise storage_error(target, error, CheckpointError) from error
+        except RuntimeError as error:  # torch's own file writer hides the system's error
+            raise storage_error(target, OSError(28, str(error)), CheckpointError) from error
+    if keep:
+        for old in sorted(target.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """Read the training state of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = checkpoint / STATE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint} has no {STATE}: it is a model, not a training run's checkpoint; start "
+            "a new run from it with init_from."
+        )
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+        return TrainState(
+            step=raw["step"],
+            optimizer=raw["optimizer"],
+            rng=raw["rng"],
+            settings=json.loads(raw["settings"]),
+        )
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}): remove {checkpoint} and resume from an "
+            "earlier checkpoint."
+        ) from error

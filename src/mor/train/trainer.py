@@ -1,0 +1,284 @@
+"""The training loop: batches in order, forward, backward, step, evaluate, save."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mor.config import dump_yaml
+from mor.errors import CheckpointError, ConfigError
+from mor.io.checkpoint import load, newest_step
+from mor.io.storage import storage_error, write_file
+from mor.io.tokenizer import Tokenizer
+from mor.model.mor import MoRModel
+from mor.model.router import ExpertChoice, TokenChoice
+from mor.train.config import STDLIB, TrainConfig
+from mor.train.corpus import build_from_documents
+from mor.train.data import Batches, TokenShards, spread_windows
+from mor.train.metrics import MetricsFile, calibrate, evaluate
+from mor.train.optim import build_optimizer, capacities_at, learning_rate
+from mor.train.state import TrainState, read_state, rng_state, save_step, set_rng_state
+from mor.train.stdlib import stdlib_documents
+
+Row = dict[str, Any]
+Outcome = Literal["finished", "stopped"]
+
+_EVAL_ROWS = 8  # sequences that an evaluation runs at a time
+
+# What a resumed run may change without becoming another run.
+_FREE = frozenset({"eval_every", "save_every", "keep_checkpoints", "device", "verify_data"})
+
+
+class Trainer:
+    """One run in one folder.
+
+    `run` trains until the last step or until `should_stop`, and leaves a checkpoint either way. A
+    run that was killed resumes from its newest checkpoint with the losses it would have had.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        *,
+        resume: str = "never",
+        on_step: Callable[[Row], None] = lambda row: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Open data, model and run folder.
+
+        Args:
+            resume: `never`, `auto` (from the newest checkpoint in `out`, if any) or a checkpoint.
+            on_step: gets each line of `metrics.jsonl` when it is there.
+            should_stop: asked after each step.
+
+        Raises:
+            ConfigError: settings that cannot work, or that are not those of the run to resume.
+            DataError: the data cannot be read, or does not fit the model.
+            CheckpointError: nothing to resume from, or `out` holds a run that would be lost.
+        """
+        self.config, self.out = config, out
+        self._on_step, self._should_stop = on_step, should_stop
+        checkpoint = _checkpoint_to_resume(out, resume)
+        self.device = _device(config.device)
+        corpus = _prepare_data(config, out)
+        self.tokenizer = Tokenizer.load(corpus)
+        train = TokenShards.open(corpus, "train", verify=config.verify_data)
+        valid = TokenShards.open(corpus, "valid", verify=config.verify_data)
+        self._batches = Batches(
+            train,
+            sequence_length=config.sequence_length,
+            batch_size=config.micro_size,
+            seed=config.seed,
+        )
+        length, rows = config.sequence_length, _EVAL_ROWS
+        self._eval_batches = spread_windows(valid, length, config.eval_windows).split(rows)
+        self._calibration: tuple[Tensor, ...] = ()
+        if config.calibration_windows:
+            self._calibration = spread_windows(train, length, config.calibration_windows).split(
+                rows
+            )
+        torch.manual_seed(config.seed)
+        self.model = self._build_model(train).to(self.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.step = 0
+        """Optimizer steps done."""
+        self._calibrated = -1  # step whose weights the thresholds fit
+        self.metrics = MetricsFile(out / "metrics.jsonl")
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_file(out / "config.yaml", dump_yaml(dataclasses.asdict(config)).encode())
+        except OSError as error:
+            raise storage_error(out, error, CheckpointError) from error
+
+    def run(self) -> Outcome:
+        """Train; see the class."""
+        config = self.config
+        if self.step >= config.steps:
+            return "finished"
+        self.model.train()
+        started, tokens_before = time.perf_counter(), self.step * config.tokens_per_step
+        while self.step < config.steps:
+            row = self._optimizer_step()
+            last = self.step == config.steps
+            stopping = not last and self._should_stop()
+            if last or (config.eval_every and self.step % config.eval_every == 0):
+                row |= self._evaluate()
+            seconds = time.perf_counter() - started
+            row |= {
+                "seconds": seconds,
+                "tokens_per_s": (row["tokens"] - tokens_before) / seconds,
+            }
+            self.metrics.append(row)
+            due = config.save_every and self.step % config.save_every == 0
+            if last or stopping or due:
+                self.save()
+            self._on_step(row)
+            if stopping:
+                return "stopped"
+        return "finished"
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        self._calibrate()
+        state = TrainState(
+            step=self.step,
+            optimizer=self.optimizer.state_dict(),
+            rng=rng_state(),
+            settings=self._settings(),
+        )
+        keep = self.config.keep_checkpoints
+        return save_step(self.out, self.model, state, self.tokenizer, keep)
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def _optimizer_step(self) -> Row:
+        config, model = self.config, self.model
+        capacities = capacities_at(model.config, config, self.step)
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, aux = torch.zeros((), device=self.device), dict[str, Tensor]()
+        fractions: list[Tensor] = []
+        for micro in range(config.num_micro_batches):
+            index = self.step * config.num_micro_batches + micro
+            batch = self._batches.at(index).to(self.device)
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+            ):
+                out = model(
+                    batch[:, :-1], targets=batch[:, 1:], capacities=capacities, return_logits=False
+                )
+            assert out.loss is not None
+            assert out.total_loss is not None
+            (out.total_loss / config.num_micro_batches).backward()
+            loss += out.loss.detach() / config.num_micro_batches
+            for name, value in out.aux_losses.items():
+                aux[name] = aux.get(name, 0) + value.detach() / config.num_micro_batches
+            if isinstance(model.router, TokenChoice):
+                fractions.append(model.router.fractions(out.recursion_counts.reshape(-1)))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        self._check_finite(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(model.router, TokenChoice) and model.config.balancing == "loss_free":
+            model.router.update_bias(torch.stack(fractions).mean(0))
+        self.step += 1
+        return {
+            "step": self.step,
+            "tokens": self.step * config.tokens_per_step,
+            "loss": float(loss),
+            "lr": rate,
+            "grad_norm": float(norm),
+            **{name: float(value) for name, value in aux.items()},
+        }
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        good = newest_step(self.out)
+        back = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
+        raise ConfigError(
+            f"the loss became {float(loss)} at step {self.step + 1}: {back}; try a lower lr (now "
+            f"{self.config.lr}) or clip (now {self.config.clip})."
+        )
+
+    def _evaluate(self) -> Row:
+        self._calibrate()
+        result = evaluate(self.model, self._eval_batches).as_dict()
+        tokens = result.pop("tokens")
+        return {**result, "eval_tokens": tokens}
+
+    def _calibrate(self) -> None:
+        """Fit the thresholds to the present weights, once per step."""
+        if self._calibrated == self.step or not self._calibration:
+            return
+        if isinstance(self.model.router, ExpertChoice):
+            self.model.set_thresholds(calibrate(self.model, self._calibration))
+        self._calibrated = self.step
+
+    # -- setting up -----------------------------------------------------------------------------
+
+    def _build_model(self, shards: TokenShards) -> MoRModel:
+        config = self.config
+        if config.init_from is not None:
+            model = load(config.init_from, dtype=torch.float32)
+            config.check_length(model.config)
+        else:
+            values = {"eos_token_id": shards.eos_id, **config.model}
+            if config.model.get("vocab_size") is None:
+                values["vocab_size"] = self.tokenizer.vocab_size
+            model = MoRModel(dataclasses.replace(config, model=values).model_config())
+        if shards.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"vocab_size={model.config.vocab_size} is less than the {shards.vocab_size} "
+                f"entries of the tokenizer in {shards.path}: raise it, or leave it out."
+            )
+        return model
+
+    def _settings(self) -> dict[str, Any]:
+        plain = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
+        return {k: v for k, v in plain.items() if k not in _FREE}
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        ours = self._settings()
+        for key, value in state.settings.items():
+            if key in ours and ours[key] != value:
+                raise ConfigError(
+                    f"cannot resume {checkpoint}: it was trained with {key}={value!r}, now "
+                    f"{key}={ours[key]!r}; give the old value, or start a new run with init_from."
+                )
+        loaded = load(checkpoint, device=self.device)
+        self.model.load_state_dict(loaded.state_dict())
+        if isinstance(loaded.router, ExpertChoice) and loaded.config.thresholds is not None:
+            self.model.set_thresholds(loaded.config.thresholds)
+        self.optimizer.load_state_dict(state.optimizer)
+        set_rng_state(state.rng)
+        self.step = state.step
+        self.metrics.cut_after(state.step)
+
+
+def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
+    newest = newest_step(out)
+    if resume == "never":
+        if newest is not None:
+            raise CheckpointError(
+                f"{out} holds a run with checkpoints up to {newest.name}: continue it with "
+                "--resume auto, or choose another --out."
+            )
+        return None
+    if resume == "auto":
+        return newest
+    return Path(resume)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is unknown: use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}: torch sees no GPU here; use device=cpu.")
+    return device
+
+
+def _prepare_data(config: TrainConfig, out: Path) -> Path:
+    """The corpus folder; the standard library's is built inside the run's folder."""
+    if config.data != STDLIB:
+        return Path(config.data)
+    corpus = out / "data"
+    if not (corpus / "index.json").is_file():
+        vocab_size = int(config.model.get("vocab_size") or 4096)
+        build_from_documents(stdlib_documents(), corpus, train_tokenizer=vocab_size)
+    return corpus

@@ -1,6 +1,6 @@
 """The command `mor`: one verb per use.
 
-Each verb is a module with `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(options)`; it is
+Each verb is a module with `HELP`, `EXAMPLES` and `run(args)`, which returns the exit status; it is
 imported only when it is used, so that `mor --help` is quick.
 """
 

@@ -1,6 +1,7 @@
 """Consoles, option parsing and progress that all verbs share."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -10,6 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mor.errors import nearest
+
+_WRONG_TYPE = re.compile(
+    r"""Parser key "(?P<key>[^"]+)":\s+"""
+    r"""Expected a <class '(?P<kind>\w+)'>\. Got value: (?P<value>.*)"""
+)
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -22,7 +28,12 @@ class Parser(jsonargparse.ArgumentParser):
         if marker in text:
             name = text.split(marker)[1].split()[0].split("=")[0]
             known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
-            text = f"unknown option {name}: {nearest(name, known)}"
+            text = f"unexpected argument {name!r}."
+            if name.startswith("-"):
+                text = f"unknown option {name}: {nearest(name, known)}"
+        elif wrong := _WRONG_TYPE.match(message):
+            option = wrong["key"].replace("_", "-")
+            text = f"--{option}={wrong['value']!r} must be of type {wrong['kind']}."
         raise SystemExit(fail(f"{text}\n  `{self.prog} --help` lists what there is.", status=2))
 
 
@@ -34,6 +45,7 @@ def parser(verb: str, description: str, examples: Sequence[str]) -> Parser:
         description=description,
         epilog=f"examples:\n{lines}",
         formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -20,6 +20,8 @@ from mor.errors import ConfigError, nearest
 from mor.train.config import TrainConfig
 from mor.train.trainer import Row, Trainer
 
+HELP = "Pre-train a model, or continue."
+
 EXAMPLES = (
     "mor train configs/smoke.yaml --out runs/smoke",
     "mor train configs/smoke.yaml --out runs/smoke --resume auto",
@@ -58,7 +60,7 @@ def run(args: Sequence[str]) -> int:
 
 def _split(args: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """Own options, and the training config's overrides as nested plain data."""
-    p = parser("train", "Pre-train a model, or continue.", EXAMPLES)
+    p = parser("train", HELP, EXAMPLES)
     p.add_argument("config", help="YAML file with fields of the training config")
     p.add_argument("--out", default=None, help="folder of the run; default runs/<config's name>")
     p.add_argument(

@@ -41,6 +41,7 @@ _PRESETS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
         "360m": (32, 960, 15, 5, 2560),
         "730m": (26, 1536, 24, 8, 4096),
         "1.7b": (24, 2048, 32, 32, 8192),
+        "demo": (8, 128, 2, 2, 384),  # ours, for two CPU cores and five minutes
     }
 )
 
@@ -130,7 +131,7 @@ class MoRConfig:
         """The paper's shapes with middle-cycle sharing; `num_recursions=1` gives the vanilla model.
 
         Args:
-            name: `135m`, `360m`, `730m` or `1.7b` (arXiv 2507.10524, table of the appendix).
+            name: `135m`, `360m`, `730m`, `1.7b` (arXiv 2507.10524, appendix) or `demo`.
             num_recursions: R; the block gets ceil((layers - 2) / R) layers.
             **overrides: any other field.
         """

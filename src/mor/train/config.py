@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from mor.errors import ConfigError, nearest
 from mor.model.config import MoRConfig
+from mor.model.sharing import Initialisation
 
 STDLIB = "stdlib"
 """`data` of this name: the source of the running interpreter's standard library."""
@@ -25,7 +26,10 @@ class TrainConfig:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of MoRConfig, and `preset` to start from one of the paper's shapes."""
     init_from: Path | None = None
-    """Continue from this checkpoint's weights, not random ones; `model` must then be empty."""
+    """Start from this checkpoint's weights. Without `model` the same model goes on; with `model`
+    the checkpoint must be vanilla and gives its layers to the new model as `init` says."""
+    init: Initialisation = "stepwise"
+    """Which of a vanilla checkpoint's layers the block starts from."""
     data: str = STDLIB
     """Folder made by `mor data build`, or `stdlib`."""
     verify_data: bool = True
@@ -99,11 +103,6 @@ class TrainConfig:
             raise ConfigError(
                 f"batch_size={self.batch_size} does not divide by micro_batch_size="
                 f"{self.micro_size}: every optimizer step sums whole micro-batches."
-            )
-        if self.init_from is not None and self.model:
-            raise ConfigError(
-                "init_from takes the model from the checkpoint, so `model` must be empty: remove "
-                f"{', '.join(sorted(self.model))}."
             )
 
     @classmethod

@@ -32,7 +32,8 @@ class Evaluation:
     router_accuracy: float | None
     """Share of decisions on which both rules agree; None without expert choice."""
     dead_share: float | None
-    """Share of positions that the deepest recursion never selects; None without expert choice."""
+    """Share of positions that the deepest recursion never selects; None where no learned router
+    selects."""
     tokens: int
 
     @property
@@ -76,7 +77,8 @@ def evaluate(model: MoRModel, windows: Iterable[Tensor]) -> Evaluation:
     model.train(was_training)
     if tokens == 0:
         raise DataError("there is nothing to evaluate on: no window of validation text.")
-    dead = None if reached is None else 1 - float(reached.float().mean())
+    learned = model.config.router_type != "random"
+    dead = 1 - float(reached.float().mean()) if reached is not None and learned else None
     return Evaluation(
         nll_topk=sums["topk"] / tokens,
         nll_threshold=sums["threshold"] / tokens,

@@ -16,6 +16,7 @@ from mor.errors import CheckpointError, ConfigError
 from mor.io.checkpoint import load, newest_step
 from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import Tokenizer
+from mor.model.donor import from_donor
 from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
 from mor.train.config import STDLIB, TrainConfig
@@ -107,7 +108,9 @@ class Trainer:
         self.model.train()
         started, tokens_before = time.perf_counter(), self.step * config.tokens_per_step
         while self.step < config.steps:
+            step_started = time.perf_counter()
             row = self._optimizer_step()
+            row["step_s"] = time.perf_counter() - step_started
             last = self.step == config.steps
             stopping = not last and self._should_stop()
             if last or (config.eval_every and self.step % config.eval_every == 0):
@@ -209,14 +212,16 @@ class Trainer:
 
     def _build_model(self, shards: TokenShards) -> MoRModel:
         config = self.config
-        if config.init_from is not None:
-            model = load(config.init_from, dtype=torch.float32)
+        source = config.init_from
+        donor = load(source, dtype=torch.float32) if source is not None else None
+        if donor is not None and not config.model:
+            model = donor
             config.check_length(model.config)
         else:
-            values = {"eos_token_id": shards.eos_id, **config.model}
-            if config.model.get("vocab_size") is None:
-                values["vocab_size"] = self.tokenizer.vocab_size
-            model = MoRModel(dataclasses.replace(config, model=values).model_config())
+            width = donor.config.vocab_size if donor else self.tokenizer.vocab_size
+            values = {"eos_token_id": shards.eos_id, "vocab_size": width, **config.model}
+            built = dataclasses.replace(config, model=values).model_config()
+            model = from_donor(donor, built, config.init, config.seed) if donor else MoRModel(built)
         if shards.vocab_size > model.config.vocab_size:
             raise ConfigError(
                 f"vocab_size={model.config.vocab_size} is less than the {shards.vocab_size} "

@@ -1,0 +1,308 @@
+"""`mor eval`: loss under both selection rules, depths and routers."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from mor.cli.generate import open_model
+from mor.cli.table import print_table
+from mor.cli.terminal import console, parser, progress
+from mor.config import read_yaml
+from mor.errors import ConfigError, DataError
+from mor.eval.depth import TokenDepth, extremes, tokens_by_depth
+from mor.eval.loss import (
+    TextLoss,
+    Window,
+    batched,
+    check_length,
+    check_vocabulary,
+    evaluate_windows,
+    perplexity,
+    text_windows,
+)
+from mor.io.checkpoint import resolve
+from mor.io.tokenizer import Tokenizer
+from mor.model.mor import MoRModel
+from mor.model.router import ExpertChoice
+from mor.train.config import STDLIB
+from mor.train.data import TokenShards, sequential_windows, spread_windows
+from mor.train.metrics import calibrate
+from mor.train.shards import INDEX_FILE
+from mor.train.sources import Document, SourceDocuments
+from mor.train.stdlib import stdlib_documents
+
+HELP = "Loss of a model under both selection rules, depth histogram, router accuracy."
+
+EXAMPLES = (
+    "mor eval runs/smoke",
+    "mor eval runs/smoke --data book.txt --calibrate 16 --by-token 20",
+    "mor eval runs/360m-mor3 --data data/web --max-windows 256 --json",
+)
+
+_MIN_OCCURRENCES = 5  # of a token in --by-token
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """What is evaluated on; `windows` starts anew at each call."""
+
+    name: str
+    windows: Callable[[], Iterator[Window]]
+    num_windows: int | None
+    """None: known only when all text is read."""
+    calibration: Callable[[], Iterator[Window]]
+
+
+def run(args: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    options = _parse(args)
+    model, tokenizer = open_model(options.model, options.device)
+    text, length = _open_text(options, model, tokenizer)
+    if options.calibrate:
+        if not isinstance(model.router, ExpertChoice):
+            raise ConfigError(
+                f"--calibrate={options.calibrate} needs a model with routing='expert_choice'; "
+                f"this one has routing={model.config.routing!r} and no thresholds."
+            )
+        model.set_thresholds(calibrate(model, list(batched(text.calibration()))))
+    loss = evaluate_windows(model, tokenizer, _watched(text, "evaluating"))
+    tokens: list[TokenDepth] | None = None
+    if options.by_token:
+        tokens = tokens_by_depth(model, tokenizer, _watched(text, "depth by token"))
+    if options.json:
+        print(json.dumps(_as_json(options, model, text, length, loss, tokens)))
+        return 0
+    screen = console()
+    _print_loss(screen, options.model, model, text, length, loss)
+    if tokens is not None:
+        _print_tokens(screen, *extremes(tokens, options.by_token, _MIN_OCCURRENCES))
+    return 0
+
+
+def _parse(args: Sequence[str]) -> Any:
+    p = parser("eval", HELP, EXAMPLES)
+    p.add_argument("model", metavar="MODEL", help="folder of a checkpoint or of a run")
+    p.add_argument(
+        "--data",
+        default=None,
+        metavar="DATA",
+        help="corpus (its valid split), .txt, .jsonl, .jsonl.zst, a folder of them, or stdlib; "
+        "default: the corpus of the run",
+    )
+    p.add_argument(
+        "--sequence-length",
+        type=int | None,
+        default=None,
+        help="tokens in a window; default: the run's, or all that the model can take",
+    )
+    p.add_argument("--max-windows", type=int | None, default=None, help="default: all")
+    p.add_argument(
+        "--calibrate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first fit the thresholds on N windows: of the train split, or of the text's "
+        "beginning, which is then not evaluated on",
+    )
+    p.add_argument("--by-token", type=int, default=0, metavar="N", help="N deepest, N shallowest")
+    p.add_argument("--json", action="store_true", help="one JSON object")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    options = p.parse_args(args)
+    for name in ("sequence_length", "max_windows"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least 1.")
+    for name in ("calibrate", "by_token"):
+        if getattr(options, name) < 0:
+            value = getattr(options, name)
+            raise ConfigError(f"--{name.replace('_', '-')}={value} must be 0 (off) or more.")
+    return options
+
+
+# -- what to evaluate on ------------------------------------------------------------------------
+
+
+def _open_text(options: Any, model: MoRModel, tokenizer: Tokenizer) -> tuple[_Text, int]:
+    """The text and the length of its windows."""
+    run_folder, settings = _run_settings(options.model)
+    limit = model.config.max_position_embeddings
+    length = options.sequence_length or min(int(settings.get("sequence_length") or limit), limit)
+    check_length(model, length)
+    data = options.data or settings.get("data")
+    if data is None:
+        raise ConfigError(
+            f"{options.model} is no training run, so there is no text that belongs to it: give "
+            "--data, a corpus or a text file."
+        )
+    trained_on = settings.get("data") == STDLIB and run_folder is not None
+    if data == STDLIB and run_folder is not None and trained_on:
+        return _corpus(run_folder / "data", length, options, model, tokenizer), length
+    if data != STDLIB and (Path(data) / INDEX_FILE).is_file():
+        return _corpus(Path(data), length, options, model, tokenizer), length
+    if data == STDLIB:
+        return _documents(STDLIB, stdlib_documents, length, options, tokenizer), length
+    documents = SourceDocuments([Path(data)])
+    return _documents(str(data), lambda: documents, length, options, tokenizer), length
+
+
+def _run_settings(model: str) -> tuple[Path | None, dict[str, Any]]:
+    """The run that a model belongs to and its settings, as far as there is one."""
+    checkpoint = resolve(model)
+    run_folder = checkpoint.parent.parent
+    if checkpoint.parent.name != "checkpoints" or not (run_folder / "config.yaml").is_file():
+        return None, {}
+    return run_folder, read_yaml(run_folder / "config.yaml")
+
+
+def _corpus(
+    folder: Path, length: int, options: Any, model: MoRModel, tokenizer: Tokenizer
+) -> _Text:
+    valid = TokenShards.open(folder, "valid")
+    check_vocabulary(model, valid.vocab_size, str(folder))
+    if Tokenizer.load(folder).to_json() != tokenizer.to_json():
+        raise DataError(
+            f"{folder}: made with another tokenizer than the model's: give the text itself, or "
+            f"build it again with `mor data build --tokenizer {resolve(options.model)}`."
+        )
+    available = (valid.num_tokens - 1) // length
+
+    def calibration() -> Iterator[Window]:
+        train = TokenShards.open(folder, "train", verify=False)
+        return iter(spread_windows(train, length, options.calibrate).numpy())
+
+    return _Text(
+        name=f"{folder} (valid)",
+        windows=lambda: sequential_windows(valid, length, options.max_windows),
+        num_windows=min(available, options.max_windows or available),
+        calibration=calibration,
+    )
+
+
+def _documents(
+    name: str,
+    documents: Callable[[], Iterable[Document]],
+    length: int,
+    options: Any,
+    tokenizer: Tokenizer,
+) -> _Text:
+    held_back = options.calibrate
+
+    def windows() -> Iterator[Window]:
+        stop = None if options.max_windows is None else held_back + options.max_windows
+        return islice(text_windows(tokenizer, documents(), length), held_back, stop)
+
+    def calibration() -> Iterator[Window]:
+        return islice(text_windows(tokenizer, documents(), length), held_back)
+
+    if held_back and next(windows(), None) is None:
+        raise DataError(
+            f"{name}: --calibrate={held_back} windows of {length} tokens are all of it, and none "
+            "is left to evaluate on: take fewer, or a shorter --sequence-length."
+        )
+    return _Text(name=name, windows=windows, num_windows=None, calibration=calibration)
+
+
+def _watched(text: _Text, what: str) -> Iterator[Tensor]:
+    """The text's batches, with a progress bar."""
+    with progress() as bar:
+        task = bar.add_task(what, total=text.num_windows)
+        for batch in batched(text.windows()):
+            yield batch
+            bar.advance(task, len(batch))
+
+
+# -- what came out ------------------------------------------------------------------------------
+
+
+def _as_json(
+    options: Any,
+    model: MoRModel,
+    text: _Text,
+    length: int,
+    loss: TextLoss,
+    tokens: list[TokenDepth] | None,
+) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model": options.model,
+        "checkpoint": str(resolve(options.model)),
+        "data": text.name,
+        "sequence_length": length,
+        **loss.as_dict(),
+        "num_recursions": model.config.num_recursions,
+        "thresholds": model.config.thresholds,
+        "calibration_windows": options.calibrate,
+    }
+    if tokens is not None:
+        deepest, shallowest = extremes(tokens, options.by_token, _MIN_OCCURRENCES)
+        values["by_token"] = {
+            "min_occurrences": _MIN_OCCURRENCES,
+            "deepest": [dataclasses.asdict(token) for token in deepest],
+            "shallowest": [dataclasses.asdict(token) for token in shallowest],
+        }
+    return {key: None if _not_json(value) else value for key, value in values.items()}
+
+
+def _not_json(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _print_loss(
+    screen: Console, name: str, model: MoRModel, text: _Text, length: int, loss: TextLoss
+) -> None:
+    result = loss.evaluation
+    screen.print(f"{name} on {text.name}", markup=False)
+    screen.print(
+        f"{loss.num_windows:,} windows of {result.tokens // loss.num_windows:,} tokens: "
+        f"{result.tokens:,} tokens, {loss.num_bytes:,} bytes"
+    )
+    pair = (result.nll_topk, result.nll_threshold)
+    rows = [
+        _loss_row("NLL, nats per token", pair),
+        _loss_row("perplexity", (perplexity(pair[0]), perplexity(pair[1])), digits=3),
+        _loss_row("bits per byte", (loss.bits_per_byte(pair[0]), loss.bits_per_byte(pair[1]))),
+    ]
+    print_table(screen, ("", "topk", "threshold", "gap"), rows)
+    shares = result.depth_histogram
+    rows = [
+        (str(count), f"{share:.1%}") for count, share in enumerate(shares) if count or share > 0
+    ]
+    screen.print()
+    print_table(screen, ("recursions", "tokens"), rows)
+    parts = [f"mean recursions {loss.mean_recursions:.3f} of {model.config.num_recursions}"]
+    if result.router_accuracy is not None:
+        parts.append(f"router accuracy {result.router_accuracy:.3f}")
+    if result.dead_share is not None:
+        parts.append(f"dead share {result.dead_share:.3f}")
+    screen.print(", ".join(parts))
+
+
+def _loss_row(name: str, pair: tuple[float, float], digits: int = 4) -> tuple[str, ...]:
+    topk, threshold = pair
+    gap = threshold - topk
+    return name, f"{topk:.{digits}f}", f"{threshold:.{digits}f}", f"{gap:+.{digits}f}"
+
+
+def _print_tokens(screen: Console, deepest: list[TokenDepth], shallowest: list[TokenDepth]) -> None:
+    for title, tokens in (("deepest tokens", deepest), ("shallowest tokens", shallowest)):
+        screen.print()
+        if not tokens:
+            screen.print(f"{title}: none occurs {_MIN_OCCURRENCES} times or more.")
+            continue
+        rows = [
+            (
+                ascii(token.piece) if not token.piece.isprintable() else repr(token.piece),
+                str(token.token_id),
+                f"{token.mean_recursions:.3f}",
+                f"{token.occurrences:,}",
+            )
+            for token in tokens
+        ]
+        print_table(screen, (title, "id", "mean recursions", "occurrences"), rows)

@@ -1,0 +1,164 @@
+"""`mor info`: parameters, FLOPs and KV bytes of a model, next to its vanilla twin."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mor.cli.table import print_table
+from mor.cli.terminal import console, parser
+from mor.cli.train import load_train_config
+from mor.errors import ConfigError
+from mor.io.checkpoint import load_config, newest_step
+from mor.model import cost
+from mor.model.config import MoRConfig
+
+HELP = "Parameters, FLOPs per token by depth and KV bytes, next to the vanilla twin."
+
+EXAMPLES = (
+    "mor info configs/360m-mor3.yaml",
+    "mor info 360m --num-recursions 4 --context 1024",
+    "mor info runs/smoke --json",
+)
+
+_UNITS: Mapping[str, float] = MappingProxyType({"T": 1e12, "G": 1e9, "M": 1e6, "K": 1e3})
+
+
+def run(args: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    p = parser("info", HELP, EXAMPLES)
+    p.add_argument(
+        "model",
+        metavar="MODEL_OR_CONFIG",
+        help="folder of a checkpoint or a run, a training YAML, or a preset such as 360m",
+    )
+    p.add_argument("--num-recursions", type=int | None, default=None, help="of a preset; default 3")
+    p.add_argument(
+        "--context",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="sequence length of the FLOPs; default: max_position_embeddings",
+    )
+    p.add_argument("--json", action="store_true", help="one JSON object")
+    options = p.parse_args(args)
+    config = find_config(options.model, options.num_recursions)
+    limit = config.max_position_embeddings
+    context = limit if options.context is None else options.context
+    if not 1 <= context <= limit:
+        raise ConfigError(
+            f"--context={context} does not fit this model: it takes 1 to "
+            f"max_position_embeddings={limit} tokens."
+        )
+    ours, twin = costs(config, context), costs(config.vanilla_twin(), context)
+    if options.json:
+        print(json.dumps({**ours, "vanilla": twin}))
+        return 0
+    screen = console()
+    screen.print(f"{options.model}: {_kind(config)}", markup=False)
+    print_table(screen, ("", "this", "vanilla", "ratio"), _rows(config, ours, twin))
+    return 0
+
+
+def find_config(name: str, num_recursions: int | None = None) -> MoRConfig:
+    """The model that a name stands for: YAML file, folder of a checkpoint or a run, or preset.
+
+    Raises:
+        ConfigError: nothing of this name, or its settings cannot work.
+        CheckpointError: the folder holds no model.
+    """
+    path = Path(name)
+    if not path.exists() and path.suffix not in (".yaml", ".yml") and path.name == name:
+        try:
+            return MoRConfig.preset(name, 3 if num_recursions is None else num_recursions)
+        except ConfigError as error:
+            raise ConfigError(f"{name!r} is no file or folder here, and {error}") from error
+    if num_recursions is not None:
+        raise ConfigError(
+            f"--num-recursions={num_recursions} goes with a preset such as 360m; {name} says "
+            "itself how many it has."
+        )
+    if path.is_dir():
+        yaml = path / "config.yaml"
+        untrained = newest_step(path) is None and not (path / "config.json").is_file()
+        return _from_yaml(yaml) if untrained and yaml.is_file() else load_config(path)
+    return _from_yaml(path)
+
+
+def _from_yaml(path: Path) -> MoRConfig:
+    train = load_train_config(path)
+    return train.model_config() if train.init_from is None else load_config(train.init_from)
+
+
+def costs(config: MoRConfig, context: int) -> dict[str, Any]:
+    """What a model costs at a sequence length, as plain data."""
+    flops = cost.sequence_flops(config, context)
+    return {
+        "parameters": cost.parameters(config),
+        "parameters_non_embedding": cost.parameters_non_embedding(config),
+        "flops_per_token": flops.mean,
+        "flops_per_token_by_depth": [
+            flops.of_count(count) for count in range(1, config.num_recursions + 1)
+        ],
+        "training_flops_per_token": cost.training_flops(config, context),
+        "kv_bytes_per_token": cost.kv_bytes_per_token(config),
+        "num_hidden_layers": config.num_hidden_layers,
+        "depth_capacities": list(config.depth_capacities),
+        "context": context,
+    }
+
+
+def _kind(config: MoRConfig) -> str:
+    """The model in words."""
+    if config.num_recursions == 1:
+        return f"vanilla, {config.num_hidden_layers} layers, {config.hidden_size} wide"
+    routing = {
+        "none": "recursive, no routing",
+        "expert_choice": "Mixture-of-Recursions, expert choice",
+        "token_choice": "Mixture-of-Recursions, token choice",
+    }[config.routing]
+    layers = f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}"
+    return (
+        f"{routing}, {layers} layers, {config.hidden_size} wide, block up to "
+        f"{config.num_recursions} times, {config.kv_strategy} KV"
+    )
+
+
+def _rows(
+    config: MoRConfig, ours: dict[str, Any], twin: dict[str, Any]
+) -> list[tuple[str, str, str, str]]:
+    def row(name: str, key: str) -> tuple[str, str, str, str]:
+        return name, _short(ours[key]), _short(twin[key]), f"{ours[key] / twin[key]:.3f}"
+
+    rows = [
+        row("parameters", "parameters"),
+        row("parameters without embedding", "parameters_non_embedding"),
+        row("effective layers", "num_hidden_layers"),
+        row(f"FLOPs per token, {ours['context']:,} tokens", "flops_per_token"),
+    ]
+    full = twin["flops_per_token"]
+    if config.num_recursions > 1:
+        rows += [
+            (
+                f"  of a token at {count} of {config.num_recursions}",
+                _short(f),
+                "",
+                f"{f / full:.3f}",
+            )
+            for count, f in enumerate(ours["flops_per_token_by_depth"], start=1)
+        ]
+    rows += [
+        row("training FLOPs per token", "training_flops_per_token"),
+        row("KV bytes per token, bf16", "kv_bytes_per_token"),
+    ]
+    shares = " ".join(f"{share:.2f}" for share in ours["depth_capacities"])
+    return [*rows, ("share of tokens at each depth", shares, "", "")]
+
+
+def _short(value: float) -> str:
+    """A number in a few digits: 118.0M."""
+    for unit, size in _UNITS.items():
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:g}"

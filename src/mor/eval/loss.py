@@ -1,0 +1,207 @@
+"""How well a model predicts text: nats per token, perplexity and bits per byte.
+
+Bits per byte do not depend on the tokenizer, so models with different vocabularies can be compared.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mor.errors import ConfigError, DataError
+from mor.eval.depth import mean_recursions
+from mor.io.tokenizer import Tokenizer
+from mor.model.mor import MoRModel
+from mor.train.metrics import Evaluation, evaluate
+from mor.train.sources import Document
+
+Window = npt.NDArray[np.int64]
+
+_BATCH_TOKENS = 8192  # in one forward pass
+_ENCODE_CHARACTERS = 2**20  # encoded at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLoss:
+    """Loss on some text under both selection rules."""
+
+    evaluation: Evaluation
+    num_bytes: int
+    """UTF-8 bytes of the predicted tokens' text; the end of a document has none."""
+    num_windows: int
+
+    @property
+    def mean_recursions(self) -> float:
+        """Recursions of an average token under `threshold`."""
+        return mean_recursions(self.evaluation.depth_histogram)
+
+    def bits_per_byte(self, nll: float) -> float:
+        """What `nll` nats per token mean for each byte of the text."""
+        return nll * self.evaluation.tokens / math.log(2) / max(1, self.num_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        topk, threshold = self.evaluation.nll_topk, self.evaluation.nll_threshold
+        return {
+            **self.evaluation.as_dict(),
+            "gap": self.evaluation.gap,
+            "perplexity_topk": perplexity(topk),
+            "perplexity_threshold": perplexity(threshold),
+            "bits_per_byte_topk": self.bits_per_byte(topk),
+            "bits_per_byte_threshold": self.bits_per_byte(threshold),
+            "mean_recursions": self.mean_recursions,
+            "bytes": self.num_bytes,
+            "windows": self.num_windows,
+        }
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll); infinity where a float ends."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def text_windows(
+    tokenizer: Tokenizer, documents: Iterable[Document], sequence_length: int
+) -> Iterator[Window]:
+    """The windows that a corpus of the documents would have, without writing one.
+
+    Each is int64 (T + 1,) and starts with the last target of the one before; a document is followed
+    by the end-of-text id. What is left after the last whole window is dropped, but text that is too
+    short for one window becomes one of its own length.
+    """
+    if sequence_length < 1:
+        raise ConfigError(f"sequence_length={sequence_length} must be at least 1.")
+    waiting: list[int] = []
+    num_windows = 0
+    for ids in _encoded(tokenizer, documents):
+        waiting += ids
+        start = 0
+        while len(waiting) - start > sequence_length:
+            yield np.array(waiting[start : start + sequence_length + 1], np.int64)
+            num_windows += 1
+            start += sequence_length
+        del waiting[:start]
+    if num_windows == 0 and len(waiting) > 1:
+        yield np.array(waiting, np.int64)
+
+
+def _encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[list[int]]:
+    """Token ids of each document with text, the end-of-text id included."""
+    eos = tokenizer.eos_id
+    texts: list[str] = []
+    num_characters = 0
+    for document in documents:
+        if not document.text:
+            continue
+        texts.append(document.text)
+        num_characters += len(document.text)
+        if num_characters >= _ENCODE_CHARACTERS:
+            yield from ([*ids, eos] for ids in tokenizer.encode_batch(texts))
+            texts, num_characters = [], 0
+    yield from ([*ids, eos] for ids in tokenizer.encode_batch(texts))
+
+
+def batched(windows: Iterable[Window], batch_tokens: int = _BATCH_TOKENS) -> Iterator[Tensor]:
+    """Windows of one length as (B, T + 1) batches of about so many tokens."""
+    remaining = iter(windows)
+    for first in remaining:
+        more = islice(remaining, max(1, batch_tokens // len(first)) - 1)
+        yield torch.from_numpy(np.stack([first, *more]))
+
+
+def evaluate_windows(model: MoRModel, tokenizer: Tokenizer, batches: Iterable[Tensor]) -> TextLoss:
+    """Loss on batches of (B, T + 1) windows that follow each other in the text.
+
+    Raises:
+        DataError: there are no windows.
+    """
+    counter = _ByteCounter(tokenizer)
+    evaluation = evaluate(model, map(counter.see, batches))
+    return TextLoss(
+        evaluation=evaluation, num_bytes=counter.finish(), num_windows=counter.num_windows
+    )
+
+
+def evaluate_text(
+    model: MoRModel,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    *,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+) -> TextLoss:
+    """Loss on documents, tokenised as they are read.
+
+    Args:
+        sequence_length: T, tokens that a window predicts; None takes all that the model can.
+        max_windows: stop after so many; None reads all.
+
+    Raises:
+        DataError: there is no text.
+        RequestError: the windows are too long for the model.
+    """
+    length = sequence_length or model.config.max_position_embeddings
+    windows = islice(text_windows(tokenizer, documents, length), max_windows)
+    return evaluate_windows(model, tokenizer, batched(windows))
+
+
+class _ByteCounter:
+    """Counts the bytes of the text that windows predict, document by document.
+
+    Documents are decoded whole, because a window may begin and end inside a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.num_windows = 0
+        self._tokenizer = tokenizer
+        self._eos = tokenizer.eos_id
+        self._open: list[int] = []  # of a document that has not ended yet
+        self._num_bytes = 0
+
+    def see(self, batch: Tensor) -> Tensor:
+        """Take note of a batch and pass it on."""
+        self.num_windows += len(batch)
+        for token in batch[:, 1:].reshape(-1).tolist():
+            if token == self._eos:
+                self._close()
+            else:
+                self._open.append(token)
+        return batch
+
+    def finish(self) -> int:
+        """Bytes of all that was seen."""
+        self._close()
+        return self._num_bytes
+
+    def _close(self) -> None:
+        if self._open:
+            self._num_bytes += len(self._tokenizer.decode(self._open).encode())
+            self._open = []
+
+
+def check_length(model: MoRModel, sequence_length: int) -> None:
+    """Raise ConfigError if the model cannot take windows of this length."""
+    limit = model.config.max_position_embeddings
+    if not 1 <= sequence_length <= limit:
+        raise ConfigError(
+            f"sequence_length={sequence_length} does not fit this model: it takes 1 to "
+            f"max_position_embeddings={limit}."
+        )
+
+
+def check_vocabulary(model: MoRModel, vocab_size: int, where: str) -> None:
+    """Raise DataError if text may hold ids that the model does not know."""
+    if vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"{where}: its vocabulary of {vocab_size} is more than the model's vocab_size="
+            f"{model.config.vocab_size}: use data made with the model's own tokenizer."
+        )

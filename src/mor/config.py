@@ -13,7 +13,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping.
 
     Raises:
-        ConfigError: the file cannot be read, or is not a mapping; the message names the line.
+        ConfigError: the file cannot be read, or is no mapping of names; the message names the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -30,6 +30,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{where}: {problem}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, not {values!r}.")
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: the key {key!r} must be text.")
     return values
 
 

@@ -55,16 +55,16 @@ class RunSummary:
 
 
 _ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
-    ("parameters", lambda r: f"{r.parameters / 1e6:.2f} M"),
-    ("  without embedding", lambda r: f"{r.parameters_non_embedding / 1e6:.2f} M"),
-    ("FLOPs per token, forward", lambda r: f"{r.flops_per_token / 1e6:.2f} M"),
-    ("FLOPs of the training", lambda r: f"{r.training_flops / 1e12:.2f} T"),
+    ("parameters", lambda r: f"{r.parameters / 1e6:.2f}M"),
+    ("  no embedding", lambda r: f"{r.parameters_non_embedding / 1e6:.2f}M"),
+    ("FLOPs per token", lambda r: f"{r.flops_per_token / 1e6:.2f}M"),
+    ("training FLOPs", lambda r: f"{r.training_flops / 1e12:.2f}T"),
     ("tokens seen", lambda r: f"{r.tokens:,}"),
     ("training time", lambda r: f"{r.seconds:.0f} s"),
     ("training memory", lambda r: f"{r.memory_bytes / 2**20:.0f} MiB"),
-    ("validation NLL, topk", lambda r: f"{r.nll_topk:.4f}"),
-    ("validation NLL, threshold", lambda r: f"{r.nll_threshold:.4f}"),
-    ("tokens by recursion count", lambda r: depths(r.depth_histogram)),
+    ("NLL, topk", lambda r: f"{r.nll_topk:.4f}"),
+    ("NLL, threshold", lambda r: f"{r.nll_threshold:.4f}"),
+    ("recursions", lambda r: depths(r.depth_histogram)),
     ("mean recursions", lambda r: f"{r.mean_recursions:.2f}"),
     ("KV bytes per token", lambda r: f"{r.kv_bytes_per_token:,.0f}"),
     ("tokens/s generating", lambda r: f"{r.generated_per_s:.1f}"),
@@ -72,9 +72,9 @@ _ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
 
 
 def depths(histogram: Sequence[float]) -> str:
-    """A histogram in a few characters: `1: 34%  2: 33%  3: 33%`."""
+    """A histogram in a few characters: `1:34% 2:33% 3:33%`."""
     shown = [(i, share) for i, share in enumerate(histogram) if i > 0 or share > 0]
-    return "  ".join(f"{i}: {share:.0%}" for i, share in shown)
+    return " ".join(f"{i}:{share:.0%}" for i, share in shown)
 
 
 def comparison_rows(runs: Sequence[RunSummary]) -> list[list[str]]:

@@ -93,7 +93,7 @@ def _build(args: Sequence[str]) -> int:
     _print_summary(screen, out, CorpusIndex.read(out))
     if summary.num_empty_documents:
         _say(screen, f"left out: {summary.num_empty_documents:,} documents without text.")
-    _say(screen, f"next: `mor train configs/360m-mor3.yaml --data {out} --out runs/mine`")
+    _say(screen, f"next: `mor train configs/135m-mor3.yaml --data {out} --out runs/mine`")
     return 0
 
 
@@ -126,5 +126,5 @@ def _print_summary(screen: Console, folder: Path, index: CorpusIndex) -> None:
 
 
 def _say(screen: Console, line: str) -> None:
-    """A line whose square brackets are only text."""
-    screen.print(line, markup=False)
+    """A line that is not broken, so that it can be copied; square brackets are only text."""
+    screen.print(line, markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mor.cli.generate import open_model
 from mor.cli.table import print_table
 from mor.cli.terminal import console, parser, progress
-from mor.config import read_yaml
+from mor.cli.train import load_train_config
 from mor.errors import ConfigError, DataError
 from mor.eval.depth import TokenDepth, extremes, tokens_by_depth
 from mor.eval.loss import (
@@ -32,7 +32,7 @@ from mor.io.checkpoint import resolve
 from mor.io.tokenizer import Tokenizer
 from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice
-from mor.train.config import STDLIB
+from mor.train.config import STDLIB, TrainConfig
 from mor.train.data import TokenShards, sequential_windows, spread_windows
 from mor.train.metrics import calibrate
 from mor.train.shards import INDEX_FILE
@@ -134,32 +134,32 @@ def _open_text(options: Any, model: MoRModel, tokenizer: Tokenizer) -> tuple[_Te
     """The text and the length of its windows."""
     run_folder, settings = _run_settings(options.model)
     limit = model.config.max_position_embeddings
-    length = options.sequence_length or min(int(settings.get("sequence_length") or limit), limit)
+    length = options.sequence_length or min(settings.sequence_length if settings else limit, limit)
     check_length(model, length)
-    data = options.data or settings.get("data")
+    own = settings.data if settings else None
+    data = options.data or own
     if data is None:
         raise ConfigError(
             f"{options.model} is no training run, so there is no text that belongs to it: give "
             "--data, a corpus or a text file."
         )
-    trained_on = settings.get("data") == STDLIB and run_folder is not None
-    if data == STDLIB and run_folder is not None and trained_on:
+    if data == STDLIB and own == STDLIB:
         return _corpus(run_folder / "data", length, options, model, tokenizer), length
-    if data != STDLIB and (Path(data) / INDEX_FILE).is_file():
-        return _corpus(Path(data), length, options, model, tokenizer), length
     if data == STDLIB:
         return _documents(STDLIB, stdlib_documents, length, options, tokenizer), length
+    if (Path(data) / INDEX_FILE).is_file():
+        return _corpus(Path(data), length, options, model, tokenizer), length
     documents = SourceDocuments([Path(data)])
     return _documents(str(data), lambda: documents, length, options, tokenizer), length
 
 
-def _run_settings(model: str) -> tuple[Path | None, dict[str, Any]]:
-    """The run that a model belongs to and its settings, as far as there is one."""
+def _run_settings(model: str) -> tuple[Path, TrainConfig | None]:
+    """The folder of the run that a model belongs to, and its settings if it is one."""
     checkpoint = resolve(model)
     run_folder = checkpoint.parent.parent
-    if checkpoint.parent.name != "checkpoints" or not (run_folder / "config.yaml").is_file():
-        return None, {}
-    return run_folder, read_yaml(run_folder / "config.yaml")
+    file = run_folder / "config.yaml"
+    known = checkpoint.parent.name == "checkpoints" and file.is_file()
+    return run_folder, load_train_config(file) if known else None
 
 
 def _corpus(
@@ -298,7 +298,7 @@ def _print_tokens(screen: Console, deepest: list[TokenDepth], shallowest: list[T
             continue
         rows = [
             (
-                ascii(token.piece) if not token.piece.isprintable() else repr(token.piece),
+                repr(token.piece),
                 str(token.token_id),
                 f"{token.mean_recursions:.3f}",
                 f"{token.occurrences:,}",

@@ -28,6 +28,7 @@ EXAMPLES = (
     "git diff | mor generate runs/smoke --max-tokens 20 --json -",
 )
 
+_MAX_TOKENS = 64
 _BAR = 30  # characters of the histogram's longest bar
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -38,7 +39,9 @@ def run(args: Sequence[str]) -> int:
     model, tokenizer = open_model(options.model, options.device)
     prompt = _prompt(options)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    params = _params(options, () if options.ignore_eos else (tokenizer.eos_id,))
+    room = model.config.max_position_embeddings - len(prompt_ids)
+    stop = () if options.ignore_eos else (tokenizer.eos_id,)
+    params = _params(options, max(1, min(_MAX_TOKENS, room)), stop)
     if options.json:
         for completion in generate(model, [prompt_ids] * len(params), params):
             print(json.dumps(completion_dict(tokenizer, completion)))
@@ -66,7 +69,12 @@ def _parse(args: Sequence[str]) -> Any:
         default=None,
         help="file that holds the prompt; - for stdin; one newline at its end is left off",
     )
-    p.add_argument("--max-tokens", type=int, default=64, help="tokens to generate at most")
+    p.add_argument(
+        "--max-tokens",
+        type=int | None,
+        default=None,
+        help=f"tokens to generate at most; default {_MAX_TOKENS}, or what fits the model",
+    )
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     p.add_argument("--top-p", type=float, default=1.0, help="keep tokens of this probability")
@@ -119,7 +127,7 @@ def _prompt(options: Any) -> str:
         ) from error
 
 
-def _params(options: Any, stop: tuple[int, ...]) -> list[SamplingParams]:
+def _params(options: Any, max_tokens: int, stop: tuple[int, ...]) -> list[SamplingParams]:
     if options.num_samples < 1:
         raise ConfigError(f"--num-samples={options.num_samples} must be at least 1.")
     if options.num_samples > 1 and options.temperature == 0:
@@ -131,7 +139,7 @@ def _params(options: Any, stop: tuple[int, ...]) -> list[SamplingParams]:
         raise ConfigError(f"--seed={options.seed} must be 0 or more, and below 2**63.")
     return [
         SamplingParams(
-            max_tokens=options.max_tokens,
+            max_tokens=max_tokens if options.max_tokens is None else options.max_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -160,7 +168,8 @@ class PieceStream:
         if text.endswith(_REPLACEMENT):
             return ""
         piece = text[len(self._known) :]
-        self._context, self._pending = self._pending, []
+        self._context = self._pending
+        self._pending = []
         self._known = self._tokenizer.decode(self._context)
         return piece
 
@@ -267,12 +276,12 @@ def _print_depths(screen: Console, model: MoRModel, completion: Completion) -> N
             str(count),
             f"{round(share * len(generated))}",
             f"{share:.1%}",
-            f"{'#' * round(share * _BAR):<{_BAR}}",
+            "#" * round(share * _BAR),
         )
         for count, share in enumerate(histogram)
         if count or not skip_none
     ]
-    print_table(screen, ("recursions", "new tokens", "share", ""), rows)
+    print_table(screen, ("recursions", "new tokens", "share", ""), rows, left=(0, 3))
     before = mean_recursions(depth_histogram(prompt, num_recursions))
     screen.print(
         f"mean recursions: {mean_recursions(histogram):.2f} of {num_recursions} for "

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -58,6 +59,8 @@ def run(args: Sequence[str]) -> int:
     screen = console()
     screen.print(f"{options.model}: {_kind(config)}", markup=False)
     print_table(screen, ("", "this", "vanilla", "ratio"), _rows(config, ours, twin))
+    shares = ", ".join(f"{share:.2f}" for share in ours["depth_capacities"])
+    screen.print(f"share of tokens at each depth: {shares}")
     return 0
 
 
@@ -70,8 +73,11 @@ def find_config(name: str, num_recursions: int | None = None) -> MoRConfig:
     """
     path = Path(name)
     if not path.exists() and path.suffix not in (".yaml", ".yml") and path.name == name:
+        recursions = 3 if num_recursions is None else num_recursions
+        if recursions < 1:
+            raise ConfigError(f"--num-recursions={recursions} must be at least 1.")
         try:
-            return MoRConfig.preset(name, 3 if num_recursions is None else num_recursions)
+            return MoRConfig.preset(name, recursions)
         except ConfigError as error:
             raise ConfigError(f"{name!r} is no file or folder here, and {error}") from error
     if num_recursions is not None:
@@ -88,21 +94,28 @@ def find_config(name: str, num_recursions: int | None = None) -> MoRConfig:
 
 def _from_yaml(path: Path) -> MoRConfig:
     train = load_train_config(path)
-    return train.model_config() if train.init_from is None else load_config(train.init_from)
+    if train.init_from is None:
+        return train.model_config()
+    start = load_config(train.init_from)
+    if not train.model:
+        return start
+    return replace(train, model={"vocab_size": start.vocab_size, **train.model}).model_config()
 
 
 def costs(config: MoRConfig, context: int) -> dict[str, Any]:
-    """What a model costs at a sequence length, as plain data."""
+    """What a model costs at a sequence length, as plain data.
+
+    FLOPs are those of the forward pass, averaged over the sequence.
+    """
     flops = cost.sequence_flops(config, context)
+    depths = range(1, config.num_recursions + 1)
     return {
         "parameters": cost.parameters(config),
         "parameters_non_embedding": cost.parameters_non_embedding(config),
-        "flops_per_token": flops.mean,
-        "flops_per_token_by_depth": [
-            flops.of_count(count) for count in range(1, config.num_recursions + 1)
-        ],
-        "training_flops_per_token": cost.training_flops(config, context),
-        "kv_bytes_per_token": cost.kv_bytes_per_token(config),
+        "flops_per_token": round(flops.mean, 3),
+        "flops_per_token_by_depth": [round(flops.of_count(count), 3) for count in depths],
+        "training_flops_per_token": round(cost.training_flops(config, context), 3),
+        "kv_bytes_per_token": round(cost.kv_bytes_per_token(config), 3),
         "num_hidden_layers": config.num_hidden_layers,
         "depth_capacities": list(config.depth_capacities),
         "context": context,
@@ -148,17 +161,16 @@ def _rows(
             )
             for count, f in enumerate(ours["flops_per_token_by_depth"], start=1)
         ]
-    rows += [
+    return [
+        *rows,
         row("training FLOPs per token", "training_flops_per_token"),
         row("KV bytes per token, bf16", "kv_bytes_per_token"),
     ]
-    shares = " ".join(f"{share:.2f}" for share in ours["depth_capacities"])
-    return [*rows, ("share of tokens at each depth", shares, "", "")]
 
 
 def _short(value: float) -> str:
     """A number in a few digits: 118.0M."""
     for unit, size in _UNITS.items():
         if value >= size:
-            return f"{value / size:.1f}{unit}"
+            return f"{value / size:.4g}{unit}"
     return f"{value:g}"

@@ -1,10 +1,11 @@
 """The command `mor`: one verb per use.
 
-Each verb is a module with `HELP`, `EXAMPLES` and `run(args)`, which returns the exit status; it is
+Each verb is a module with `EXAMPLES` and `run(args)`, which returns the exit status; it is
 imported only when it is used, so that `mor --help` is quick.
 """
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,9 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. No user error shows a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the locale cannot spell is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0

@@ -1,6 +1,6 @@
 """Tables: framed on a terminal, plain aligned text in a pipe."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich import box
 from rich.cells import cell_len
@@ -11,26 +11,33 @@ from rich.text import Text
 _GAP = 3  # spaces between columns of plain text
 
 
-def print_table(screen: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a header: the first column flush left, the others flush right."""
+def print_table(
+    screen: Console,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Collection[int] = (0,),
+) -> None:
+    """Print rows under a header; the columns `left` are flush left, the others flush right."""
     if not screen.is_terminal:
-        print("\n".join(plain_table(header, rows)), file=screen.file)
+        print("\n".join(plain_table(header, rows, left)), file=screen.file)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if column else "left")
+        table.add_column(Text(name), justify="left" if column in left else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     screen.print(table)
 
 
-def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def plain_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
+) -> list[str]:
     """The lines of a table in aligned text, no spaces at their ends."""
     lines = [header, *rows]
     widths = [max(cell_len(line[column]) for line in lines) for column in range(len(header))]
     return [
         (" " * _GAP)
-        .join(_padded(cell, widths[column], column > 0) for column, cell in enumerate(line))
+        .join(_padded(cell, widths[column], column not in left) for column, cell in enumerate(line))
         .rstrip()
         for line in lines
     ]

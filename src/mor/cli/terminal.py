@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mor.errors import nearest
 
 _WRONG_TYPE = re.compile(
-    r"""Parser key "(?P<key>[^"]+)":\s+"""
-    r"""Expected a <class '(?P<kind>\w+)'>\. Got value: (?P<value>.*)"""
+    r"""Parser key "(?P<key>[^"]+)":.*?Expected (a )?<class '(?P<kind>\w+)'>"""
+    r""".*(Got|Given) value: (?P<value>.*)""",
+    re.DOTALL,
 )
 
 

@@ -1,5 +1,6 @@
 """`mor train`: pre-train a model, or continue."""
 
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,7 @@ EXAMPLES = (
     "mor train configs/smoke.yaml --out runs/r4 --model.num_recursions 4 --lr 1e-3",
 )
 
+_STOPPING = b"\nstopping after this step; saving ...\n"
 _LINE_EVERY_S = 5.0  # seconds between lines when the output is not a terminal
 
 
@@ -86,13 +88,21 @@ def _split(args: Sequence[str]) -> tuple[Any, dict[str, Any]]:
                 raise ConfigError(f"--model.{key} needs a value.")
             overrides = merge(overrides, {"model": {key: _value(value if _ else rest.pop(0))}})
         else:
-            own.append(arg)
+            own.append(_with_underscores(arg))
     options = p.parse_args(own)
     for f in fields(TrainConfig):
         given = getattr(options, f.name, None)
         if f.name != "model" and given is not None:
             overrides[f.name] = _value(given)
     return options, overrides
+
+
+def _with_underscores(arg: str) -> str:
+    """`--batch-size` as `--batch_size`, for those who are used to the other verbs."""
+    name, equals, value = arg.partition("=")
+    spelled = name.removeprefix("--").replace("-", "_")
+    known = name.startswith("--") and spelled in {f.name for f in fields(TrainConfig)}
+    return f"--{spelled}{equals}{value}" if known else arg
 
 
 def _value(text: str) -> Any:
@@ -118,33 +128,23 @@ def load_train_config(path: str | Path, overrides: dict[str, Any] | None = None)
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"{path}: field {key!r} is unknown: {nearest(key, known)}")
-        values[key] = _typed(key, value, str(known[key].type))
+        values[key] = _typed(value, str(known[key].type))
     return TrainConfig.from_dict(values)
 
 
-def _typed(key: str, value: Any, kind: str) -> Any:
-    """The value in the field's type; whole floats pass as integers and `1e-3` as a number."""
+def _typed(value: Any, kind: str) -> Any:
+    """The value as its field wants it: `1e-3` as a number, 2e4 as an integer, text as a path.
+
+    What is still of the wrong type is refused by the config itself.
+    """
+    if "dict" in kind and isinstance(value, dict):
+        return {k: _value(v) if isinstance(v, str) else v for k, v in value.items()}
     if "Path" in kind:
         return None if value is None else Path(str(value))
-    if isinstance(value, str) and key not in ("data", "device"):
+    if isinstance(value, str) and kind != "<class 'str'>" and "Literal" not in kind:
         value = _value(value)
-    if "Literal" in kind or key in ("data", "device"):
-        choices = [c.strip(" '\"") for c in kind.partition("[")[2].rstrip("]").split(",")]
-        if not isinstance(value, str) or ("Literal" in kind and value not in choices):
-            raise ConfigError(f"{key}={value!r} must be one of {', '.join(choices)}.")
-        return value
-    good: dict[str, bool] = {
-        "bool": isinstance(value, bool),
-        "dict": isinstance(value, dict),
-        "int": isinstance(value, (int, float)) and not isinstance(value, bool),
-        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
-    }
-    name = next(n for n in ("bool", "dict", "int", "float") if n in kind)
-    if value is None and "None" in kind:
-        return None
-    if not good[name] or (name == "int" and value != int(value)):
-        raise ConfigError(f"{key}={value!r} must be of type {name}.")
-    return int(value) if name == "int" else float(value) if name == "float" else value
+    whole = isinstance(value, float) and value.is_integer()
+    return int(value) if "int" in kind and whole else value
 
 
 @contextmanager
@@ -159,7 +159,8 @@ def watched(screen: Console, config: TrainConfig) -> Generator[tuple[Any, Any], 
         if asked[0] and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked[0] = True
-        screen.print("stopping after this step; saving ...")
+        # A signal may come in the middle of a print or of an import, where rich cannot print.
+        os.write(2, _STOPPING if screen.is_terminal else _STOPPING.lstrip())
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -106,7 +106,7 @@ def _encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[li
         num_characters += len(document.text)
         if num_characters >= _ENCODE_CHARACTERS:
             yield from ([*ids, eos] for ids in tokenizer.encode_batch(texts))
-            texts, num_characters = [], 0
+            texts, num_characters = list[str](), 0
     yield from ([*ids, eos] for ids in tokenizer.encode_batch(texts))
 
 

@@ -8,6 +8,7 @@ is asked for, the run's folder stands for its newest complete checkpoint.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ def save(model: MoRModel, path: Path | str, tokenizer: Tokenizer | None = None) 
             with staged_folder(target) as staged:
                 write_model(model, staged, tokenizer)
             return
-        with staged_folder(target / ".new") as staged:
-            write_model(model, staged, tokenizer)
         fresh = target / ".new"
+        shutil.rmtree(fresh, ignore_errors=True)  # what a killed process left
+        with staged_folder(fresh) as staged:
+            write_model(model, staged, tokenizer)
         for file in sorted(fresh.iterdir(), key=lambda f: f.name == CONFIG):  # the config last
             file.replace(target / file.name)
         fresh.rmdir()
@@ -61,6 +63,7 @@ def write_model(model: MoRModel, folder: Path, tokenizer: Tokenizer | None = Non
         del state["lm_head.weight"]
     try:
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it readable by its owner alone
     except SafetensorError as error:  # hides the operating system's error number
         full = "No space left" in str(error) or "os error 28" in str(error)
         raise OSError(28 if full else 5, str(error)) from error

@@ -58,6 +58,8 @@ class MoRConfig:
         ConfigError: a value or a combination cannot work; the message names field and cure.
     """
 
+    __no_type_check__ = True  # values come from users' files: __post_init__ checks them
+
     vocab_size: int = 49152
     """V, entries of the embedding and of the head."""
     hidden_size: int = 576
@@ -135,27 +137,10 @@ class MoRConfig:
             num_recursions: R; the block gets ceil((layers - 2) / R) layers.
             **overrides: any other field.
         """
-        if name.lower() not in _PRESETS:
-            raise ConfigError(f"preset {name!r} is unknown: {nearest(name.lower(), _PRESETS)}")
-        layers, hidden, heads, kv_heads, intermediate = _PRESETS[name.lower()]
-        vanilla = num_recursions == 1
-        shape: dict[str, Any] = {
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": 64,
-            "intermediate_size": intermediate,
-            "num_prelude_layers": 0 if vanilla else 1,
-            "num_block_layers": layers if vanilla else math.ceil((layers - 2) / num_recursions),
-            "num_coda_layers": 0 if vanilla else 1,
-            "num_recursions": num_recursions,
-            "routing": "none" if vanilla else "expert_choice",
-            "twin_num_layers": layers,
-        }
-        return cls.from_dict({**shape, **overrides})
+        return cls.from_dict({"preset": name, "num_recursions": num_recursions, **overrides})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "MoRConfig":
+    def from_dict(cls, values: Mapping[Any, Any]) -> "MoRConfig":
         """Build from plain data (YAML, config.json); a `preset` key fills what is not given.
 
         Raises:
@@ -163,12 +148,12 @@ class MoRConfig:
         """
         values = dict(values)
         preset = values.pop("preset", None)
-        if preset is not None:
-            return cls.preset(str(preset), **values)
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
-                raise ConfigError(f"model field {key!r} is unknown: {nearest(key, known)}")
+                raise ConfigError(f"model field {key!r} is unknown: {nearest(str(key), known)}")
+        if preset is not None:
+            values = {**_preset_fields(str(preset), values.get("num_recursions", 3)), **values}
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -341,7 +326,8 @@ class MoRConfig:
             if table is None:
                 continue
             numbers = isinstance(table, tuple) and all(
-                isinstance(x, (int, float)) and math.isfinite(x) for x in table
+                isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+                for x in table
             )
             if not numbers or len(table) != self.num_recursions:
                 raise ConfigError(
@@ -360,6 +346,29 @@ class MoRConfig:
                 f"kv_strategy='shared' needs capacities[0]=1, not {self.capacities[0]}: depth 0 "
                 "computes the keys and values of every token for all depths."
             )
+
+
+def _preset_fields(name: str, num_recursions: Any) -> dict[str, Any]:
+    """What a preset says about a model with this many recursions."""
+    if name.lower() not in _PRESETS:
+        raise ConfigError(f"preset {name!r} is unknown: {nearest(name.lower(), _PRESETS)}")
+    if type(num_recursions) is not int or num_recursions < 1:
+        raise ConfigError(f"num_recursions={num_recursions!r} must be an integer >= 1.")
+    layers, hidden, heads, kv_heads, intermediate = _PRESETS[name.lower()]
+    vanilla = num_recursions == 1
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "intermediate_size": intermediate,
+        "num_prelude_layers": 0 if vanilla else 1,
+        "num_block_layers": layers if vanilla else math.ceil((layers - 2) / num_recursions),
+        "num_coda_layers": 0 if vanilla else 1,
+        "num_recursions": num_recursions,
+        "routing": "none" if vanilla else "expert_choice",
+        "twin_num_layers": layers,
+    }
 
 
 _TWIN_FIELDS: tuple[str, ...] = (

@@ -43,7 +43,8 @@ class MoROutput:
     selected: list[Tensor]
     """Expert choice by `topk`: for each depth the (B, k_r) selected positions; otherwise empty."""
     router_accuracy: list[Tensor]
-    """Expert choice by `topk`: per depth, candidates on which `threshold` would have agreed."""
+    """Expert choice by `topk`: for each depth that left tokens out, the share of candidates on
+    which `threshold` agrees."""
 
 
 class MoRModel(nn.Module):
@@ -62,14 +63,15 @@ class MoRModel(nn.Module):
         self.coda = nn.ModuleList(Layer(config) for _ in range(config.num_coda_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.router: ExpertChoice | TokenChoice | None = None
-        if config.routing == "expert_choice":
-            self.router = ExpertChoice(config)
-        elif config.routing == "token_choice":
-            self.router = TokenChoice(config)
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        # Routers come last: models that differ only in routing start from the same weights.
+        self.router: ExpertChoice | TokenChoice | None = None
+        if config.routing == "expert_choice":
+            self.router = ExpertChoice(config).apply(self._initialise)
+        elif config.routing == "token_choice":
+            self.router = TokenChoice(config).apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -96,7 +96,8 @@ class RoutingRecord:
     selected: list[Tensor] = field(default_factory=list)
     """Expert choice by `topk`: for each depth the (B, k_r) positions, in time order."""
     correct: list[Tensor] = field(default_factory=list)
-    """Expert choice by `topk`: share of candidates that the threshold rule treats alike."""
+    """Expert choice by `topk`: for each depth that left tokens out, the share of candidates that
+    the threshold rule treats alike."""
 
     decisions: list[Tensor] = field(default_factory=list)
     """Expert choice by `threshold`: for each depth the logits that candidates were judged by."""
@@ -205,8 +206,9 @@ class ExpertChoice(nn.Module):
         if self.config.z_loss_coeff:
             record.add_loss("router_z_loss", main.square().mean())  # logsumexp over one logit
         record.selected.append(chosen.positions.view(chosen.batch, chosen.width))
-        agrees = (decision >= self.threshold(depth)) == (was_selected > 0)
-        record.correct.append(agrees.float().mean().detach())
+        if len(places) < len(decision):  # else there was nothing to decide
+            agrees = (decision >= self.threshold(depth)) == (was_selected > 0)
+            record.correct.append(agrees.float().mean().detach())
 
 
 class TokenChoice(nn.Module):

@@ -19,11 +19,16 @@ IGNORE = -100
 _CHUNK_TOKENS = 256
 
 
+def _wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(N, V) logits in fp32 or wider, whatever the product was computed in."""
+    logits = F.linear(hidden, weight)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def _chunk_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token: negative log-likelihood (0 where ignored) and logsumexp, both in fp32 or wider."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    lse = torch.logsumexp(wide, dim=-1)
-    picked = wide.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    """Per token: negative log-likelihood (0 where ignored) and logsumexp."""
+    lse = torch.logsumexp(logits, dim=-1)
+    picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return torch.where(targets == IGNORE, torch.zeros_like(lse), lse - picked), lse
 
 
@@ -34,23 +39,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wanted = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight, dtype=hidden.dtype) if wanted else None
+        sums = torch.promote_types(hidden.dtype, torch.float32)  # bf16 would lose small addends
+        grad_weight = torch.zeros_like(weight, dtype=sums) if wanted else None
         used = weight.to(hidden.dtype)
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = hidden.new_zeros((), dtype=sums)
         for start in range(0, hidden.shape[0], _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
-            logits = F.linear(hidden[rows], used)
+            logits = _wide_logits(hidden[rows], used)
             nll, lse = _chunk_nll(logits, targets[rows])
             total += nll.sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             # d nll / d logits = softmax - one-hot, and nothing for ignored tokens.
-            grads = (logits - lse[:, None].to(logits.dtype)).exp_()
+            grads = logits.sub_(lse[:, None]).exp_()
             index = targets[rows].clamp(min=0)[:, None]
             grads.scatter_add_(1, index, -torch.ones_like(index, dtype=grads.dtype))
             grads.masked_fill_((targets[rows] == IGNORE)[:, None], 0)
+            grads = grads.to(hidden.dtype)
             torch.mm(grads, used, out=grad_hidden[rows])
-            grad_weight.addmm_(grads.t(), hidden[rows])
+            if sums == hidden.dtype:
+                grad_weight.addmm_(grads.t(), hidden[rows])
+            else:
+                grad_weight += grads.t() @ hidden[rows]
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
@@ -71,10 +81,17 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target]; IGNORE targets add nothing.
 
+    Under autocast the products are taken in its dtype, sums and softmax in fp32.
+
     Returns:
         A scalar in fp32 or wider, differentiable (once) in `hidden` and `weight`.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return _LinearCrossEntropy.apply(hidden, weight, targets)
+    hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):  # it would cast some of the products only
+        return _LinearCrossEntropy.apply(hidden, weight, targets)
 
 
 @torch.no_grad()
@@ -83,4 +100,5 @@ def token_nll(
 ) -> Float[Tensor, " n"]:
     """(N,) negative log-likelihood of each target in nats, 0 where ignored; no gradient."""
     chunks = zip(hidden.split(_CHUNK_TOKENS), targets.split(_CHUNK_TOKENS), strict=True)
-    return torch.cat([_chunk_nll(F.linear(h, weight.to(h.dtype)), t)[0] for h, t in chunks])
+    used = weight.to(hidden.dtype)
+    return torch.cat([_chunk_nll(_wide_logits(h, used), t)[0] for h, t in chunks])

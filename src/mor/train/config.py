@@ -1,8 +1,11 @@
 """`TrainConfig`: everything that defines a training run but its output folder."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from mor.errors import ConfigError, nearest
 from mor.model.config import MoRConfig
@@ -14,6 +17,18 @@ STDLIB = "stdlib"
 Schedule = Literal["trapezoid", "cosine"]
 Precision = Literal["fp32", "bf16"]
 
+_TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = MappingProxyType(
+    {
+        dict[str, Any]: ((dict,), "a mapping of fields to values"),
+        Path | None: ((Path, NoneType), "a path"),
+        str: ((str,), "text"),
+        bool: ((bool,), "true or false"),
+        int: ((int,), "an integer"),
+        int | None: ((int, NoneType), "an integer"),
+        float: ((int, float), "a finite number"),
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -22,6 +37,8 @@ class TrainConfig:
     Raises:
         ConfigError: a value or a combination cannot work.
     """
+
+    __no_type_check__ = True  # values come from users' files: __post_init__ checks them
 
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of MoRConfig, and `preset` to start from one of the paper's shapes."""
@@ -78,10 +95,14 @@ class TrainConfig:
     """`bf16`: autocast; weights and optimizer stay in fp32."""
 
     def __post_init__(self) -> None:
-        positive = ("sequence_length", "batch_size", "steps", "lr")
+        if isinstance(self.init_from, str):
+            object.__setattr__(self, "init_from", Path(self.init_from))
+        self._check_types()
+        positive = ("sequence_length", "batch_size", "micro_batch_size", "steps", "lr")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be above 0.")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value!r} must be above 0.")
         not_negative = (
             *("weight_decay", "clip", "capacity_warmup_steps", "eval_every", "eval_windows"),
             *("calibration_windows", "save_every", "keep_checkpoints", "seed"),
@@ -105,8 +126,21 @@ class TrainConfig:
                 f"{self.micro_size}: every optimizer step sums whole micro-batches."
             )
 
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if get_origin(f.type) is Literal:
+                choices = get_args(f.type)
+                if value not in choices:
+                    raise ConfigError(f"{f.name}={value!r} must be one of {', '.join(choices)}.")
+                continue
+            kinds, what = _TYPES[f.type]
+            good = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            if not good or (isinstance(value, float) and not math.isfinite(value)):
+                raise ConfigError(f"{f.name}={value!r} must be {what}.")
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+    def from_dict(cls, values: Mapping[Any, Any]) -> "TrainConfig":
         """Build from plain data.
 
         Raises:
@@ -115,7 +149,7 @@ class TrainConfig:
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
-                raise ConfigError(f"training field {key!r} is unknown: {nearest(key, known)}")
+                raise ConfigError(f"training field {key!r} is unknown: {nearest(str(key), known)}")
         return cls(**values)
 
     @property

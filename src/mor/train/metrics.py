@@ -43,7 +43,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {**asdict(self), "nll_gap": self.gap}
 
 
 @torch.no_grad()

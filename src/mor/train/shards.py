@@ -35,6 +35,8 @@ _DTYPES = MappingProxyType({"uint16": "<u2", "uint32": "<u4"})
 class Shard:
     """What the index says about one `.bin` file."""
 
+    __no_type_check__ = True  # values come from a file: CorpusIndex.read checks them
+
     file: str
     num_tokens: int
     num_documents: int

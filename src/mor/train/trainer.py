@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mor.config import dump_yaml
-from mor.errors import CheckpointError, ConfigError
-from mor.io.checkpoint import load, newest_step
+from mor.errors import CapacityError, CheckpointError, ConfigError
+from mor.io.checkpoint import load, newest_step, resolve
 from mor.io.storage import storage_error, write_file
-from mor.io.tokenizer import Tokenizer
+from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.donor import from_donor
 from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
@@ -69,9 +69,9 @@ class Trainer:
         checkpoint = _checkpoint_to_resume(out, resume)
         self.device = _device(config.device)
         corpus = _prepare_data(config, out)
-        self.tokenizer = Tokenizer.load(corpus)
         train = TokenShards.open(corpus, "train", verify=config.verify_data)
         valid = TokenShards.open(corpus, "valid", verify=config.verify_data)
+        self.tokenizer = Tokenizer.load(corpus)
         self._batches = Batches(
             train,
             sequence_length=config.sequence_length,
@@ -86,7 +86,7 @@ class Trainer:
                 rows
             )
         torch.manual_seed(config.seed)
-        self.model = self._build_model(train).to(self.device)
+        self.model = self._build_model(train, checkpoint).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.step = 0
         """Optimizer steps done."""
@@ -96,6 +96,7 @@ class Trainer:
             self._resume(checkpoint)
         try:
             out.mkdir(parents=True, exist_ok=True)
+            self.metrics.cut_after(self.step)  # what a killed run wrote after its last checkpoint
             write_file(out / "config.yaml", dump_yaml(dataclasses.asdict(config)).encode())
         except OSError as error:
             raise storage_error(out, error, CheckpointError) from error
@@ -109,7 +110,13 @@ class Trainer:
         started, tokens_before = time.perf_counter(), self.step * config.tokens_per_step
         while self.step < config.steps:
             step_started = time.perf_counter()
-            row = self._optimizer_step()
+            try:
+                row = self._optimizer_step()
+            except torch.OutOfMemoryError as error:
+                raise CapacityError(
+                    f"out of memory at step {self.step + 1}: lower micro_batch_size (now "
+                    f"{config.micro_size}) or sequence_length (now {config.sequence_length})."
+                ) from error
             row["step_s"] = time.perf_counter() - step_started
             last = self.step == config.steps
             stopping = not last and self._should_stop()
@@ -169,7 +176,8 @@ class Trainer:
             if isinstance(model.router, TokenChoice):
                 fractions.append(model.router.fractions(out.recursion_counts.reshape(-1)))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-        self._check_finite(loss)
+        self._check_finite("loss", loss)
+        self._check_finite("gradient norm", norm)  # an auxiliary loss may break alone
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(model.router, TokenChoice) and model.config.balancing == "loss_free":
@@ -184,14 +192,14 @@ class Trainer:
             **{name: float(value) for name, value in aux.items()},
         }
 
-    def _check_finite(self, loss: Tensor) -> None:
-        if torch.isfinite(loss):
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if torch.isfinite(value):
             return
         good = newest_step(self.out)
         back = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
         raise ConfigError(
-            f"the loss became {float(loss)} at step {self.step + 1}: {back}; try a lower lr (now "
-            f"{self.config.lr}) or clip (now {self.config.clip})."
+            f"the {what} became {float(value)} at step {self.step + 1}: {back}; try a lower lr "
+            f"(now {self.config.lr}) or clip (now {self.config.clip})."
         )
 
     def _evaluate(self) -> Row:
@@ -210,24 +218,39 @@ class Trainer:
 
     # -- setting up -----------------------------------------------------------------------------
 
-    def _build_model(self, shards: TokenShards) -> MoRModel:
+    def _build_model(self, shards: TokenShards, checkpoint: Path | None) -> MoRModel:
         config = self.config
+        if checkpoint is not None:
+            return load(checkpoint)
         source = config.init_from
         donor = load(source, dtype=torch.float32) if source is not None else None
+        if source is not None:
+            self._check_tokenizer(source)
         if donor is not None and not config.model:
             model = donor
             config.check_length(model.config)
         else:
-            width = donor.config.vocab_size if donor else self.tokenizer.vocab_size
+            width = self.tokenizer.vocab_size if donor is None else donor.config.vocab_size
             values = {"eos_token_id": shards.eos_id, "vocab_size": width, **config.model}
             built = dataclasses.replace(config, model=values).model_config()
-            model = from_donor(donor, built, config.init, config.seed) if donor else MoRModel(built)
+            model = MoRModel(built)
+            if donor is not None:
+                model = from_donor(donor, built, config.init, config.seed)
         if shards.vocab_size > model.config.vocab_size:
             raise ConfigError(
                 f"vocab_size={model.config.vocab_size} is less than the {shards.vocab_size} "
                 f"entries of the tokenizer in {shards.path}: raise it, or leave it out."
             )
         return model
+
+    def _check_tokenizer(self, source: Path) -> None:
+        """Raise ConfigError if a checkpoint's token ids mean something else than the data's."""
+        theirs = resolve(source) / TOKENIZER_FILE
+        if theirs.is_file() and Tokenizer.load(theirs).to_json() != self.tokenizer.to_json():
+            raise ConfigError(
+                f"init_from={source} has another tokenizer than the data in {self.config.data}: "
+                f"build the data again with `mor data build --tokenizer {theirs}`."
+            )
 
     def _settings(self) -> dict[str, Any]:
         plain = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
@@ -242,14 +265,9 @@ class Trainer:
                     f"cannot resume {checkpoint}: it was trained with {key}={value!r}, now "
                     f"{key}={ours[key]!r}; give the old value, or start a new run with init_from."
                 )
-        loaded = load(checkpoint, device=self.device)
-        self.model.load_state_dict(loaded.state_dict())
-        if isinstance(loaded.router, ExpertChoice) and loaded.config.thresholds is not None:
-            self.model.set_thresholds(loaded.config.thresholds)
         self.optimizer.load_state_dict(state.optimizer)
         set_rng_state(state.rng)
         self.step = state.step
-        self.metrics.cut_after(state.step)
 
 
 def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
@@ -263,7 +281,13 @@ def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         return newest
-    return Path(resume)
+    checkpoint = resolve(resume)
+    if newest is not None and checkpoint.parent == newest.parent and checkpoint != newest:
+        raise CheckpointError(
+            f"{out} has checkpoints after {checkpoint.name}, up to {newest.name}, which would get "
+            "mixed up with new ones: remove them first, or start a new run with init_from."
+        )
+    return checkpoint
 
 
 def _device(name: str) -> torch.device:

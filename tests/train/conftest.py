@@ -1,0 +1,22 @@
+"""A small corpus for all runs of the session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_corpus(tmp_path_factory.mktemp("runs") / "corpus")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in a fixed order, so that two runs can be equal to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,215 @@
+"""Schedules as functions of the step, parameter groups, and configs that cannot work."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mor.errors import ConfigError
+from mor.model.mor import MoRModel
+from mor.train.config import TrainConfig
+from mor.train.optim import build_optimizer, capacities_at, learning_rate
+from tiny import KINDS, tiny_config
+
+
+def rates(**changes: Any) -> list[float]:
+    config = TrainConfig(**{"lr": 0.5, **changes})
+    return [learning_rate(config, step) for step in range(config.steps)]
+
+
+# Learning rate
+
+
+def test_a_trapezoid_by_hand() -> None:
+    course = rates(steps=10, warmup_fraction=0.2, cooldown_fraction=0.4)
+    assert course == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+@given(steps=st.integers(1, 400), warmup=st.floats(0, 0.5), cooldown=st.floats(0, 0.5))
+def test_a_trapezoid_rises_stays_and_falls(steps: int, warmup: float, cooldown: float) -> None:
+    course = rates(steps=steps, warmup_fraction=warmup, cooldown_fraction=cooldown)
+    rise = max(1, round(warmup * steps))
+    fall = round(cooldown * steps)
+    assert course[:rise] == pytest.approx([0.5 * (i + 1) / rise for i in range(rise)])
+    assert course[rise : steps - fall] == [0.5] * (steps - fall - rise)
+    slope = course[max(rise, steps - fall - 1) :]
+    assert all(a > b for a, b in pairwise(slope))
+    if fall and fall + rise <= steps:
+        assert course[-1] == pytest.approx(0.5 / (fall + 1))
+    assert all(0 < rate <= 0.5 for rate in course)
+
+
+def test_the_paper_recipe() -> None:
+    config = TrainConfig(steps=1000)
+    assert learning_rate(config, 0) == pytest.approx(3e-3 / 50)
+    assert learning_rate(config, 49) == 3e-3 == learning_rate(config, 799)
+    assert learning_rate(config, 900) == pytest.approx(3e-3 / 2, rel=0.01)
+    assert learning_rate(config, 999) < 3e-3 / 100
+
+
+def test_a_cosine() -> None:
+    course = rates(steps=100, schedule="cosine", warmup_fraction=0.1, cooldown_fraction=0.2)
+    assert course[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
+    assert course[10] == 0.5
+    assert course[55] == pytest.approx(0.25)
+    expected = [0.25 * (1 + math.cos(math.pi * (i - 10) / 90)) for i in range(10, 100)]
+    assert course[10:] == pytest.approx(expected)
+    assert 0 < course[-1] < 0.001
+
+
+@pytest.mark.parametrize("schedule", ["trapezoid", "cosine"])
+def test_one_step_trains_at_the_peak(schedule: str) -> None:
+    assert rates(steps=1, schedule=schedule) == [0.5]
+
+
+# Parameter groups
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_decay_and_norms_do_not(kind: str) -> None:
+    model = MoRModel(tiny_config(kind))
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3, beta1=0.8, beta2=0.7, lr=0.01))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decays = {
+        g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups
+    }
+    assert decays[0.0] == {name for name in names.values() if "norm" in name}
+    assert decays[0.3] == set(names.values()) - decays[0.0]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)  # tied ones once
+    assert {g["betas"] for g in optimizer.param_groups} == {(0.8, 0.7)}
+    assert {g["lr"] for g in optimizer.param_groups} == {0.01}
+
+
+def test_what_is_frozen_is_not_trained() -> None:
+    model = MoRModel(tiny_config("expert"))
+    model.prelude.requires_grad_(False)
+    trained = {
+        id(p) for g in build_optimizer(model, TrainConfig()).param_groups for p in g["params"]
+    }
+    assert not trained & {id(p) for p in model.prelude.parameters()}
+    assert {id(p) for p in model.block.parameters()} <= trained
+
+
+def test_weight_decay_shrinks_a_matrix_without_gradient() -> None:
+    model = MoRModel(tiny_config("vanilla"))
+    before = model.block[0].mlp.up_proj.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, TrainConfig(weight_decay=0.5, lr=0.1)).step()
+    torch.testing.assert_close(model.block[0].mlp.up_proj.weight, before * (1 - 0.05))
+    assert (model.norm.weight == 1).all()
+
+
+# Capacities
+
+
+def test_capacities_fall_from_one_to_the_models() -> None:
+    model = tiny_config("expert", capacities=(1.0, 0.5, 0.2))
+    config = TrainConfig(steps=100, capacity_warmup_steps=10)
+    course = [capacities_at(model, config, step) for step in range(20)]
+    assert course[4] == pytest.approx((1.0, 0.75, 0.6))  # half-way after five steps
+    assert course[9:] == [pytest.approx((1.0, 0.5, 0.2))] * 11
+    assert all(0.5 < c[1] < 1 for c in course[:9])
+    for depth in (1, 2):
+        assert all(a[depth] >= b[depth] for a, b in pairwise(course))
+    assert all(c[0] >= c[1] >= c[2] for c in course)
+
+
+def test_capacities_without_warmup_or_without_capacities() -> None:
+    config = TrainConfig()
+    assert capacities_at(tiny_config("expert_bare"), config, 0) == (0.8, 0.7, 0.3, 0.2)
+    for kind in ("vanilla", "recursive", "token"):
+        assert capacities_at(tiny_config(kind), config, 0) is None
+
+
+# The training config
+
+
+def refusal(values: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict(values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["sequence_length", "batch_size", "micro_batch_size", "steps", "lr"]
+)
+def test_what_must_be_positive(name: str) -> None:
+    for value in (0, -3):
+        assert refusal({name: value}) == f"{name}={value} must be above 0."
+
+
+NOT_NEGATIVE = ["weight_decay", "clip", "capacity_warmup_steps", "eval_every", "eval_windows"]
+NOT_NEGATIVE += ["calibration_windows", "save_every", "keep_checkpoints", "seed"]
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_what_must_not_be_negative(name: str) -> None:
+    assert refusal({name: -1}) == f"{name}=-1 must be 0 or more."
+
+
+@pytest.mark.parametrize("name", ["warmup_fraction", "cooldown_fraction", "beta1", "beta2"])
+def test_what_must_be_a_fraction(name: str) -> None:
+    for value in (-0.1, 1.0, 1.5):
+        assert refusal({name: value}) == f"{name}={value} must be in [0, 1)."
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"warmup_fraction": 0.6, "cooldown_fraction": 0.5},
+            ["warmup_fraction=0.6", "cooldown_fraction=0.5", "sum must be <= 1"],
+        ),
+        ({"eval_windows": 0}, ["eval_windows=0", "at least 1"]),
+        (
+            {"batch_size": 10, "micro_batch_size": 4},
+            ["batch_size=10", "micro_batch_size=4", "whole micro-batches"],
+        ),
+        ({"btach_size": 4}, ["'btach_size' is unknown", "did you mean 'batch_size'?"]),
+        ({3: 4}, ["3 is unknown", "known keys"]),
+        ({"schedule": "cosin"}, ["schedule='cosin'", "did you mean 'cosine'?"]),
+        ({"precision": "fp16"}, ["precision='fp16'", "did you mean 'bf16'?"]),
+        ({"init": "mean"}, ["init='mean'", "average, lower, random, stepwise, upper"]),
+        ({"steps": 10.5}, ["steps=10.5", "an integer"]),
+        ({"steps": "10"}, ["steps='10'", "an integer"]),
+        ({"seed": True}, ["seed=True", "an integer"]),
+        ({"micro_batch_size": "2"}, ["micro_batch_size='2'", "an integer"]),
+        ({"lr": "3e-3"}, ["lr='3e-3'", "a finite number"]),
+        ({"lr": None}, ["lr=None", "a finite number"]),
+        ({"lr": math.nan}, ["lr=nan", "a finite number"]),
+        ({"clip": math.inf}, ["clip=inf", "a finite number"]),
+        ({"beta1": False}, ["beta1=False", "a finite number"]),
+        ({"verify_data": "no"}, ["verify_data='no'", "true or false"]),
+        ({"model": None}, ["model=None", "a mapping"]),
+        ({"data": 3}, ["data=3", "text"]),
+        ({"init_from": 3}, ["init_from=3", "a path"]),
+    ],
+)
+def test_other_rules_are_named_with_their_cure(values: dict[Any, Any], words: list[str]) -> None:
+    message = refusal(values)
+    for word in words:
+        assert word in message
+
+
+def test_sizes_of_a_step() -> None:
+    config = TrainConfig(batch_size=12, micro_batch_size=4, sequence_length=10)
+    assert (config.micro_size, config.num_micro_batches, config.tokens_per_step) == (4, 3, 120)
+    whole = TrainConfig(batch_size=12, sequence_length=10)
+    assert (whole.micro_size, whole.num_micro_batches, whole.tokens_per_step) == (12, 1, 120)
+    assert TrainConfig.from_dict({"init_from": "a/b"}).init_from == Path("a/b")
+
+
+def test_the_model_must_take_the_sequences() -> None:
+    config = TrainConfig(sequence_length=64, model={"max_position_embeddings": 64})
+    assert config.model_config().max_position_embeddings == 64
+    longer = TrainConfig(sequence_length=65, model={"max_position_embeddings": 64})
+    with pytest.raises(ConfigError, match=r"sequence_length=65 .*max_position_embeddings=64"):
+        longer.model_config()
+    with pytest.raises(ConfigError, match=r"'hiden' is unknown: did you mean 'hidden_size'"):
+        TrainConfig(model={"hiden": 1}).model_config()

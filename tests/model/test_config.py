@@ -298,3 +298,11 @@ def test_every_choice_of_every_field_is_reachable() -> None:
     assert seen["router_type"] == set(get_args(hints["router_type"]))
     assert seen["kv_strategy"] == set(get_args(hints["kv_strategy"]))
     assert seen["sharing"] == set(get_args(hints["sharing"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("gating", "additive"), ("z_loss_coeff", 0.1), ("router_temperature", 2.0)]
+)
+def test_routing_options_that_would_do_nothing_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=.*routing='none'"):
+        MoRConfig(routing="none", **{name: value})

@@ -316,6 +316,9 @@ class MoRConfig:
             only("router_alpha", self.router_alpha, (None,))
             only("selection_training", self.selection_training, ("none",))
             only("balancing", self.balancing, ("none",))
+            only("gating", self.gating, ("weighted",))  # the defaults: nothing is routed
+            only("z_loss_coeff", self.z_loss_coeff, (0,))
+            only("router_temperature", self.router_temperature, (1,))
         if self.routing != "expert_choice":
             only("capacities", self.capacities, (None,))
             only("thresholds", self.thresholds, (None,))

@@ -38,6 +38,8 @@ class Comparison:
     """Most that the time ratio may be, as a multiple of the FLOP ratio."""
     memory_bar: float | None
     """Likewise for activation memory."""
+    rounds_factor: int = 1
+    """Short steps are timed in more rounds: a neighbour's burst then weighs less."""
 
 
 def comparisons() -> tuple[Comparison, ...]:
@@ -53,6 +55,7 @@ def comparisons() -> tuple[Comparison, ...]:
             sequence_length=256,
             time_bar=1.10,
             memory_bar=None,
+            rounds_factor=5,
         ),
         Comparison(
             name="dropping",
@@ -118,7 +121,7 @@ def compare(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
     """Measure one comparison; the result is plain data."""
     shape = (comparison.batch_size, comparison.sequence_length)
     a, b = Stepper(comparison.a, *shape), Stepper(comparison.b, *shape)
-    times = paired(a.step, b.step, rounds=rounds)
+    times = paired(a.step, b.step, rounds=rounds * comparison.rounds_factor)
     seconds = (statistics.median(times.a), statistics.median(times.b))
     length = comparison.sequence_length
     flops = [training_flops(c, length, _presence(c, length)) for c in (comparison.a, comparison.b)]

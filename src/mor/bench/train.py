@@ -74,10 +74,12 @@ class Stepper:
 
     def __init__(self, config: MoRConfig, batch_size: int, sequence_length: int) -> None:
         torch.manual_seed(0)
-        self.model = MoRModel(config).train()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = MoRModel(config).train().to(device)
         settings = TrainConfig(sequence_length=sequence_length, batch_size=batch_size)
         self.optimizer = build_optimizer(self.model, settings)
-        self.batch = torch.randint(config.vocab_size, (batch_size, sequence_length + 1))
+        batch = torch.randint(config.vocab_size, (batch_size, sequence_length + 1))
+        self.batch = batch.to(device)
 
     def loss(self) -> Tensor:
         """Forward pass."""

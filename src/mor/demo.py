@@ -49,7 +49,7 @@ BATCH_SIZE = 4
 NAMES = ("MoR", "vanilla", "random routing")
 _FOLDERS = ("mor", "vanilla", "random")
 _PROMPT = "def read_config(path):\n"
-_END_SHARE = 0.15  # of the time, for evaluation and generation
+_END_SHARE, _END_S = 0.15, 25.0  # of the time and in seconds, for evaluation and generation
 _LEAST_STEPS = 20
 _ROUNDS = 3
 
@@ -133,7 +133,8 @@ class Demo:
             taken = [[timed(s.step) for s in steppers] for _ in range(1 + _ROUNDS)][1:]
         step_s = [statistics.median(column) for column in zip(*taken, strict=True)]
         share = flops_per_token(0) / flops_per_token(1)  # vanilla's steps for one of MoR's
-        left = (seconds - (time.monotonic() - started)) * (1 - _END_SHARE)
+        left = seconds - (time.monotonic() - started)
+        left = min(left * (1 - _END_SHARE), left - _END_S)
         steps = int(left / (step_s[0] + share * step_s[1] + step_s[2]))
         steps = max(_LEAST_STEPS, steps)
         return [steps, round(steps * share), steps]

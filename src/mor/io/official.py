@@ -19,26 +19,9 @@ import torch
 from torch import Tensor
 
 from mor.errors import CheckpointError, ConfigError
-from mor.model.config import MoRConfig
+from mor.model.config import LLAMA_FIELDS, MoRConfig
 from mor.model.mor import MoRModel
 from mor.model.sharing import block_schedule
-
-_LLAMA_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rope_theta",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "initializer_range",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 def from_official(
@@ -84,7 +67,7 @@ def config_from_official(
     state: Mapping[str, Tensor], llama_config: Mapping[str, Any], cfg: Mapping[str, Any]
 ) -> MoRConfig:
     """Our config of a reference checkpoint; layer counts are read off its parameters."""
-    shape = {f: llama_config[f] for f in _LLAMA_FIELDS if llama_config.get(f) is not None}
+    shape = {f: llama_config[f] for f in LLAMA_FIELDS if llama_config.get(f) is not None}
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         shape["tie_word_embeddings"] = False  # whatever the Llama config says

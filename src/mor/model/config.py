@@ -34,6 +34,24 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+LLAMA_FIELDS: tuple[str, ...] = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""What a Llama config says under the same names: everything but layers and routing."""
+
 # The paper's shapes (arXiv 2507.10524, appendix; SmolLM's): vocabulary 49K, head size 64.
 _PRESETS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
     {  # layers, hidden, query heads, key-value heads, intermediate
@@ -167,7 +185,7 @@ class MoRConfig:
     def vanilla_twin(self) -> "MoRConfig":
         """The plain Transformer of the same width that this model is compared with."""
         return MoRConfig(
-            **{f: getattr(self, f) for f in _TWIN_FIELDS},
+            **{f: getattr(self, f) for f in LLAMA_FIELDS},
             num_prelude_layers=0,
             num_block_layers=self.twin_num_layers or self.num_hidden_layers,
             num_coda_layers=0,
@@ -372,21 +390,3 @@ def _preset_fields(name: str, num_recursions: Any) -> dict[str, Any]:
         "routing": "none" if vanilla else "expert_choice",
         "twin_num_layers": layers,
     }
-
-
-_TWIN_FIELDS: tuple[str, ...] = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rope_theta",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "initializer_range",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)

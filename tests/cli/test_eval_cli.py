@@ -37,7 +37,7 @@ def test_a_run_is_evaluated_on_its_own_corpus(mor: Mor, tiny: TinyRun) -> None:
         assert found[f"perplexity_{rule}"] == pytest.approx(math.exp(nll), rel=1e-5)
         bits = nll * found["tokens"] / math.log(2) / found["bytes"]
         assert found[f"bits_per_byte_{rule}"] == pytest.approx(bits, rel=1e-5)
-    assert found["gap"] == pytest.approx(expected.gap, abs=1e-6)
+    assert found["nll_gap"] == pytest.approx(expected.gap, abs=1e-6)
     assert found["depth_histogram"] == pytest.approx(expected.depth_histogram)
     mean = sum(n * share for n, share in enumerate(expected.depth_histogram))
     assert found["mean_recursions"] == pytest.approx(mean)
@@ -138,7 +138,7 @@ def test_a_vanilla_model_has_one_depth(mor: Mor, zero_head: Path, tiny: TinyRun)
     found = as_json(mor, zero_head, "--data", tiny.text)
     assert found["depth_histogram"] == [0, 1]
     assert found["router_accuracy"] is found["dead_share"] is found["thresholds"] is None
-    assert found["gap"] == 0
+    assert found["nll_gap"] == 0
     vocab_size = load(zero_head).config.vocab_size
     assert found["nll_topk"] == pytest.approx(math.log(vocab_size), rel=1e-5)
     assert "router accuracy" not in mor("eval", zero_head, "--data", tiny.text).out

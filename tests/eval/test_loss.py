@@ -80,7 +80,7 @@ def test_a_uniform_model_knows_its_bits_per_byte() -> None:
     assert found["perplexity_threshold"] == pytest.approx(VOCAB)
     bits = found["tokens"] * math.log2(VOCAB) / found["bytes"]
     assert found["bits_per_byte_topk"] == pytest.approx(bits)
-    assert (found["gap"], found["mean_recursions"], loss.mean_recursions) == (0, 1, 1)
+    assert (found["nll_gap"], found["mean_recursions"], loss.mean_recursions) == (0, 1, 1)
     assert json.loads(json.dumps(found)).keys() == found.keys()
 
 
@@ -91,7 +91,7 @@ def test_text_is_evaluated_like_its_windows() -> None:
     loss = evaluate_text(model, TOKENIZER, DOCUMENTS, sequence_length=16)
     assert loss.evaluation == expected
     assert expected.nll_topk != expected.nll_threshold
-    assert loss.as_dict()["gap"] == expected.nll_threshold - expected.nll_topk
+    assert loss.as_dict()["nll_gap"] == expected.nll_threshold - expected.nll_topk
     means = sum(n * share for n, share in enumerate(expected.depth_histogram))
     assert 1 < loss.mean_recursions == pytest.approx(means)
     one = evaluate_text(model, TOKENIZER, DOCUMENTS, sequence_length=16, max_windows=1)

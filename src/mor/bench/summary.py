@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mor.bench.report import ColouredText, Section, Series, Table, bar_chart, line_chart, page
+from mor.eval.depth import mean_recursions
 
 _SMOOTHING = 0.95  # weight of the past in the moving average of the training loss
 
@@ -51,7 +52,7 @@ class RunSummary:
     @property
     def mean_recursions(self) -> float:
         """Of a validation token."""
-        return sum(i * share for i, share in enumerate(self.depth_histogram))
+        return mean_recursions(self.depth_histogram)
 
 
 _ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (

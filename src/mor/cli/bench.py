@@ -3,10 +3,9 @@
 import json
 from collections.abc import Sequence
 
-from rich.table import Table
-
 from mor.bench.timing import gemm_gflops, machine
 from mor.bench.train import Comparison, compare, comparisons
+from mor.cli.table import print_table
 from mor.cli.terminal import console, err_console, parser
 from mor.errors import ConfigError, nearest
 
@@ -51,18 +50,20 @@ def _train(chosen: Sequence[Comparison], rounds: int, as_json: bool) -> int:
         print(json.dumps(record))
         return 0
     columns = ("", "time ratio", "FLOP ratio", "time / FLOPs", "bar", "memory ratio", "bar")
-    table = Table(*columns, box=None, pad_edge=False)
+    rows = []
     for comparison, result in zip(chosen, results, strict=True):
         bar = comparison.memory_bar
-        table.add_row(
-            comparison.name,
-            f"{result['time']['ratio']:.3f}",
-            f"{result['flops_ratio']:.3f}",
-            f"{result['time_over_flops']:.3f}",
-            f"{comparison.time_bar:.2f}",
-            f"{result['activation_ratio']:.3f}",
-            "" if bar is None else f"{bar * result['flops_ratio']:.3f}",
+        rows.append(
+            (
+                comparison.name,
+                f"{result['time']['ratio']:.3f}",
+                f"{result['flops_ratio']:.3f}",
+                f"{result['time_over_flops']:.3f}",
+                f"{comparison.time_bar:.2f}",
+                f"{result['activation_ratio']:.3f}",
+                "" if bar is None else f"{bar * result['flops_ratio']:.3f}",
+            )
         )
-    console().print(table)
+    print_table(console(), columns, rows)
     console().print(json.dumps(record), soft_wrap=True)
     return 0

@@ -50,7 +50,6 @@ class TextLoss:
         topk, threshold = self.evaluation.nll_topk, self.evaluation.nll_threshold
         return {
             **self.evaluation.as_dict(),
-            "gap": self.evaluation.gap,
             "perplexity_topk": perplexity(topk),
             "perplexity_threshold": perplexity(threshold),
             "bits_per_byte_topk": self.bits_per_byte(topk),

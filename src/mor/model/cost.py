@@ -1,7 +1,7 @@
 """What a model costs: parameters, FLOPs per token, KV bytes per token, for any configuration.
 
 A multiply-add is two FLOPs. Counted are matrix products and attention, as torch's FLOP counter does
-(norms, rotations and softmax are left out: under 2 % at every preset). A training step is three
+(norms, rotations and softmax are left out). A training step is three
 times its forward pass: one for the activations' and one for the weights' gradients.
 
 `presence` is a tuple (R,): the share of all tokens that is there at each depth. It comes from the

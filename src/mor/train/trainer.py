@@ -233,8 +233,9 @@ class Trainer:
             width = self.tokenizer.vocab_size if donor is None else donor.config.vocab_size
             values = {"eos_token_id": shards.eos_id, "vocab_size": width, **config.model}
             built = dataclasses.replace(config, model=values).model_config()
-            model = MoRModel(built)
-            if donor is not None:
+            if donor is None:
+                model = MoRModel(built)
+            else:
                 model = from_donor(donor, built, config.init, config.seed)
         if shards.vocab_size > model.config.vocab_size:
             raise ConfigError(

@@ -26,7 +26,7 @@ from syntax import (
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CORE_LINES = 2500  # model/ and engine/ together: one evening's reading
+MAX_CORE_LINES = 3300  # of code in model/ and engine/ together: one long evening
 TOP = frozenset(("mor", "__main__", "cli", "demo"))  # these may import everything
 _UP_TO_IO = ("errors", "config", "ops", "model", "io")
 _UP_TO_TRAIN = (*_UP_TO_IO, "engine", "train")
@@ -46,7 +46,9 @@ LAYERS = MappingProxyType(  # what each part of src/mor may import besides itsel
 )
 MAY_PRINT = ("src/mor/cli/", "src/mor/demo.py", "src/mor/bench/")
 DOCUMENTED = tuple(f"src/mor/{part}/" for part in ("model", "engine", "ops", "io", "train"))
-WITHOUT_TORCH = frozenset(f"src/mor/engine/{name}.py" for name in ("request", "pages", "scheduler"))
+WITHOUT_TORCH = frozenset(
+    f"src/mor/engine/{name}.py" for name in ("request", "pages", "prefix", "scheduler")
+)
 MUTABLE_CALLS = frozenset(  # what returns something that can be changed
     (
         *("list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"),
@@ -94,12 +96,19 @@ def function_length(sources: Sequence[Source]) -> list[str]:
 
 
 def core_length(sources: Sequence[Source]) -> list[str]:
-    """model/ and engine/ together have at most 2,500 lines."""
+    """model/ and engine/ together have at most 3,300 lines of code.
+
+    Docstrings, comments and blank lines do not count: to say more must not cost anything.
+    """
     core = [s for s in sources if s.path.startswith(("src/mor/model/", "src/mor/engine/"))]
-    total = sum(source.num_lines for source in core)
+    total = sum(source.num_code_lines for source in core)
     if total <= MAX_CORE_LINES:
         return []
-    return [core[0].at(1, f"model/ and engine/ have {total} lines, {MAX_CORE_LINES} are allowed")]
+    return [
+        core[0].at(
+            1, f"model/ and engine/ have {total} lines of code, {MAX_CORE_LINES} are allowed"
+        )
+    ]
 
 
 def layering(sources: Sequence[Source]) -> list[str]:
@@ -190,7 +199,10 @@ def forbidden_text(sources: Sequence[Source]) -> list[str]:
 
 
 def annotations(sources: Sequence[Source]) -> list[str]:
-    """Every parameter and every return of a function in src/mor is annotated."""
+    """Every parameter and every return of a function in src/mor is annotated.
+
+    Compiled functions, marked `no_type_check`, take their types from their arguments.
+    """
     found = []
     for source in _package(sources):
         bound = {
@@ -200,6 +212,8 @@ def annotations(sources: Sequence[Source]) -> list[str]:
             if "staticmethod" not in map(dotted, method.decorator_list)
         }
         for node in functions(source):
+            if any(dotted(mark) == "no_type_check" for mark in node.decorator_list):
+                continue  # compiled: it takes its types from its arguments
             spec = node.args
             named = [*spec.posonlyargs, *spec.args][int(id(node) in bound) :]
             starred = [argument for argument in (spec.vararg, spec.kwarg) if argument is not None]

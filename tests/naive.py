@@ -52,10 +52,16 @@ def layer(
 
 
 class Naive:
-    """Forward pass of one sequence; `losses` and `selected` are filled on the way."""
+    """Forward pass of one sequence; `losses` and `selected` are filled on the way.
 
-    def __init__(self, model: MoRModel, selection: str) -> None:
+    Every token takes at least `least` and at most `most` passes, whatever the router says.
+    """
+
+    def __init__(
+        self, model: MoRModel, selection: str, least: int = 0, most: int | None = None
+    ) -> None:
         self.model, self.config, self.selection = model, model.config, selection
+        self.least, self.most = least, most or model.config.num_recursions
         self.losses: dict[str, Tensor] = {}
         self.selected: list[list[int]] = []
         self.kept: dict[int, Tensor] = {}
@@ -73,7 +79,7 @@ class Naive:
         elif config.routing == "token_choice":
             x, counts = self.token_choice(x)
         else:
-            x, counts = self.recursive(x), torch.full((num,), config.num_recursions)
+            x, counts = self.recursive(x), torch.full((num,), self.most)
         for module in model.coda:
             x = layer(model, module, x, self.mask(everyone), x)[0]
         return norm(x, model.norm.weight, config.rms_norm_eps) @ model.lm_head.weight.T, counts
@@ -98,7 +104,7 @@ class Naive:
 
     def recursive(self, x: Tensor) -> Tensor:
         everyone = torch.ones(len(x), dtype=torch.bool)
-        depths, modules = range(self.config.num_recursions), list(enumerate(self.model.block))
+        depths, modules = range(self.most), list(enumerate(self.model.block))
         if self.config.sharing == "cycle":
             order = [(r, i, m) for r in depths for i, m in modules]
         else:
@@ -136,7 +142,8 @@ class Naive:
                 self.account(z, decide, present, chosen)
             else:
                 free = r == 0 and config.capacities[0] == 1
-                chosen = present & ((decide >= config.thresholds[r]) | free)
+                wanted = (decide >= config.thresholds[r]) | free | (r < self.least)
+                chosen = present & wanted & (r < self.most)
             if not chosen.any():
                 break
             update = self.block(h, r, chosen)
@@ -162,7 +169,7 @@ class Naive:
         squashed = z.softmax(-1) if config.router_activation == "softmax" else z.sigmoid()
         p = config.router_alpha * squashed
         biased = p + self.model.router.bias if config.balancing == "loss_free" else p
-        choice = biased.argmax(-1)
+        choice = biased.argmax(-1).clamp(self.least - 1, self.most - 1)
         h = x0
         for r in range(config.num_recursions):
             present = choice >= r

@@ -4,6 +4,7 @@
     model = mor.MoRModel(config)
     mor.save(model, "dir")
     model = mor.load("dir")
+    completions = mor.LLM("dir").generate(["Once upon a time"])
 
 Names are imported when they are first used, so that `mor --help` does not wait for torch.
 """
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mor import io
+    from mor.engine.config import EngineConfig
+    from mor.engine.llm import LLM
     from mor.errors import (
         CapacityError,
         CheckpointError,
@@ -26,17 +29,20 @@ if TYPE_CHECKING:
     from mor.io.checkpoint import load, save
     from mor.io.tokenizer import Tokenizer
     from mor.model.config import MoRConfig
-    from mor.model.generation import Completion, SamplingParams, generate
+    from mor.model.generation import generate
     from mor.model.mor import MoRModel, MoROutput
+    from mor.model.sampling import Completion, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "CapacityError",
     "CheckpointError",
     "Completion",
     "ConfigError",
     "DataError",
+    "EngineConfig",
     "MoRConfig",
     "MoRModel",
     "MoROutput",
@@ -52,6 +58,8 @@ __all__ = [
 
 _HOMES: Mapping[str, str] = MappingProxyType(
     {
+        "EngineConfig": "mor.engine.config",
+        "LLM": "mor.engine.llm",
         "CapacityError": "mor.errors",
         "CheckpointError": "mor.errors",
         "ConfigError": "mor.errors",
@@ -62,11 +70,11 @@ _HOMES: Mapping[str, str] = MappingProxyType(
         "save": "mor.io.checkpoint",
         "Tokenizer": "mor.io.tokenizer",
         "MoRConfig": "mor.model.config",
-        "Completion": "mor.model.generation",
-        "SamplingParams": "mor.model.generation",
         "generate": "mor.model.generation",
         "MoRModel": "mor.model.mor",
         "MoROutput": "mor.model.mor",
+        "Completion": "mor.model.sampling",
+        "SamplingParams": "mor.model.sampling",
     }
 )
 

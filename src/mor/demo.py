@@ -22,6 +22,8 @@ from mor.bench.timing import machine, timed
 from mor.bench.train import Stepper
 from mor.cli.colour import coloured_text, depth_legend
 from mor.cli.train import watched
+from mor.engine.config import EngineConfig
+from mor.engine.llm import LLM
 from mor.errors import CheckpointError, ConfigError
 from mor.io.checkpoint import load
 from mor.io.storage import storage_error, write_file
@@ -35,8 +37,8 @@ from mor.model.cost import (
     sequence_flops,
     training_flops,
 )
-from mor.model.generation import SamplingParams, generate
 from mor.model.mor import MoRModel
+from mor.model.sampling import SamplingParams
 from mor.train.config import TrainConfig
 from mor.train.corpus import build_from_documents
 from mor.train.metrics import MetricsFile
@@ -174,7 +176,7 @@ class Demo:
         ]
         prompt = tokenizer.encode(_PROMPT)
         params = SamplingParams(max_tokens=160, temperature=0.7, top_p=0.95, seed=0)
-        (sample,) = generate(models[0], [prompt], params)
+        (sample,) = engine(models[0]).generate([prompt], params)
         return {
             "machine": machine(),
             "runs": [run.as_dict() for run in runs],
@@ -266,17 +268,23 @@ def flops_per_token(index: int) -> float:
     return training_flops(model_config(index), SEQUENCE_LENGTH)
 
 
+def engine(model: MoRModel) -> LLM:
+    """An engine for the demo's small models; every prompt is computed, none remembered."""
+    return LLM(model, EngineConfig(kv_memory=2**28, max_sequences=32, prefix_caching=False))
+
+
 def generation_speeds(models: list[MoRModel], tokenizer: Tokenizer) -> list[float]:
-    """Tokens/s of each model, 8 sequences at a time, measured in turns."""
-    prompts = [tokenizer.encode(_PROMPT)] * 8
-    params = SamplingParams(max_tokens=24, temperature=1.0, seed=1)
+    """Tokens/s of each model, 32 sequences at a time, measured in turns."""
+    prompts = [tokenizer.encode(_PROMPT)] * 32
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
 
-    def job(model: MoRModel) -> Callable[[], object]:
-        return lambda: generate(model, prompts, params)
+    def job(llm: LLM) -> Callable[[], object]:
+        return lambda: llm.generate(prompts, params)
 
-    for model in models:
-        generate(model, prompts[:1], SamplingParams(max_tokens=2))
-    seconds = [[timed(job(model)) for model in models] for _ in range(_ROUNDS)]
+    engines = [engine(model) for model in models]
+    for llm in engines:
+        job(llm)()
+    seconds = [[timed(job(llm)) for llm in engines] for _ in range(_ROUNDS)]
     num = len(prompts) * params.max_tokens
     return [num / statistics.median(column) for column in zip(*seconds, strict=True)]
 

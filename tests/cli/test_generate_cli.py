@@ -17,7 +17,7 @@ from rich.console import Console
 from mor import SamplingParams, Tokenizer, generate, load
 from mor.cli import generate as cli
 from mor.cli.colour import coloured_text
-from mor.cli.generate import PieceStream
+from mor.engine.text import PieceStream
 
 KEYS = {
     *("text", "prompt_token_ids", "token_ids", "recursion_counts", "prompt_recursion_counts"),
@@ -101,6 +101,43 @@ def test_top_k_of_one_is_greedy(mor: Mor, tiny: TinyRun) -> None:
     assert found["token_ids"] == greedy["token_ids"]
 
 
+def test_every_sampling_option_reaches_the_generator(mor: Mor, tiny: TinyRun) -> None:
+    model, tokenizer = load(tiny.run), Tokenizer.load(tiny.corpus)
+    fields: dict[str, Any] = {
+        "max_tokens": 10,
+        "min_tokens": 5,
+        "temperature": 1.5,
+        "top_k": 90,
+        "top_p": 0.97,
+        "min_p": 0.001,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "seed": 3,
+        "logprobs": 2,
+        "max_recursions": 1,
+    }
+    params = SamplingParams(**fields, stop_token_ids=(1, 2), ignore_eos=True, prompt_logprobs=True)
+    (expected,) = generate(model, [tokenizer.encode("def self")], params)
+    options = [x for k, v in fields.items() for x in (f"--{k.replace('_', '-')}", v)]
+    more = ("--stop-token-ids", 1, 2, "--ignore-eos", "--prompt-logprobs")
+    (found,) = as_json(mor, tiny.run, "--prompt", "def self", *options, *more)
+    assert set(found) == KEYS | {"top_logprobs", "prompt_logprobs"}
+    assert found["token_ids"] == expected.token_ids
+    assert found["recursion_counts"] == expected.recursion_counts == [1] * len(found["token_ids"])
+    assert found["logprobs"] == pytest.approx(expected.logprobs)
+    assert found["prompt_logprobs"] == [None, *map(pytest.approx, expected.prompt_logprobs[1:])]
+    for top, truth in zip(found["top_logprobs"], expected.top_logprobs, strict=True):
+        assert {int(token): pytest.approx(logprob) for token, logprob in top.items()} == truth
+
+
+def test_every_token_can_be_made_to_take_all_recursions(mor: Mor, scattered: Path) -> None:
+    args = (scattered, "--prompt", "def", "--max-tokens", 5, "--ignore-eos")
+    for recursions in (1, 2, 3):
+        (found,) = as_json(mor, *args, "--recursions", recursions)
+        assert set(found["recursion_counts"] + found["prompt_recursion_counts"]) == {recursions}
+
+
 def test_depths_in_a_pipe_are_plain_lines(mor: Mor, scattered: Path) -> None:
     args = (scattered, "--prompt", "def value", "--max-tokens", 9, "--ignore-eos")
     args = (*args, "--temperature", 1, "--seed", 2)
@@ -150,6 +187,24 @@ def test_depths_on_a_terminal_are_colours(
         assert cue not in plain
 
 
+@pytest.mark.parametrize("options", [("--recursions", 2), ("--max-recursions", 2)])
+def test_colours_of_the_prompt_keep_to_the_limit(
+    mor: Mor, scattered: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
+) -> None:
+    args = (scattered, "--prompt", "def value import", "--max-tokens", 20, "--ignore-eos", *options)
+    (found,) = as_json(mor, *args)
+    counts = found["prompt_recursion_counts"] + found["recursion_counts"]
+    pieces = Tokenizer.load(scattered).pieces([*found["prompt_token_ids"], *found["token_ids"]])
+    out = io.StringIO()
+    screen = Console(file=out, width=99, force_terminal=True, color_system="truecolor")
+    monkeypatch.setattr(cli, "console", lambda: screen)
+    assert mor("generate", *args, "--show-depth").status == 0
+    text = out.getvalue().partition("\n\nrecur")[0]
+    underlined = [piece for piece, c in zip(pieces, counts, strict=True) if c == 2 and piece]
+    assert text.count("\x1b[4;") == len(underlined) > 0
+    assert "\x1b[1;" not in text  # bold is for three
+
+
 def test_the_prompt_and_the_limit_decide_the_default_length(mor: Mor, tiny: TinyRun) -> None:
     (found,) = as_json(mor, tiny.run, "--prompt", "def", "--ignore-eos")
     assert len(found["prompt_token_ids"]) + len(found["token_ids"]) == 64
@@ -164,10 +219,15 @@ def test_the_prompt_and_the_limit_decide_the_default_length(mor: Mor, tiny: Tiny
         (["--num-samples", 0], ["--num-samples=0"]),
         (["--num-samples", 2], ["--temperature=0"]),
         (["--seed", -1], ["--seed=-1"]),
+        (["--recursions", 3], ["recursions=3", "1..2"]),
+        (["--recursions", 2, "--max-recursions", 1], ["max_recursions=1", "recursions=2"]),
+        (["--logprobs", 21, "--json"], ["logprobs=21", "0..20"]),
+        (["--logprobs", 2], ["--logprobs", "--json"]),
+        (["--min-tokens", 3, "--max-tokens", 2], ["min_tokens=3", "max_tokens=2"]),
         (["--prompt", "a", "--prompt-file", "b"], ["--prompt", "--prompt-file"]),
         (["--prompt-file", "no-such-file"], ["no-such-file"]),
         (["--device", "tpu"], ["'tpu'", "cpu"]),
-        (["--prompt", "def " * 100], ["prompt 0", "64"]),
+        (["--prompt", "def " * 100], ["the prompt", "64"]),
         (["--prompt", "def", "--max-tokens", 64], ["max_tokens=64", "64"]),
     ],
 )
@@ -201,7 +261,7 @@ def test_streamed_pieces_are_those_of_the_tokenizer(
     tokenizer = Tokenizer.load(tiny.corpus)
     prompt, ids = tokenizer.encode(before), tokenizer.encode(text)[:cut]
     stream = PieceStream(tokenizer, prompt)
-    pieces = [stream.feed(token) for token in ids]
+    pieces = [stream.push(token) for token in ids]
     rest = stream.flush()
     assert "".join([before, *pieces, rest]) == tokenizer.decode([*prompt, *ids])
     if "\N{REPLACEMENT CHARACTER}" not in text:

@@ -12,13 +12,16 @@ from rich.console import Console
 from mor.bench.palette import MAX_RECURSIONS
 from mor.cli.colour import coloured_text, depth_legend
 from mor.cli.table import print_table
-from mor.cli.terminal import console, parser
+from mor.cli.terminal import Parser, console, err_console, parser
+from mor.engine.config import EngineConfig
+from mor.engine.llm import LLM
+from mor.engine.request import TokenEvent
 from mor.errors import ConfigError, DataError
 from mor.eval.depth import depth_histogram, mean_recursions, recursion_counts
 from mor.io.checkpoint import load, resolve
 from mor.io.tokenizer import Tokenizer
-from mor.model.generation import Completion, SamplingParams, generate
 from mor.model.mor import MoRModel
+from mor.model.sampling import Completion, SamplingParams
 
 HELP = "Continue a prompt; without one, start a text from nothing."
 
@@ -29,8 +32,13 @@ EXAMPLES = (
 )
 
 _MAX_TOKENS = 64
+_SAMPLING = (  # options that are fields of SamplingParams under the same name
+    *("min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "ignore_eos", "logprobs", "prompt_logprobs"),
+    *("recursions", "max_recursions"),
+)
 _BAR = 30  # characters of the histogram's longest bar
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MAX_SEQUENCES = 64
 
 
 def run(args: Sequence[str]) -> int:
@@ -40,20 +48,30 @@ def run(args: Sequence[str]) -> int:
     prompt = _prompt(options)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     room = model.config.max_position_embeddings - len(prompt_ids)
-    stop = () if options.ignore_eos else (tokenizer.eos_id,)
-    params = _params(options, max(1, min(_MAX_TOKENS, room)), stop)
+    params = _params(options, max(1, min(_MAX_TOKENS, room)))
+    config = EngineConfig(
+        max_sequences=min(_MAX_SEQUENCES, len(params)),
+        dtype=options.dtype,
+        quantization=options.quantization,
+        kv_memory=options.kv_memory,
+    )
+    with err_console().status("starting the engine (once, compiling its kernels takes a while)"):
+        llm = LLM(model, config, tokenizer=tokenizer)
     if options.json:
-        for completion in generate(model, [prompt_ids] * len(params), params):
-            print(json.dumps(completion_dict(tokenizer, completion)))
+        for completion in llm.generate([prompt_ids] * len(params), params):
+            print(json.dumps(completion_dict(completion)))
         return 0
     screen = console()
     for number, one in enumerate(params, start=1):
         if len(params) > 1:
             screen.print(f"-- {number} of {len(params)}", style="dim", markup=False)
         writer = _Writer(screen, model, tokenizer, prompt_ids, options.show_depth, one)
-        (completion,) = generate(model, [prompt_ids], one, on_token=writer.on_token)
+        completion: Completion | None = None
+        for event in llm.stream(prompt_ids, one):
+            writer.write(event)
+            completion = event.completions[0] if event.completions else None
         writer.end()
-        if options.show_depth:
+        if options.show_depth and completion is not None:
             _print_depths(screen, model, completion)
     return 0
 
@@ -75,16 +93,58 @@ def _parse(args: Sequence[str]) -> Any:
         default=None,
         help=f"tokens to generate at most; default {_MAX_TOKENS}, or what fits the model",
     )
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
-    p.add_argument("--top-p", type=float, default=1.0, help="keep tokens of this probability")
-    p.add_argument("--seed", type=int | None, default=None, help="the same seed, the same text")
-    p.add_argument("--num-samples", type=int, default=1, help="texts to generate")
-    p.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
+    _add_sampling(p)
     p.add_argument("--show-depth", action="store_true", help="recursion count of every token")
     p.add_argument("--json", action="store_true", help="one JSON object for each text")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--dtype", default=None, help="of the weights: float32, bfloat16, ..")
+    p.add_argument("--quantization", default=None, help="int8: weights and inputs, on a CPU")
+    p.add_argument("--kv-memory", type=int | None, default=None, help="bytes for keys and values")
     return p.parse_args(args)
+
+
+def _add_sampling(p: Parser) -> None:
+    """The options that become `SamplingParams`."""
+    p.add_argument("--min-tokens", type=int, default=0, help="no end of text before so many tokens")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    p.add_argument("--top-p", type=float, default=1.0, help="keep tokens of this probability")
+    p.add_argument(
+        "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest"
+    )
+    p.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens seen so far"
+    )
+    p.add_argument(
+        "--presence-penalty", type=float, default=0.0, help="off the logits of tokens in the output"
+    )
+    p.add_argument(
+        "--frequency-penalty", type=float, default=0.0, help="the same for each time they are there"
+    )
+    p.add_argument("--seed", type=int | None, default=None, help="the same seed, the same text")
+    p.add_argument("--num-samples", type=int, default=1, help="texts to generate")
+    p.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="end before one of these texts"
+    )
+    p.add_argument(
+        "--stop-token-ids", type=int, nargs="+", default=[], metavar="ID", help="end after these"
+    )
+    p.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
+    p.add_argument(
+        "--logprobs",
+        type=int | None,
+        default=None,
+        help="with --json: log-probabilities of so many of the likeliest tokens at each place",
+    )
+    p.add_argument(
+        "--prompt-logprobs", action="store_true", help="with --json: those of the prompt's tokens"
+    )
+    p.add_argument(
+        "--recursions", type=int | None, default=None, help="passes that every token takes"
+    )
+    p.add_argument(
+        "--max-recursions", type=int | None, default=None, help="passes that no token exceeds"
+    )
 
 
 def open_model(path: str, device: str) -> tuple[MoRModel, Tokenizer]:
@@ -127,7 +187,7 @@ def _prompt(options: Any) -> str:
         ) from error
 
 
-def _params(options: Any, max_tokens: int, stop: tuple[int, ...]) -> list[SamplingParams]:
+def _params(options: Any, max_tokens: int) -> list[SamplingParams]:
     if options.num_samples < 1:
         raise ConfigError(f"--num-samples={options.num_samples} must be at least 1.")
     if options.num_samples > 1 and options.temperature == 0:
@@ -137,61 +197,25 @@ def _params(options: Any, max_tokens: int, stop: tuple[int, ...]) -> list[Sampli
         )
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed={options.seed} must be 0 or more, and below 2**63.")
+    if not options.json and (options.logprobs is not None or options.prompt_logprobs):
+        raise ConfigError("--logprobs and --prompt-logprobs show nothing without --json: add it.")
+    given = {name: getattr(options, name) for name in _SAMPLING}
     return [
         SamplingParams(
+            **given,
             max_tokens=max_tokens if options.max_tokens is None else options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
             seed=None if options.seed is None else options.seed + number,
-            stop_token_ids=stop,
+            stop=tuple(options.stop),
+            stop_token_ids=tuple(options.stop_token_ids),
         )
         for number in range(options.num_samples)
     ]
 
 
-class PieceStream:
-    """The text of tokens as they come, never half a character; see `Tokenizer.pieces`."""
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
-        """Starts after the tokens `before`, whose text is whole."""
-        self._tokenizer = tokenizer
-        # Some decoders treat a first token differently, so new text is told from a difference.
-        self._context = list(before[-4:])  # a character has at most four bytes
-        self._pending: list[int] = []
-        self._known = tokenizer.decode(self._context)
-
-    def feed(self, token: int) -> str:
-        """The text that is whole with this token; "" inside a character."""
-        self._pending.append(token)
-        text = self._tokenizer.decode([*self._context, *self._pending])
-        if text.endswith(_REPLACEMENT):
-            return ""
-        piece = text[len(self._known) :]
-        self._context = self._pending
-        self._pending = []
-        self._known = self._tokenizer.decode(self._context)
-        return piece
-
-    def flush(self) -> str:
-        """What is left when no more tokens come, broken characters as U+FFFD."""
-        text = self._tokenizer.decode([*self._context, *self._pending])
-        self._pending = []
-        return text[len(self._known) :]
-
-
-def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
-    """The text of the generated tokens, without the one that ended it."""
-    stream = PieceStream(tokenizer, completion.prompt_token_ids)
-    stopped = completion.finish_reason == "stop"
-    tokens = completion.token_ids[:-1] if stopped else completion.token_ids
-    return "".join([*map(stream.feed, tokens), stream.flush()])
-
-
-def completion_dict(tokenizer: Tokenizer, completion: Completion) -> dict[str, Any]:
-    """A completion as plain data."""
-    return {
-        "text": completion_text(tokenizer, completion),
+def completion_dict(completion: Completion) -> dict[str, Any]:
+    """A completion as plain data, with the log-probabilities that were asked for."""
+    values = {
+        "text": completion.text,
         "prompt_token_ids": completion.prompt_token_ids,
         "token_ids": completion.token_ids,
         "recursion_counts": completion.recursion_counts,
@@ -199,6 +223,8 @@ def completion_dict(tokenizer: Tokenizer, completion: Completion) -> dict[str, A
         "logprobs": completion.logprobs,
         "finish_reason": completion.finish_reason,
     }
+    asked = ("top_logprobs", "prompt_logprobs")
+    return values | {name: value for name in asked if (value := getattr(completion, name))}
 
 
 class _Writer:
@@ -214,27 +240,23 @@ class _Writer:
         params: SamplingParams,
     ) -> None:
         self._screen, self._model, self._tokenizer = screen, model, tokenizer
-        self._prompt_ids, self._stop = prompt_ids, params.stop_token_ids
+        self._prompt_ids = prompt_ids
         self._num_recursions = model.config.num_recursions
+        self._range = params.recursion_range(self._num_recursions)
         self._coloured = (
             show_depth and screen.is_terminal and self._num_recursions <= MAX_RECURSIONS
         )
-        self._stream: PieceStream | None = None
-        self._last_count = 1
+        self._begun = False
 
-    def on_token(self, number: int, token: int, count: int) -> None:
-        """Called by `generate`; the first token shows that the prompt was accepted."""
-        if self._stream is None:
+    def write(self, event: TokenEvent) -> None:
+        """A token; the first one shows that the prompt was accepted."""
+        if not self._begun:
             self._write_prompt()
-            self._stream = PieceStream(self._tokenizer, self._prompt_ids)
-        if token not in self._stop:
-            self._last_count = count
-            self._write(self._stream.feed(token), count)
+            self._begun = True
+        self._write(event.text, event.recursion_count)
 
     def end(self) -> None:
-        """Write what is left, and end the line."""
-        if self._stream is not None:
-            self._write(self._stream.flush(), self._last_count)
+        """End the line."""
         self._screen.print()
 
     def _write_prompt(self) -> None:
@@ -243,7 +265,9 @@ class _Writer:
         pieces = self._tokenizer.pieces(self._prompt_ids)
         counts = [1] * len(pieces)
         if self._coloured:
-            counts = recursion_counts(self._model, self._prompt_ids)
+            least, most = self._range  # a limit changes no decision above it
+            free = recursion_counts(self._model, self._prompt_ids)
+            counts = [max(least, min(count, most)) for count in free]
         for piece, count in zip(pieces, counts, strict=True):
             self._write(piece, count, "" if self._coloured else "dim")
 

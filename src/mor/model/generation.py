@@ -5,9 +5,10 @@ It is the oracle that faster engines are held to: clear first, fast second. Rout
 recomputing the whole sequence at every step would give.
 """
 
+import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,57 +19,9 @@ from mor.errors import RequestError
 from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
 from mor.model.packing import Packing
+from mor.model.router import RecursionLimits
+from mor.model.sampling import Completion, SamplingParams, check_request, params_for_each
 from mor.model.sharing import UNSHARED, Slot
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How the next token is chosen, and when a request ends.
-
-    Raises:
-        RequestError: a value is out of its range.
-    """
-
-    max_tokens: int = 64
-    """Tokens to generate at most."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that together hold this probability."""
-    seed: int | None = None
-    """Of this request's own random numbers; None draws one."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the request; they are part of the output."""
-
-    def __post_init__(self) -> None:
-        checks = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-        }
-        for name, (good, range_) in checks.items():
-            if not good:
-                raise RequestError(f"{name}={getattr(self, name)!r} must be {range_}.")
-
-
-@dataclass(kw_only=True)
-class Completion:
-    """One generated sequence."""
-
-    prompt_token_ids: list[int]
-    prompt_recursion_counts: list[int] = field(default_factory=list)
-    """Passes of the block that each prompt token took."""
-    token_ids: list[int] = field(default_factory=list)
-    recursion_counts: list[int] = field(default_factory=list)
-    """Passes that went into each generated token: those of the position that produced it."""
-    logprobs: list[float] = field(default_factory=list)
-    """Log-probability of each generated token under the model (before temperature and cuts)."""
-    finish_reason: FinishReason | None = None
 
 
 class RaggedKVCache:
@@ -148,24 +101,74 @@ def ragged_packing(starts: Sequence[int], lengths: Sequence[int], device: torch.
     )
 
 
+def penalised(
+    logits: Float[Tensor, " v"],
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+) -> Float[Tensor, " v"]:
+    """(V,) logits after the repetition, presence and frequency penalties."""
+    logits = logits.clone()
+    counts = Counter(output)
+    for token in {*prompt, *output}:
+        logit, penalty = float(logits[token]), params.repetition_penalty
+        logit = logit / penalty if logit > 0 else logit * penalty
+        if token in counts:
+            logit -= params.presence_penalty + params.frequency_penalty * counts[token]
+        logits[token] = logit
+    return logits
+
+
 def pick(
-    logits: Float[Tensor, " v"], params: SamplingParams, generator: torch.Generator
-) -> tuple[int, float]:
-    """Choose a token from one position's logits; also its log-probability under the model."""
-    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    logits: Float[Tensor, " v"],
+    params: SamplingParams,
+    uniform: float,
+    *,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    forbidden: Sequence[int] = (),
+) -> int:
+    """Choose a token from one position's logits, by the rules of `mor.model.sampling`.
+
+    Args:
+        uniform: this token's random number in [0, 1); greedy choice does not look at it.
+        prompt: token ids for the penalties, as are those of the output.
+        forbidden: ids that must not come.
+    """
+    scores = penalised(logits.double(), params, prompt, output)
+    scores[list(forbidden)] = -torch.inf
     if params.temperature == 0:
-        token = int(logits.argmax())
-        return token, float(logprobs[token])
-    scaled = logits.double() / params.temperature
-    if params.top_k and params.top_k < len(scaled):
-        least = scaled.topk(params.top_k).values[-1]
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        return int(scores.argmax())
+    weights = ((scores - scores.max()) / params.temperature).exp()
+    if 0 < params.top_k < len(weights):
+        weights[weights < weights.topk(params.top_k).values[-1]] = 0
     if params.top_p < 1:
-        ordered, order = scaled.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered
-        scaled = scaled.index_fill(0, order[before >= params.top_p], -torch.inf)
-    token = int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
-    return token, float(logprobs[token])
+        ordered = weights.sort(descending=True).values
+        enough = params.top_p * weights.cumsum(0)[-1]
+        num_less = int((ordered.cumsum(0) < enough).sum())  # the next one reaches the share
+        weights[weights < ordered[min(num_less, len(ordered) - 1)]] = 0
+    weights[weights < params.min_p] = 0
+    sums = weights.cumsum(0)
+    return int((sums > uniform * sums[-1]).nonzero()[0])
+
+
+def likeliest(logprobs: Float[Tensor, " v"], num: int) -> dict[int, float]:
+    """The `num` likeliest tokens and their log-probabilities, likeliest first."""
+    order = logprobs.sort(descending=True, stable=True).indices[:num].tolist()
+    return {token: float(logprobs[token]) for token in order}
+
+
+@dataclass(kw_only=True)
+class _Sequence:
+    """One completion in the making."""
+
+    params: SamplingParams
+    random: random.Random
+    done: Completion
+    feed: list[int]
+    """Tokens that the model has not seen yet."""
+    start: int = 0
+    """Position of the first of them."""
 
 
 @torch.no_grad()
@@ -180,112 +183,119 @@ def generate(
 
     Args:
         params: for all prompts, or one for each; None is greedy.
-        on_token: called as (prompt's number, token id, recursion count) when a token is there.
+        on_token: called as (completion's number, token id, recursion count) when a token is there.
+
+    Returns:
+        `params.n` completions of the first prompt, then those of the second, and so on.
 
     Raises:
-        RequestError: a prompt is empty, holds an unknown id, or does not fit the model.
+        RequestError: a prompt is empty, holds an unknown id, or does not fit the model; the model
+            cannot do what the params ask for; or they hold stop strings, which need a tokenizer.
     """
-    each = _per_prompt(params, len(prompts))
-    completions = [Completion(prompt_token_ids=list(p)) for p in prompts]
+    sequences = []
+    each = params_for_each(params, len(prompts))
     for number, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
-        _check_prompt(model.config, number, prompt, p)
-    generators = [_generator(p.seed) for p in each]
+        check_request(model.config, prompt, p, f"prompt {number}")
+        if p.stop:
+            raise RequestError(
+                f"prompt {number}: stop={p.stop!r} needs a tokenizer, and this generator has "
+                "none: give stop_token_ids."
+            )
+        for index in range(p.n):
+            done = Completion(prompt_token_ids=list(prompt), index=index)
+            source = p.random_numbers(index)
+            sequences.append(_Sequence(params=p, random=source, done=done, feed=list(prompt)))
     was_training = model.training
     model.eval()
-    cache = RaggedKVCache(model.config, len(prompts))
-    active = list(range(len(prompts)))
-    feed, starts = [list(p) for p in prompts], [0] * len(prompts)
+    cache = RaggedKVCache(model.config, len(sequences))
+    active = list(range(len(sequences)))
     while active:
-        logits, counts = _step(model, cache, active, [feed[i] for i in active], starts)
-        for i, row_logits, row_counts in zip(active, logits, counts, strict=True):
-            done = completions[i]
-            if not done.token_ids:
-                done.prompt_recursion_counts = row_counts
-            token, logprob = pick(row_logits, each[i], generators[i])
-            done.token_ids.append(token)
-            done.logprobs.append(logprob)
-            done.recursion_counts.append(row_counts[-1])
-            starts[i] += len(feed[i])
-            feed[i] = [token]
+        rows = _step(model, cache, active, [sequences[i] for i in active])
+        for i, (states, logits, counts) in zip(active, rows, strict=True):
+            _advance(model, sequences[i], states, logits, counts)
             if on_token is not None:
-                on_token(i, token, row_counts[-1])
-            done.finish_reason = _finished(done, each[i])
-        active = [i for i in active if completions[i].finish_reason is None]
+                on_token(i, sequences[i].done.token_ids[-1], counts[-1])
+        active = [i for i in active if sequences[i].done.finish_reason is None]
     model.train(was_training)
-    return completions
-
-
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if len(params) != num_prompts:
-        raise RequestError(f"{len(params)} sampling params for {num_prompts} prompts: give one.")
-    return list(params)
-
-
-def _check_prompt(
-    config: MoRConfig, number: int, prompt: Sequence[int], params: SamplingParams
-) -> None:
-    limit = config.max_position_embeddings
-    if not prompt:
-        raise RequestError(f"prompt {number} is empty: it needs at least one token.")
-    bad = [t for t in prompt if not 0 <= t < config.vocab_size]
-    if bad:
-        raise RequestError(
-            f"prompt {number} holds token id {bad[0]}, outside 0..{config.vocab_size - 1}."
-        )
-    if len(prompt) + params.max_tokens > limit:
-        raise RequestError(
-            f"prompt {number} has {len(prompt)} tokens and max_tokens={params.max_tokens}; the "
-            f"model takes {limit} in all: shorten the prompt or ask for fewer tokens."
-        )
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    return [sequence.done for sequence in sequences]
 
 
 def _step(
-    model: MoRModel,
-    cache: RaggedKVCache,
-    active: Sequence[int],
-    feed: Sequence[Sequence[int]],
-    starts: Sequence[int],
-) -> tuple[Tensor, list[list[int]]]:
-    """Feed each active sequence its new tokens: (rows, V) last logits, counts of all new tokens."""
+    model: MoRModel, cache: RaggedKVCache, numbers: Sequence[int], rows: Sequence[_Sequence]
+) -> list[tuple[Tensor, Tensor, list[int]]]:
+    """Feed each sequence its new tokens.
+
+    Returns:
+        For each its new tokens' (new, E) states, the last one's (V,) logits, and the new tokens'
+        recursion counts.
+    """
     device = model.embed_tokens.weight.device
-    lengths = [len(f) for f in feed]
-    packing = ragged_packing([starts[i] for i in active], lengths, device)
-    cache.begin(active)
+    lengths = [len(row.feed) for row in rows]
+    packing = ragged_packing([row.start for row in rows], lengths, device)
+    cache.begin(numbers)
     context = model.context(packing, cache)
-    ids = torch.tensor([t for f in feed for t in f], device=device)
+    ids = torch.tensor([t for row in rows for t in row.feed], device=device)
     x = model.run_prelude(model.embed_tokens(ids), context)
-    x, counts, _ = model.recurse(x, context, "threshold")
+    limits = _limits(model.config, rows, device)
+    x, counts, _ = model.recurse(x, context, "threshold", limits=limits)
     x = model.run_coda(x, context)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    logits = model.readout(x[last]).cpu()
     split = [c.tolist() for c in counts.split(lengths)]
-    return model.readout(x[last]).cpu(), split
+    return list(zip(x.split(lengths), logits, split, strict=True))
 
 
-def _finished(done: Completion, params: SamplingParams) -> FinishReason | None:
-    if done.token_ids[-1] in params.stop_token_ids:
-        return "stop"
-    return "length" if len(done.token_ids) >= params.max_tokens else None
+def _limits(
+    config: MoRConfig, rows: Sequence[_Sequence], device: torch.device
+) -> RecursionLimits | None:
+    """What the requests say about each new token's recursions; None if nothing."""
+    most_of_all = config.num_recursions
+    ranges = [row.params.recursion_range(most_of_all) for row in rows for _ in row.feed]
+    if config.sharing == "sequence" or all(limit == (0, most_of_all) for limit in ranges):
+        return None
+    least, most = torch.tensor(ranges, device=device).unbind(1)
+    return RecursionLimits(least=least, most=most)
+
+
+def _advance(
+    model: MoRModel, sequence: _Sequence, states: Tensor, logits: Tensor, counts: list[int]
+) -> None:
+    """Choose the next token and write everything down."""
+    done, params, eos = sequence.done, sequence.params, model.config.eos_token_id
+    if not done.token_ids:
+        done.prompt_recursion_counts = counts
+        if params.prompt_logprobs:
+            every = model.readout(states).double().log_softmax(-1)
+            following = enumerate(done.prompt_token_ids[1:])
+            done.prompt_logprobs = [None, *(float(every[i, token]) for i, token in following)]
+    token = pick(
+        logits,
+        params,
+        sequence.random.random() if params.temperature else 0.0,
+        prompt=done.prompt_token_ids,
+        output=done.token_ids,
+        forbidden=params.forbidden_ids(eos, len(done.token_ids)),
+    )
+    logprobs = logits.double().log_softmax(-1)
+    done.token_ids.append(token)
+    done.recursion_counts.append(counts[-1])
+    done.logprobs.append(float(logprobs[token]))
+    if params.logprobs is not None:
+        done.top_logprobs.append(likeliest(logprobs, params.logprobs))
+    if token in params.end_ids(eos):
+        done.finish_reason = "stop"
+    elif len(done.token_ids) == params.max_tokens:
+        done.finish_reason = "length"
+    sequence.start += len(sequence.feed)
+    sequence.feed = [token]
 
 
 __all__ = [
     "UNSHARED",
-    "Completion",
     "RaggedKVCache",
-    "SamplingParams",
     "generate",
+    "likeliest",
+    "penalised",
     "pick",
     "ragged_packing",
 ]

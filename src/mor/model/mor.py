@@ -18,7 +18,13 @@ from mor.model.attention import Context, KVAccess, Rope, WholeSequence
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer, RMSNorm
 from mor.model.packing import Packing
-from mor.model.router import ExpertChoice, RoutingRecord, Selection, TokenChoice
+from mor.model.router import (
+    ExpertChoice,
+    RecursionLimits,
+    RoutingRecord,
+    Selection,
+    TokenChoice,
+)
 from mor.model.sharing import UNSHARED, Slot, block_schedule
 from mor.ops.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -129,26 +135,36 @@ class MoRModel(nn.Module):
         context: Context,
         selection: Selection,
         capacities: Sequence[float] | None = None,
+        limits: RecursionLimits | None = None,
     ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingRecord]:
         """All recursions: (N, E) states after the block, (N,) recursion counts, what routers did.
 
         Args:
             capacities: (R,) fractions for the `topk` rule; None takes the config's. Of the whole
                 sequence's length, which is the packing's width here.
+            limits: (N,) least and most passes of each token; not with `topk`, nor with
+                `sharing='sequence'`, where tokens cannot stop early.
         """
         record = RoutingRecord()
         if isinstance(self.router, ExpertChoice):
-            out, counts = self._expert_choice(x, context, selection, capacities, record)
+            out, counts = self._expert_choice(x, context, selection, capacities, record, limits)
         elif isinstance(self.router, TokenChoice):
-            out, counts = self._token_choice(x, context, record)
+            out, counts = self._token_choice(x, context, record, limits)
         else:
-            config = self.config
-            for slot in block_schedule(
-                config.sharing, config.num_block_layers, config.num_recursions
-            ):
-                x = self.block[slot.layer](x, slot, context)
-            out, counts = x, torch.full_like(context.packing.flat, config.num_recursions)
+            out, counts = self._unrouted(x, context, limits)
         return out, counts, record
+
+    def _unrouted(
+        self, x: Tensor, context: Context, limits: RecursionLimits | None
+    ) -> tuple[Tensor, Tensor]:
+        """h <- f(h), R times or up to the limit."""
+        config = self.config
+        if limits is not None:
+            assert config.sharing == "cycle", "a layer finishes all its passes before the next one"
+            return self._repeat(x, limits.most, context), limits.most
+        for slot in block_schedule(config.sharing, config.num_block_layers, config.num_recursions):
+            x = self.block[slot.layer](x, slot, context)
+        return x, torch.full_like(context.packing.flat, config.num_recursions)
 
     def _expert_choice(
         self,
@@ -157,6 +173,7 @@ class MoRModel(nn.Module):
         selection: Selection,
         capacities: Sequence[float] | None,
         record: RoutingRecord,
+        limits: RecursionLimits | None,
     ) -> tuple[Tensor, Tensor]:
         """Section 3 of the design: h_sel <- h_sel + g * f(h_sel), depth by depth."""
         assert isinstance(self.router, ExpertChoice)
@@ -167,7 +184,7 @@ class MoRModel(nn.Module):
         for depth in range(self.config.num_recursions):
             num_selected = max(1, int(fractions[depth] * length))
             choice = self.router.choose(
-                depth, candidates, context.packing, selection, num_selected, record
+                depth, candidates, context.packing, selection, num_selected, record, limits
             )
             if choice.places is not None:
                 candidates = candidates.index_select(0, choice.places)
@@ -184,12 +201,19 @@ class MoRModel(nn.Module):
         return h, counts
 
     def _token_choice(
-        self, x0: Tensor, context: Context, record: RoutingRecord
+        self, x0: Tensor, context: Context, record: RoutingRecord, limits: RecursionLimits | None
     ) -> tuple[Tensor, Tensor]:
         """Section 3 of the design: x0 + w * f^count(x0), the count fixed from the start."""
         assert isinstance(self.router, TokenChoice)
-        counts, weight = self.router.choose(x0, context.packing, record)
-        h = present = x0
+        counts, weight = self.router.choose(x0, context.packing, record, limits)
+        h = self._repeat(x0, counts, context)
+        if self.config.gating == "weighted":
+            h = weight.to(h.dtype) * h
+        return x0 + h, counts
+
+    def _repeat(self, x: Tensor, counts: Tensor, context: Context) -> Tensor:
+        """f^count(x): each token passes the block as often as its count says, at least once."""
+        h = present = x
         for depth in range(self.config.num_recursions):
             if depth > 0:
                 goes_on = counts[context.packing.flat] > depth
@@ -201,9 +225,7 @@ class MoRModel(nn.Module):
             present = self.run_block(present, depth, context)
             whole = context.packing.num_tokens == h.shape[0]
             h = present if whole else h.index_copy(0, context.packing.flat, present)
-        if self.config.gating == "weighted":
-            h = weight.to(h.dtype) * h
-        return x0 + h, counts
+        return h
 
     # -- the whole --------------------------------------------------------------------------------
 

@@ -108,6 +108,19 @@ class RoutingRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecursionLimits:
+    """How many passes of the block a user wants each token to take, whatever the router says.
+
+    Indexed like the hidden states of all tokens: by `Packing.flat`.
+    """
+
+    least: Int[Tensor, " n"]
+    """(N,) passes that a token takes at least; 0 leaves it to the router."""
+    most: Int[Tensor, " n"]
+    """(N,) passes that a token takes at most, 1..R."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """The candidates that expert choice sends on from one depth."""
 
@@ -168,19 +181,26 @@ class ExpertChoice(nn.Module):
         selection: Selection,
         num_selected: int,
         record: RoutingRecord,
+        limits: RecursionLimits | None = None,
     ) -> Choice:
         """Select among the candidates x.
 
         Args:
             num_selected: k_r of the `topk` rule; the `threshold` rule does not look at it.
             record: gets the losses and the selection.
+            limits: under `threshold`, who goes on or stops at this depth whatever its logit.
         """
         main, decision = self.logits(depth, x, packing)
         gate = self.gate(main)
         if selection == "threshold":
             record.decisions.append(decision.detach())
-            chosen, places = packing.take(decision.detach() >= self.threshold(depth))
+            goes_on = decision.detach() >= self.threshold(depth)
+            if limits is not None:
+                least, most = limits.least[packing.flat], limits.most[packing.flat]
+                goes_on = (goes_on | (depth < least)) & (depth < most)
+            chosen, places = packing.take(goes_on)
         else:
+            assert limits is None, "topk sends a fixed number of tokens to each depth"
             rows = gate.detach().view(packing.batch, packing.width)
             num_selected = min(num_selected, packing.width)
             index = rows.topk(num_selected, dim=1, sorted=False).indices.sort(dim=1).values
@@ -224,9 +244,13 @@ class TokenChoice(nn.Module):
             self.register_buffer("bias", torch.zeros(config.num_recursions))
 
     def choose(
-        self, x: Float[Tensor, "n e"], packing: Packing, record: RoutingRecord
+        self,
+        x: Float[Tensor, "n e"],
+        packing: Packing,
+        record: RoutingRecord,
+        limits: RecursionLimits | None = None,
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 1"]]:
-        """(N,) recursion counts 1..R and (N, 1) weights of the result."""
+        """(N,) recursion counts 1..R, within the limits, and (N, 1) weights of the result."""
         config = self.config
         assert config.router_alpha is not None
         logits = _wide(self.router(x / config.router_temperature, packing.positions))
@@ -235,6 +259,8 @@ class TokenChoice(nn.Module):
         probs = config.router_alpha * squashed
         score = probs + self.bias if config.balancing == "loss_free" else probs
         choice = score.argmax(-1)
+        if limits is not None:
+            choice = choice.clamp(limits.least - 1, limits.most - 1)
         if config.balancing == "loss":
             fractions = self.fractions(choice + 1)
             balance = (probs.mean(0) * fractions * config.num_recursions).sum()

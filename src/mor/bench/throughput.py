@@ -1,0 +1,193 @@
+"""Tokens per second, depth-wise batched MoR against vanilla, and against the FLOP bound.
+
+Every comparison alternates windows of two live engines in one process (A B B A ..) and takes the
+median ratio. The bound is what the saved FLOPs allow at best: FLOPs of a vanilla request over
+those of a MoR request, by the cost model, at the measured depth histogram.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mor.bench.workload import Load, Shape, Window, engine, random_model, request_flops
+from mor.engine.llm import LLM
+from mor.engine.stack import CpuKernels, CpuStack
+from mor.errors import ConfigError
+from mor.model.config import MoRConfig
+from mor.model.cost import decode_flops, kv_bytes_per_token, presence_of
+
+VANILLA = "vanilla"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure."""
+
+    preset: str = "135m"
+    recursions: tuple[int, ...] = (2, 3, 4)
+    sequences: int = 64
+    prompt: int = 128
+    output: int = 128
+    decode_only: bool = False
+    """Let all prompts enter before the clock starts, and start no new ones."""
+    rounds: int = 5
+    seconds: float = 6.0
+    """Of one window."""
+    dtype: str | None = None
+    quantization: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Of the requests."""
+        return Shape(prompt=self.prompt, output=self.output)
+
+    def config(self, recursions: int) -> MoRConfig:
+        """The model of so many recursions; 1 is vanilla."""
+        if recursions > 1:
+            return MoRConfig.preset(self.preset, num_recursions=recursions)
+        return MoRConfig.preset(self.preset, num_recursions=3).vanilla_twin()
+
+    def load(self, recursions: int, sequences: int | None = None, **settings: Any) -> Load:
+        """A running engine."""
+        count = self.sequences if sequences is None else sequences
+        config = self.config(recursions)
+        if self.prompt + self.output > config.max_position_embeddings:
+            raise ConfigError(
+                f"--prompt {self.prompt} and --output {self.output} exceed the model's "
+                f"{config.max_position_embeddings} positions."
+            )
+        model = random_model(config, min(512, self.prompt + self.output))
+        chosen = {"dtype": self.dtype, "quantization": self.quantization, **settings}
+        llm = engine(model, count, **chosen)
+        return Load(llm, count, self.shape, staggered=not self.decode_only)
+
+
+def alternate(a: Load, b: Load, *, rounds: int, seconds: float) -> list[tuple[Window, Window]]:
+    """Windows of two engines in turns, after one round that does not count."""
+    pairs: list[tuple[Window, Window]] = []
+    for number in range(rounds + 1):
+        order = (a, b) if number % 2 == 0 else (b, a)
+        if number == 1:
+            a.reset()
+            b.reset()
+        windows = {id(load): load.run(seconds) for load in order}
+        pairs.append((windows[id(a)], windows[id(b)]))
+    return pairs[1:]
+
+
+def ratios(pairs: Sequence[tuple[Window, Window]]) -> dict[str, Any]:
+    """Median and spread of a's tokens per second over b's."""
+    values = [a.tokens_per_s / b.tokens_per_s for a, b in pairs]
+    return {
+        "ratio": statistics.median(values),
+        "ratio_min": min(values),
+        "ratio_max": max(values),
+        "rounds": len(values),
+    }
+
+
+def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Each MoR model against vanilla, and against itself with `batching="sequence"`."""
+    vanilla = plan.load(1)
+    record: dict[str, Any] = {
+        name: {}
+        for name in (
+            *("tokens_per_s", "ratio", "bound", "fraction_of_bound", "depth_histogram"),
+            *("gemm_share", "overhead_share", "depth_over_sequence", "details"),
+        )
+    }
+    rates: list[float] = []
+    for recursions in plan.recursions:
+        name = f"mor{recursions}"
+        progress(f"{name} against vanilla")
+        depth = plan.load(recursions)
+        pairs = alternate(depth, vanilla, rounds=plan.rounds, seconds=plan.seconds)
+        rates += [window.tokens_per_s for _, window in pairs]
+        histogram = depth.llm.stats.depth_histogram
+        result = ratios(pairs)
+        bound = flops_bound(plan, recursions, histogram)
+        record["tokens_per_s"][name] = statistics.median(a.tokens_per_s for a, _ in pairs)
+        record["ratio"][name] = result["ratio"]
+        record["bound"][name] = bound
+        record["fraction_of_bound"][name] = result["ratio"] / bound
+        total = sum(histogram)
+        record["depth_histogram"][name] = [count / total for count in histogram]
+        record["gemm_share"][name] = gemm_share(depth, plan.sequences)
+        record["overhead_share"][name] = overhead(depth.llm)
+        record["gemm_share"][VANILLA] = gemm_share(vanilla, plan.sequences)
+        record["overhead_share"][VANILLA] = overhead(vanilla.llm)
+        record["details"][name] = {"against_vanilla": result}
+        if not plan.decode_only:
+            progress(f"{name}: depth-wise against sequence-wise batching")
+            whole = plan.load(recursions, batching="sequence")
+            pairs = alternate(depth, whole, rounds=plan.rounds, seconds=plan.seconds)
+            result = ratios(pairs)
+            record["depth_over_sequence"][name] = result["ratio"]
+            record["details"][name]["against_sequence"] = result
+    record["tokens_per_s"][VANILLA] = statistics.median(rates)
+    return record
+
+
+def equal_memory(plan: Plan, recursions: int) -> dict[str, Any]:
+    """Decode with as many MoR sequences as fit into the memory of `plan.sequences` vanilla ones."""
+    configs = plan.config(1), plan.config(recursions)
+    bytes_each = [kv_bytes_per_token(config) for config in configs]
+    sequences = int(plan.sequences * bytes_each[0] / bytes_each[1])
+    vanilla, mor = plan.load(1), plan.load(recursions, sequences)
+    pairs = alternate(mor, vanilla, rounds=plan.rounds, seconds=plan.seconds)
+    used = [kv_bytes_in_use(load.llm) for load in (mor, vanilla)]
+    return {
+        "sequences": [sequences, plan.sequences],
+        "kv_bytes_in_use": used,
+        **ratios(pairs),
+    }
+
+
+def flops_bound(plan: Plan, recursions: int, histogram: list[int]) -> float:
+    """FLOPs of vanilla over those of the model at this histogram."""
+    shape = plan.shape
+    if plan.decode_only:  # the prompts entered before
+        context = plan.prompt + plan.output // 2
+        config = plan.config(recursions)
+        mine = decode_flops(config, context, presence=presence_of(config, histogram)).mean
+        return decode_flops(plan.config(1), context).mean / mine
+    vanilla = request_flops(plan.config(1), shape)
+    return vanilla / request_flops(plan.config(recursions), shape, histogram)
+
+
+def overhead(llm: LLM) -> float:
+    """Share of a tick in scheduling and Python: outside layers, head, routers and sampler."""
+    return 1 - llm.stats.compute_seconds / llm.stats.seconds
+
+
+def kv_bytes_in_use(llm: LLM) -> int:
+    """Bytes of the pages that are held."""
+    return (llm.pool.num_pages - llm.pool.num_free) * llm.cache.page_bytes
+
+
+def gemm_share(load: Load, rows: int) -> float | None:
+    """The rate of the block's products as a share of their best alone, packed, at so many rows."""
+    stack, kernels, rate = load.llm.runner.block, load.llm.runner.kernels, load.product_rate()
+    if rate is None or not isinstance(stack, CpuStack) or not isinstance(kernels, CpuKernels):
+        return None
+    return rate / best_product_rate(kernels, stack, rows)
+
+
+def best_product_rate(kernels: CpuKernels, stack: CpuStack, rows: int, repeats: int = 9) -> float:
+    """FLOP/s of a stack's matrix products alone, one after another: the best of several runs."""
+    y, q, kv, mixed, gate_up, inner, *_ = kernels.buffers(rows)
+    x = np.zeros((rows, y.shape[1]), np.float32)
+    arrays = ((y, q), (y, kv), (mixed, x), (y, gate_up), (inner, x))
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for weights in stack.packed:
+            for weight, (source, target) in zip(weights, arrays, strict=True):
+                kernels.product(weight, source, rows, target)
+        best = min(best, time.perf_counter() - began)
+    flops = sum(2 * rows * w.in_features * w.out_features for ws in stack.packed for w in ws)
+    return flops / best

@@ -1,0 +1,119 @@
+"""`EngineConfig`: how a model is run. Nothing here changes what it computes, but `dtype`,
+`quantization` and the requests' own recursion limits."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from mor.errors import ConfigError, nearest
+
+Batching = Literal["depth", "sequence"]
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8"]
+Kernels = Literal["reference", "cpu", "triton"]
+
+_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "batching": get_args(Batching),
+        "dtype": get_args(DType),
+        "quantization": get_args(Quantization),
+        "kernels": get_args(Kernels),
+    }
+)
+_AT_LEAST: Mapping[str, int] = MappingProxyType(
+    {
+        "kv_memory": 1,
+        "page_size": 1,
+        "max_sequences": 1,
+        "max_lanes": 1,
+        "prefill_chunk": 1,
+        "least_exit_batch": 1,
+        "longest_exit_wait": 0,
+        "num_threads": 1,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of `mor.LLM`.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names what would fit.
+    """
+
+    __no_type_check__ = True  # values come from users: __post_init__ checks them
+
+    kv_memory: int | None = None
+    """Bytes for keys and values. None: what `max_sequences` of full length take, but at most half
+    of the memory that is free."""
+    page_size: int = 16
+    """S, entries of a page."""
+    max_sequences: int = 64
+    """Sequences in flight at most."""
+    max_lanes: int = 512
+    """Tokens that one pass of the block takes at most; bounds the memory of activations."""
+    prefill_chunk: int = 256
+    """Prompt tokens that one sequence enters per tick at most."""
+    batching: Batching = "depth"
+    """`depth`: a tick mixes tokens of all depths. `sequence`: all tokens of a tick are at the same
+    depth and wait for the deepest; the baseline that shows what `depth` gains."""
+    least_exit_batch: int = 1
+    """Tokens that must have left the block before coda and head run, .."""
+    longest_exit_wait: int = 2
+    """.. unless one of them has waited for this many ticks, or nothing else can run."""
+    prefix_caching: bool = True
+    dtype: DType | None = None
+    """Of the weights; None: the model's. On a CPU bfloat16 halves what is read; sums are fp32."""
+    quantization: Quantization | None = None
+    """`int8`: weights of all layers and the head by channel, inputs rounded on the fly (CPU)."""
+    device: str | None = None
+    """None: where the model is."""
+    kernels: Kernels | None = None
+    """None: the fastest for device and dtype."""
+    num_threads: int | None = None
+    """CPU threads of the compiled kernels; None: as many as torch uses."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None and f.default is None:
+                continue
+            if f.name in _CHOICES and value not in _CHOICES[f.name]:
+                hint = nearest(str(value), _CHOICES[f.name])
+                raise ConfigError(f"{f.name}={value!r} is not a choice: {hint}")
+            if f.name in _AT_LEAST:
+                least = _AT_LEAST[f.name]
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ConfigError(f"{f.name}={value!r} must be an integer >= {least}.")
+        if not isinstance(self.prefix_caching, bool):
+            raise ConfigError(f"prefix_caching={self.prefix_caching!r} must be true or false.")
+        if self.max_lanes < self.max_sequences:
+            raise ConfigError(
+                f"max_lanes={self.max_lanes} is below max_sequences={self.max_sequences}: every "
+                "sequence needs a lane; raise the one or lower the other."
+            )
+        if self.least_exit_batch > self.max_sequences:
+            raise ConfigError(
+                f"least_exit_batch={self.least_exit_batch} can never be reached with "
+                f"max_sequences={self.max_sequences}: make it smaller."
+            )
+        if self.quantization and self.dtype not in (None, "float32"):
+            raise ConfigError(
+                f"quantization={self.quantization!r} does not go with dtype={self.dtype!r}: "
+                "what is not quantised stays in float32."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EngineConfig":
+        """Build from plain data; an unknown key is an error that names the nearest known one."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"engine setting {key!r} is unknown: {nearest(str(key), known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` turns back into an equal config."""
+        return asdict(self)

@@ -1,0 +1,107 @@
+"""The memory behind the pages: one tensor of keys, one of values."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mor.engine.config import EngineConfig
+from mor.engine.pages import PageLayout
+from mor.errors import ConfigError
+from mor.model.config import MoRConfig
+from mor.ops.paged import PagedKV
+
+_SHARE_OF_FREE_MEMORY = 0.5
+
+
+class KVCache:
+    """Pages of all layers and depths, and how each kind of table lies in them.
+
+    Raises:
+        ConfigError: `kv_memory` holds no page, or page size and memory cannot go together.
+    """
+
+    def __init__(
+        self, model: MoRConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        _, kv_heads, head_dim = model.num_heads_and_dim
+        block = model.num_block_layers
+        if model.sharing == "sequence" and model.kv_strategy == "recursion_wise":
+            block *= model.num_recursions  # all depths of a token run in one pass
+        outer = model.num_prelude_layers + model.num_coda_layers
+        self.layers_per_page = max(block, outer)
+        self.block = self._layout(config, block)
+        self.outer = self._layout(config, outer) if outer else None
+        cell = 2 * kv_heads * head_dim * config.page_size * dtype.itemsize
+        self.page_bytes = cell * self.layers_per_page
+        self.num_pages = self._num_pages(model, config, device)
+        shape = (self.num_pages * self.layers_per_page, kv_heads)
+        self.kv = PagedKV(
+            k=_zeros((*shape, head_dim, config.page_size), dtype, device),
+            v=_zeros((*shape, config.page_size, head_dim), dtype, device),
+        )
+
+    def _layout(self, config: EngineConfig, layers: int) -> PageLayout:
+        return PageLayout(
+            page_size=config.page_size, layers=layers, layers_per_page=self.layers_per_page
+        )
+
+    def pages_at_most(self, model: MoRConfig, tokens: int) -> int:
+        """Pages of a sequence whose tokens all take every recursion."""
+        passes = model.num_recursions
+        if model.sharing == "sequence" or model.kv_strategy == "shared":
+            passes = 1
+        outer = self.outer.pages_for(tokens) if self.outer is not None else 0
+        return outer + passes * self.block.pages_for(tokens)
+
+    def _num_pages(self, model: MoRConfig, config: EngineConfig, device: torch.device) -> int:
+        longest = self.pages_at_most(model, model.max_position_embeddings)
+        if config.kv_memory is not None:
+            pages = config.kv_memory // self.page_bytes
+            if pages < 1 + model.num_recursions:
+                raise ConfigError(
+                    f"kv_memory={config.kv_memory} bytes hold {pages} pages of {self.page_bytes} "
+                    f"bytes: a sequence of {model.max_position_embeddings} tokens takes up to "
+                    f"{longest * self.page_bytes}."
+                )
+            return pages
+        share = int(free_memory(device) * _SHARE_OF_FREE_MEMORY) // self.page_bytes
+        pages = min(share, longest * config.max_sequences)
+        if pages < longest:
+            raise ConfigError(
+                f"half of the free memory holds {pages} pages, but one sequence of "
+                f"{model.max_position_embeddings} tokens takes up to {longest}: free some memory, "
+                f"or set kv_memory yourself ({self.page_bytes} bytes a page)."
+            )
+        return pages
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole pages, in order: (from, to)."""
+        height = self.layers_per_page
+        for source, target in pairs:
+            for cells in (self.kv.k, self.kv.v):
+                start = target * height
+                cells[start : start + height] = cells[source * height : (source + 1) * height]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take memory only once they are written to, page by page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    untouched = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(untouched).view(dtype).view(shape)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()  # free, and caches to be dropped
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,374 @@
+"""`LLM`: a model that serves many requests at once, offline or step by step."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mor.engine.config import EngineConfig
+from mor.engine.kv_cache import KVCache
+from mor.engine.pages import PagePool, PageTable
+from mor.engine.placement import Placement
+from mor.engine.prefix import PrefixCache
+from mor.engine.request import Chunk, TokenEvent
+from mor.engine.request import Sequence as Track
+from mor.engine.runner import Runner
+from mor.engine.sampler import SamplingRow
+from mor.engine.scheduler import Passes, Scheduler
+from mor.engine.stats import EngineStats, ProgressBar
+from mor.engine.text import TextStream
+from mor.errors import CapacityError, DataError, RequestError
+from mor.io.checkpoint import load, resolve
+from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
+from mor.model.config import MoRConfig
+from mor.model.mor import MoRModel
+from mor.model.sampling import (
+    Completion,
+    FinishReason,
+    SamplingParams,
+    check_request,
+    params_for_each,
+)
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """Generates text with any of this package's models, many requests at a time.
+
+        llm = mor.LLM("dir")
+        for completion in llm.generate(["Once", "Twice"], mor.SamplingParams(max_tokens=32)):
+            print(completion.text, completion.recursion_counts)
+
+    `generate` and `stream` work through requests of their own. A server calls `add_request`,
+    `step`, `abort` itself. Not for several threads at once.
+
+    Args:
+        model: a checkpoint's folder, or a model (which then must not change any more).
+        config: how to run it.
+        tokenizer: for a model in memory; a folder brings its own. Without one, prompts are token
+            ids and completions have no text.
+
+    Raises:
+        CheckpointError: the folder holds no usable model.
+        ConfigError: the settings do not fit the model or this machine.
+    """
+
+    def __init__(
+        self,
+        model: MoRModel | Path | str,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        if not isinstance(model, MoRModel):
+            folder = resolve(model)
+            model = load(folder)
+            if tokenizer is None and (folder / TOKENIZER_FILE).is_file():
+                tokenizer = Tokenizer.load(folder)
+        self.model_config: MoRConfig = model.config
+        self.tokenizer = tokenizer
+        self.eos_token_id = _end_of_text(model.config, tokenizer)
+        """Ends a completion, unless its request ignores it."""
+        self.placement = Placement.choose(model, self.config)
+        device, compute = self.placement.device, self.placement.compute
+        self.cache = KVCache(model.config, self.config, compute, device)
+        self.pool = PagePool(self.cache.num_pages)
+        caches = self.config.prefix_caching
+        self.prefixes = PrefixCache(self.pool, self.config.page_size) if caches else None
+        passes = _passes(model.config)
+        self.scheduler = Scheduler(self.config, passes, self.pool, self.prefixes)
+        kernels = self.placement.kernels_for(model, self.config, self.cache)
+        num_rows = self.scheduler.num_rows
+        self.runner = Runner(model, self.config, self.cache, kernels, num_rows)
+        self.stats = EngineStats(model.config.num_recursions)
+        self._requests: dict[str, list[Track]] = {}
+        self._done: dict[str, dict[int, Completion]] = {}
+        self._texts: dict[Track, TextStream] = {}
+        self._order = itertools.count()
+
+    def describe(self) -> str:
+        """One line: kernels, dtype, memory for keys and values."""
+        kv = self.cache.num_pages * self.cache.page_bytes
+        weights = self.config.quantization or str(self.placement.weights).removeprefix("torch.")
+        return (
+            f"{self.placement.kernels} kernels on {self.placement.device}, {weights} weights, "
+            f"{kv / 2**20:,.0f} MiB for keys and values ({self.cache.num_pages} pages of "
+            f"{self.cache.page_bytes / 1024:,.0f} KiB)"
+        )
+
+    # -- whole requests -------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Continue every prompt; completions come in the order of the prompts, `n` for each.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            sampling_params: for all prompts, or one for each; None is greedy.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            RequestError: a prompt or its parameters cannot be served; then none is.
+            CapacityError: a request needs more memory for keys and values than there is.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("generate takes a list of prompts: put the text into a list.")
+        params = params_for_each(sampling_params, len(prompts))
+        names: list[str] = []
+        done: dict[str, list[Completion]] = {}
+        try:
+            for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+                names.append(self._queue(prompt, each, None, f"prompt {number}"))
+            wanted = set(names)
+            with ProgressBar(len(names), progress) as bar:
+                while len(done) < len(names):
+                    for event in self.step():
+                        completions = event.completions
+                        if completions is not None and event.request_id in wanted:
+                            done[event.request_id] = completions
+                            bar.advance()
+        finally:
+            for name in names:
+                if name not in done:
+                    self.abort(name)
+        return [completion for name in names for completion in done[name]]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """The tokens of one request as they come; closing the iterator aborts the request."""
+        name = self.add_request(prompt, params)
+        try:
+            while name in self._requests:
+                yield from (event for event in self.step() if event.request_id == name)
+        finally:
+            self.abort(name)
+
+    # -- step by step ---------------------------------------------------------------------------
+
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queue a request; its id.
+
+        Raises:
+            RequestError: the model cannot serve it, or the id is in use.
+            CapacityError: it could never fit into the memory for keys and values.
+        """
+        return self._queue(prompt, params or SamplingParams(), request_id, "the prompt")
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self._requests)
+
+    def step(self) -> list[TokenEvent]:
+        """One tick: the tokens that came out of it. Nothing happens if there are no requests."""
+        if not self.scheduler.has_work:
+            return []
+        with self.stats.tick(self.runner):
+            chunks = self.scheduler.plan_finish()
+            events = self._finish(chunks) if chunks else []
+            entering = self.scheduler.plan_enter()
+            if entering.chunks or entering.copies:
+                self.scheduler.entered(entering.chunks, self.runner.enter(entering))
+            advancing = self.scheduler.plan_advance()
+            if advancing.chunks:
+                self.stats.lanes += sum(len(c.present) for c in advancing.chunks)
+                self.scheduler.advanced(advancing.chunks, self.runner.advance(advancing))
+        return events
+
+    def abort(self, request_id: str) -> list[Completion]:
+        """Stop a request at once and free its memory; what there is of it (nothing if unknown)."""
+        for track in self._requests.get(request_id, []):
+            if track.finish_reason is None:
+                self._close(track, "abort")
+        return self._forget(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        if self.prefixes is not None:
+            self.prefixes.clear()
+
+    def check_integrity(self) -> None:
+        """Assert that no page, row or request is lost or counted twice."""
+        self.scheduler.check_integrity()
+        tracks = [*self.scheduler.running, *self.scheduler.waiting]
+        known = [t for ts in self._requests.values() for t in ts if t.finish_reason is None]
+        assert set(map(id, tracks)) == set(map(id, known)), "requests and sequences disagree"
+        assert self._done.keys() == self._requests.keys()
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _queue(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, label: str
+    ) -> str:
+        order = next(self._order)
+        name = f"request-{order}" if request_id is None else request_id
+        if name in self._requests:
+            raise RequestError(f"request id {name!r} is in use: choose another.")
+        tokens = self._tokens(prompt)
+        config = self.model_config
+        check_request(config, tokens, params, label)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer: use stop_token_ids.")
+        most = self.cache.pages_at_most(config, len(tokens) + params.max_tokens - 1)
+        if most > self.pool.num_pages:
+            page = self.cache.page_bytes
+            raise CapacityError(
+                f"{len(tokens)} prompt tokens and max_tokens={params.max_tokens} may take "
+                f"{most * page} bytes for keys and values, and kv_memory is "
+                f"{self.pool.num_pages * page}: shorten the request or raise kv_memory."
+            )
+        tracks = [self._track(name, i, order, tokens, params) for i in range(params.n)]
+        self._requests[name] = tracks
+        self._done[name] = {}
+        for track in tracks:
+            self.scheduler.add(track)
+            if self.tokenizer is not None:
+                self._texts[track] = TextStream(self.tokenizer, params.stop, tokens)
+        return name
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer: give token ids instead.")
+        return self.tokenizer.encode(prompt)
+
+    def _track(
+        self, name: str, index: int, order: int, tokens: list[int], params: SamplingParams
+    ) -> Track:
+        config = self.model_config
+        least, most = params.recursion_range(config.num_recursions)
+        passes = 1 if config.kv_strategy == "shared" else self.scheduler.passes.most
+        outer, block = self.cache.outer, self.cache.block
+        return Track(
+            request_id=name,
+            index=index,
+            order=order,
+            params=params,
+            tokens=list(tokens),
+            num_prompt=len(tokens),
+            least=least,
+            most=most,
+            stop_ids=params.end_ids(self.eos_token_id),
+            random=params.random_numbers(index),
+            outer=PageTable(outer, self.pool) if outer is not None else None,
+            depths=[PageTable(block, self.pool) for _ in range(passes)],
+            prompt_logprobs=[None] if params.prompt_logprobs else [],
+        )
+
+    def _finish(self, chunks: list[Chunk]) -> list[TokenEvent]:
+        """Coda, head and sampling for these chunks; what the caller hears of it."""
+        sampling = {
+            i: self._sampling_row(c.sequence)
+            for i, c in enumerate(chunks)
+            if c.start + len(c) == len(c.sequence.tokens)
+        }
+        result = self.runner.finish(chunks, sampling)
+        self.scheduler.finished(chunks)
+        for i, scores in result.prompt_logprobs.items():
+            first = chunks[i].start + 1
+            chunks[i].sequence.prompt_logprobs[first : first + len(scores)] = scores
+        events: list[TokenEvent] = []
+        sampled = result.sampled
+        for i, token, logprob, top in zip(
+            *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True
+        ):
+            track = chunks[i].sequence
+            track.tokens.append(token)
+            track.logprobs.append(logprob)
+            if track.params.logprobs is not None:
+                track.top_logprobs.append(top)
+            events.append(self._event(track))
+        return events
+
+    def _sampling_row(self, track: Track) -> SamplingRow:
+        p = track.params
+        looks_back = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
+        return SamplingRow(
+            params=p,
+            uniform=track.random.random() if p.temperature > 0 else 0.0,
+            prompt=track.tokens[: track.num_prompt] if looks_back else (),
+            output=track.output if looks_back else (),
+            forbidden=p.forbidden_ids(self.eos_token_id, len(track.tokens) - track.num_prompt),
+        )
+
+    def _event(self, track: Track) -> TokenEvent:
+        """What the caller hears of the token that was just appended."""
+        token, text = track.tokens[-1], self._texts.get(track)
+        self.stats.count(track.counts[-1])
+        ends = token in track.stop_ids
+        delta = text.push(token) if text is not None and not ends else ""
+        num_output = len(track.tokens) - track.num_prompt
+        if ends or (text is not None and text.stopped):
+            track.finish_reason = "stop"
+        elif num_output >= track.params.max_tokens:
+            track.finish_reason = "length"
+        completions = None
+        if track.finish_reason is not None:
+            delta += text.flush() if text is not None else ""
+            self._close(track, track.finish_reason)
+            if len(self._done[track.request_id]) == track.params.n:
+                completions = self._forget(track.request_id)
+        return TokenEvent(
+            request_id=track.request_id,
+            index=track.index,
+            token_id=token,
+            text=delta,
+            logprob=track.logprobs[-1],
+            recursion_count=track.counts[-1],
+            finish_reason=track.finish_reason,
+            completions=completions,
+        )
+
+    def _close(self, track: Track, reason: FinishReason) -> None:
+        """Free what a sequence holds, and keep its completion until the request is complete."""
+        track.finish_reason = reason
+        text = self._texts.pop(track, None)
+        if text is not None and reason == "abort":
+            text.flush()
+        prompt, output = track.tokens[: track.num_prompt], track.output
+        self._done[track.request_id][track.index] = Completion(
+            prompt_token_ids=prompt,
+            prompt_recursion_counts=track.counts[: track.num_prompt],
+            index=track.index,
+            text=text.text if text is not None else "",
+            token_ids=output,
+            recursion_counts=track.counts[track.num_prompt - 1 :][: len(output)],
+            logprobs=track.logprobs,
+            top_logprobs=track.top_logprobs,
+            prompt_logprobs=track.prompt_logprobs,
+            finish_reason=track.finish_reason,
+        )
+        self.scheduler.close(track)
+
+    def _forget(self, request_id: str) -> list[Completion]:
+        self._requests.pop(request_id, None)
+        done = self._done.pop(request_id, {})
+        return [done[index] for index in sorted(done)]
+
+
+def _end_of_text(config: MoRConfig, tokenizer: Tokenizer | None) -> int | None:
+    """What the model names, otherwise the tokenizer's."""
+    if config.eos_token_id is not None or tokenizer is None:
+        return config.eos_token_id
+    try:
+        return tokenizer.eos_id
+    except DataError:
+        return None
+
+
+def _passes(config: MoRConfig) -> Passes:
+    one = config.sharing == "sequence"
+    return Passes(
+        most=1 if one else config.num_recursions,
+        recursions=config.num_recursions if one else 1,
+        shared_kv=config.kv_strategy == "shared",
+        presence=config.depth_capacities,
+    )

@@ -1,0 +1,140 @@
+"""Key-value memory as bookkeeping: which pages are free, and which entries lie where.
+
+One pool serves the block at every depth and the unshared layers. A page is `layers_per_page`
+neighbouring cells; a cell holds `page_size` entries of one layer. A stack that is lower than a page
+lays several groups of cells side by side in it. Plain Python: no tensors here.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mor.errors import CapacityError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageLayout:
+    """How the entries of one kind of table lie in pages.
+
+    A table's entry e is in page e // entries_per_page, and there in the group of cells of its
+    run of `page_size` entries.
+    """
+
+    page_size: int
+    """S, entries of a cell."""
+    layers: int
+    """Layers of the stack: cells of one group."""
+    layers_per_page: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of cells in a page."""
+        return self.layers_per_page // self.layers
+
+    @property
+    def entries_per_page(self) -> int:
+        """Tokens that a page holds."""
+        return self.page_size * self.groups
+
+    def pages_for(self, entries: int) -> int:
+        """Pages that this many entries take."""
+        return -(-entries // self.entries_per_page)
+
+
+class PagePool:
+    """Pages with reference counts: a page is free when nobody holds it."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be taken."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free page, held once.
+
+        Raises:
+            CapacityError: no page is free.
+        """
+        if not self._free:
+            raise CapacityError(f"all {self.num_pages} pages are in use.")
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def hold(self, page: int) -> None:
+        """One more holder of a page that is in use."""
+        assert self._holders[page] > 0, f"page {page} is free"
+        self._holders[page] += 1
+
+    def release(self, page: int) -> None:
+        """One holder less."""
+        assert self._holders[page] > 0, f"page {page} is free"
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            self._free.append(page)
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Assert that each page has as many holders as it occurs in `held`, and that exactly the
+        pages without holders are free, each once."""
+        counts = Counter(held)
+        wrong = [page for page, count in enumerate(self._holders) if count != counts[page]]
+        assert not wrong, f"pages {wrong} leaked"
+        unheld = [page for page, count in enumerate(self._holders) if count == 0]
+        assert sorted(self._free) == unheld, "free pages and reference counts disagree"
+
+
+class PageTable:
+    """The entries of one sequence at one depth (or in its unshared layers), in order."""
+
+    def __init__(self, layout: PageLayout, pool: PagePool) -> None:
+        self.layout = layout
+        self.pages: list[int] = []
+        self.cells = array("i")
+        """Cell of the stack's first layer, for each run of `page_size` entries."""
+        self.num_entries = 0
+        self._pool = pool
+
+    def missing(self, count: int) -> int:
+        """Pages to take before `count` more entries fit."""
+        return self.layout.pages_for(self.num_entries + count) - len(self.pages)
+
+    def append(self, count: int) -> range:
+        """Make room for `count` entries; which they are.
+
+        Raises:
+            CapacityError: not enough pages are free; nothing has changed then.
+        """
+        missing = self.missing(count)
+        if missing > self._pool.num_free:
+            raise CapacityError(f"{missing} pages are needed, {self._pool.num_free} are free.")
+        for _ in range(missing):
+            self.adopt(self._pool.take())
+        first = self.num_entries
+        self.num_entries += count
+        return range(first, self.num_entries)
+
+    def adopt(self, page: int) -> None:
+        """Add a page that is held on this table's behalf."""
+        start = page * self.layout.layers_per_page
+        step = self.layout.layers
+        self.pages.append(page)
+        self.cells.extend(start + group * step for group in range(self.layout.groups))
+
+    def slot(self, entry: int) -> tuple[int, int]:
+        """(cell of the first layer, slot in it) of an entry."""
+        size = self.layout.page_size
+        return self.cells[entry // size], entry % size
+
+    def clear(self) -> None:
+        """Release all pages."""
+        for page in self.pages:
+            self._pool.release(page)
+        self.pages.clear()
+        del self.cells[:]
+        self.num_entries = 0

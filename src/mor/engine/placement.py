@@ -1,0 +1,68 @@
+"""Where and how a model runs: device, dtype, kernels, and the memory for keys and values."""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+from mor.engine.config import EngineConfig
+from mor.engine.kv_cache import KVCache
+from mor.engine.stack import CpuKernels, Kernels, TorchKernels, fits_cpu_kernels
+from mor.errors import ConfigError
+from mor.model.mor import MoRModel
+from mor.ops.packed import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The choice that was made."""
+
+    device: torch.device
+    weights: torch.dtype
+    """How weights are kept (int8 apart)."""
+    compute: torch.dtype
+    """Of hidden states, keys and values."""
+    kernels: str
+
+    @classmethod
+    def choose(cls, model: MoRModel, config: EngineConfig) -> "Placement":
+        """The fastest way that fits.
+
+        Raises:
+            ConfigError: the settings contradict each other or the model's shapes.
+        """
+        own = model.embed_tokens.weight
+        device = torch.device(config.device) if config.device else own.device
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device={config.device!r}: torch sees no GPU here; use 'cpu'.")
+        weights = getattr(torch, config.dtype) if config.dtype else own.dtype
+        fits = fits_cpu_kernels(model.config, config.page_size)
+        small = weights in (torch.float32, torch.bfloat16)
+        best = "triton" if device.type == "cuda" else "cpu" if fits and small else "reference"
+        kernels = config.kernels or best
+        if kernels == "cpu" and (device.type != "cpu" or not small or not fits):
+            raise ConfigError(
+                "kernels='cpu' needs a CPU, float32 or bfloat16, and hidden_size, "
+                "intermediate_size, head_dim and page_size that are multiples of 16; here: "
+                f"{device.type}, {weights}, {model.config.hidden_size}, "
+                f"{model.config.intermediate_size}, {model.config.head_dim}, {config.page_size}. "
+                "Use kernels='reference'."
+            )
+        if kernels == "triton" and device.type != "cuda":
+            raise ConfigError(f"kernels='triton' needs device='cuda', not {device.type!r}.")
+        if config.quantization and kernels != "cpu":
+            raise ConfigError(
+                f"quantization={config.quantization!r} needs the compiled CPU kernels, and "
+                f"these settings run with kernels={kernels!r}."
+            )
+        compute = torch.float32 if kernels == "cpu" else weights
+        return cls(device=device, weights=weights, compute=compute, kernels=kernels)
+
+    def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> Kernels:
+        """Load the kernels."""
+        if self.kernels == "cpu":
+            plain: Storage = "bfloat16" if self.weights == torch.bfloat16 else "float32"
+            storage: Storage = "int8" if config.quantization == "int8" else plain
+            return CpuKernels(model.config, cache.kv, storage, config.num_threads)
+        operations = importlib.import_module(f"mor.ops.{self.kernels}")
+        return TorchKernels(model.config, operations, cache.kv, self.compute)

@@ -1,0 +1,156 @@
+"""Prefix cache: what was computed for a prefix of tokens serves every request that starts so.
+
+Routing by threshold looks at nothing but the tokens so far, so a prefix has the same entries at
+every depth whoever computes it: sharing is exact. A node stands for `page_size` tokens after its
+parent and holds the pages that its entries touch, at every depth. Since a prefix of 16 tokens has,
+say, 11 entries at depth 1, its last page there is shared with what follows: entries are only ever
+appended, so a node may hold a page that its first owner goes on filling, and whoever reuses the
+prefix copies that one page.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from mor.engine.pages import PagePool, PageTable
+
+
+@dataclass(eq=False, kw_only=True)
+class PrefixNode:
+    """Some tokens in the light of all before them."""
+
+    parent: "PrefixNode | None"
+    root: Hashable
+    """Requests of different roots (e.g. other recursion limits) share nothing."""
+    tokens: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Recursion count of each token."""
+    entries: tuple[int, ...]
+    """Entries of each table after these tokens."""
+    pages: tuple[tuple[int, ...], ...]
+    """For each table the pages of the entries that these tokens added; the first may be begun."""
+    num_tokens: int
+    """Tokens of the whole prefix."""
+    num_children: int = 0
+
+    @property
+    def key(self) -> tuple[Hashable, tuple[int, ...]]:
+        """What a lookup asks for."""
+        return (self.root if self.parent is None else id(self.parent), self.tokens)
+
+
+class PrefixCache:
+    """A tree of prefixes; the least recently used leaf goes first when pages are needed."""
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.page_size = page_size
+        self._pool = pool
+        self._nodes: OrderedDict[tuple[Hashable, tuple[int, ...]], PrefixNode] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def find(self, root: Hashable, tokens: Sequence[int]) -> list[PrefixNode]:
+        """The nodes of the longest known prefix, from the first on; one token stays uncovered."""
+        found: list[PrefixNode] = []
+        size, above = self.page_size, root
+        for start in range(0, len(tokens) - size, size):
+            node = self._nodes.get((above, tuple(tokens[start : start + size])))
+            if node is None:
+                break
+            found.append(node)
+            above = id(node)
+        for node in reversed(found):  # leaves first: they are the first to go
+            self._nodes.move_to_end(node.key)
+        return found
+
+    def attach(
+        self, nodes: Sequence[PrefixNode], tables: Sequence[PageTable]
+    ) -> list[tuple[int, int]]:
+        """Give empty tables the entries of a prefix; the (from, to) pages to be copied.
+
+        Raises:
+            CapacityError: no page is free for a copy; the tables are then to be cleared.
+        """
+        copies: list[tuple[int, int]] = []
+        for number, table in enumerate(tables):
+            per_page = table.layout.entries_per_page
+            pages: list[int] = []
+            before = 0
+            for node in nodes:
+                pages[before // per_page :] = node.pages[number]
+                before = node.entries[number]
+            whole = before // per_page
+            for page in pages[:whole]:
+                self._pool.hold(page)
+                table.adopt(page)
+            if before % per_page:
+                own = self._pool.take()
+                copies.append((pages[whole], own))
+                table.adopt(own)
+            table.num_entries = before
+        return copies
+
+    def insert(
+        self,
+        parent: PrefixNode | None,
+        root: Hashable,
+        tokens: Sequence[int],
+        counts: Sequence[int],
+        entries: Sequence[int],
+        tables: Sequence[PageTable],
+    ) -> PrefixNode:
+        """The node of `page_size` finished tokens after `parent`: the known one, or a new one."""
+        key = (root if parent is None else id(parent), tuple(tokens))
+        if key in self._nodes:
+            self._nodes.move_to_end(key)
+            return self._nodes[key]
+        before = parent.entries if parent is not None else (0,) * len(tables)
+        pages = tuple(
+            tuple(t.pages[old // t.layout.entries_per_page : t.layout.pages_for(new)])
+            for t, old, new in zip(tables, before, entries, strict=True)
+        )
+        node = PrefixNode(
+            parent=parent,
+            root=root,
+            tokens=tuple(tokens),
+            counts=tuple(counts),
+            entries=tuple(entries),
+            pages=pages,
+            num_tokens=len(tokens) + (0 if parent is None else parent.num_tokens),
+        )
+        for page in self._pages_of(node):
+            self._pool.hold(page)
+        if parent is not None:
+            parent.num_children += 1
+        self._nodes[key] = node
+        return node
+
+    def holds(self, node: PrefixNode | None) -> bool:
+        """Whether a node is still in the tree (None, the root's place, always is)."""
+        return node is None or self._nodes.get(node.key) is node
+
+    def evict(self, wanted: int) -> None:
+        """Drop leaves, the least recently used first, until `wanted` pages are free."""
+        while self._pool.num_free < wanted and self._nodes:
+            leaf = next(node for node in self._nodes.values() if node.num_children == 0)
+            self._drop(leaf)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        while self._nodes:
+            self._drop(next(n for n in reversed(self._nodes.values()) if n.num_children == 0))
+
+    def _drop(self, node: PrefixNode) -> None:
+        del self._nodes[node.key]
+        if node.parent is not None:
+            node.parent.num_children -= 1
+        for page in self._pages_of(node):
+            self._pool.release(page)
+
+    def _pages_of(self, node: PrefixNode) -> list[int]:
+        return [page for pages in node.pages for page in pages]
+
+    def held_pages(self) -> list[int]:
+        """Every page that a node holds, once for each node."""
+        return [page for node in self._nodes.values() for page in self._pages_of(node)]

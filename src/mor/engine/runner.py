@@ -1,0 +1,284 @@
+"""Plans into tensors: the model's stages over the lanes of a tick, and what the routers decide.
+
+Hidden states of tokens in flight live in one buffer; a chunk knows its rows there. Shape letters:
+N lanes, E width, V vocabulary.
+"""
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mor.engine.config import EngineConfig
+from mor.engine.kv_cache import KVCache
+from mor.engine.pages import PageTable
+from mor.engine.request import Chunk
+from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample
+from mor.engine.scheduler import AdvancePlan, EnterPlan
+from mor.engine.stack import Application, Kernels, layers_of
+from mor.model.mor import MoRModel
+from mor.model.packing import Packing
+from mor.model.router import ExpertChoice, RecursionLimits, RoutingRecord, TokenChoice
+from mor.model.sharing import block_schedule
+from mor.ops.paged import Lanes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What came out of a finish phase."""
+
+    sampled: Sampled
+    prompt_logprobs: dict[int, list[float]] = field(default_factory=dict)
+    """By the chunk's place in the plan: log-probability of the token after each of its tokens."""
+
+
+class Runner:
+    """Owns hidden states and keys and values; knows nothing of requests beyond their chunks."""
+
+    def __init__(
+        self, model: MoRModel, config: EngineConfig, cache: KVCache, kernels: Kernels, num_rows: int
+    ) -> None:
+        self.model_config = model.config
+        self.cache = cache
+        self.kernels = kernels
+        self.device = cache.kv.k.device
+        self.dtype = cache.kv.k.dtype
+        self.compute_seconds = 0.0
+        """Time inside layers, head, routers and sampler: the rest of a tick is bookkeeping."""
+        self._norm = model.norm
+        self._embedding = model.embed_tokens.weight.detach()
+        self._head = model.lm_head.weight.detach()
+        # Routers compute in the engine's dtype; a copy, since the model stays its owner's.
+        self._router = copy.deepcopy(model.router)
+        if self._router is not None:
+            self._router.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        outer = layers_of(model.prelude) + layers_of(model.coda)
+        apps = [Application(layer=m, home=i, writes=True) for i, m in enumerate(outer)]
+        num = len(model.prelude)
+        self._prelude = kernels.stack(apps[:num]) if num else None
+        self._coda = kernels.stack(apps[num:]) if apps[num:] else None
+        self.block = kernels.stack(_block(model))
+        # Depths that share keys and values see all earlier tokens, so positions are the entries.
+        self._shared = model.config.kv_strategy == "shared"
+        rows = (num_rows, model.config.hidden_size)
+        self._hidden = torch.zeros(rows, dtype=self.dtype, device=self.device)
+        token_choice = isinstance(self._router, TokenChoice)
+        self._start = torch.zeros_like(self._hidden) if token_choice else None  # x0
+        self._gate = torch.zeros(num_rows, 1, dtype=self.dtype, device=self.device)
+        self._target = [0] * num_rows  # token choice: recursion count of each row's token
+
+    # -- phases ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def enter(self, plan: EnterPlan) -> list[bool]:
+        """Embed and run the prelude; for each token, whether it takes its first pass."""
+        self.cache.copy_pages(plan.copies)
+        if not plan.chunks:
+            return []
+        ids = [t for c in plan.chunks for t in c.sequence.tokens[c.start : c.start + len(c)]]
+        positions = [p for c in plan.chunks for p in range(c.start, c.start + len(c))]
+        began = time.perf_counter()
+        x = F.embedding(self._ints(ids), self._embedding).to(self.dtype)
+        if self._prelude is not None:
+            x = self._prelude.run(x, self._outer_lanes(plan.chunks))
+        rows = self._ints([row for c in plan.chunks for row in c.rows])
+        self._hidden[rows] = x
+        goes_on = self._first_decision(plan.chunks, x, rows, self._ints(positions))
+        self.compute_seconds += time.perf_counter() - began
+        return goes_on
+
+    @torch.inference_mode()
+    def advance(self, plan: AdvancePlan) -> list[bool]:
+        """One pass of the block over all present tokens; for each, whether it is sent on."""
+        lanes = self._block_lanes(plan)
+        numbers = [c.rows[i] for c in plan.chunks for i in c.present]
+        began = time.perf_counter()
+        rows = self._ints(numbers)
+        h = self._hidden.index_select(0, rows)
+        expert = isinstance(self._router, ExpertChoice)
+        update = self.block.run(h.clone() if expert else h, lanes)
+        if expert:
+            if self.model_config.gating == "weighted":
+                update = update.mul_(self._gate.index_select(0, rows))
+            update = update.add_(h)
+        self._hidden[rows] = update
+        goes_on = self._next_decision(plan, update, rows, lanes, numbers)
+        self.compute_seconds += time.perf_counter() - began
+        return goes_on
+
+    @torch.inference_mode()
+    def finish(self, chunks: list[Chunk], sampling: dict[int, SamplingRow]) -> Finished:
+        """Run coda and head; sample after the last token of each chunk that `sampling` names."""
+        began = time.perf_counter()
+        scored = {
+            i
+            for i, c in enumerate(chunks)
+            if c.sequence.params.prompt_logprobs and c.start < c.sequence.num_prompt - 1
+        }
+        result = Finished(sampled=Sampled(tokens=[], logprobs=[], top_logprobs=[]))
+        if self._coda is not None or sampling or scored:
+            x = self._states([row for c in chunks for row in c.rows])
+            if self._coda is not None:
+                x = self._coda.run(x, self._outer_lanes(chunks))
+            ends = np.cumsum([len(c) for c in chunks])
+            if sampling:
+                last = self._ints([int(ends[i]) - 1 for i in sampling])
+                logits = self._readout(x.index_select(0, last))
+                result = Finished(sampled=self._sample(logits, list(sampling.values())))
+            for i in scored:
+                states = x[int(ends[i]) - len(chunks[i]) : int(ends[i])]
+                result.prompt_logprobs[i] = self._score(chunks[i], states)
+        self.compute_seconds += time.perf_counter() - began
+        return result
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _ints(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def _readout(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n v"]:
+        return self.kernels.readout(self._norm, self._head, x)
+
+    def _sample(self, logits: Float[Tensor, "n v"], rows: list[SamplingRow]) -> Sampled:
+        if all(is_plain(row) and row.params.logprobs is None for row in rows):
+            found = self.kernels.greedy(logits)
+            if found is not None:
+                return Sampled(tokens=found[0], logprobs=found[1], top_logprobs=[{} for _ in rows])
+        return sample(logits, rows)
+
+    def _states(self, numbers: list[int]) -> Float[Tensor, "n e"]:
+        """States after the block."""
+        rows = self._ints(numbers)
+        h = self._hidden.index_select(0, rows)
+        if self._start is None:
+            return h
+        if self.model_config.gating == "weighted":
+            h = h * self._gate.index_select(0, rows)
+        return self._start.index_select(0, rows) + h
+
+    def _score(self, chunk: Chunk, states: Tensor) -> list[float]:
+        sequence = chunk.sequence
+        stop = min(chunk.start + len(chunk), sequence.num_prompt - 1)
+        following = self._ints(sequence.tokens[chunk.start + 1 : stop + 1])
+        logits = self._readout(states[: len(following)])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.log_softmax(-1).gather(1, following[:, None])[:, 0].tolist()
+
+    def _first_decision(
+        self, chunks: list[Chunk], x: Tensor, rows: Tensor, positions: Tensor
+    ) -> list[bool]:
+        if isinstance(self._router, ExpertChoice):
+            return self._judge(0, x, rows, positions)
+        if isinstance(self._router, TokenChoice):
+            assert self._start is not None
+            limits = [(c.sequence.least, c.sequence.most) for c in chunks for _ in c.rows]
+            least, most = self._ints([a for a, _ in limits]), self._ints([b for _, b in limits])
+            counts, weight = self._router.choose(
+                x, _packing(positions), RoutingRecord(), RecursionLimits(least=least, most=most)
+            )
+            self._start[rows] = x
+            self._gate[rows] = weight.to(self.dtype)
+            for row, count in zip(
+                (r for c in chunks for r in c.rows), counts.tolist(), strict=True
+            ):
+                self._target[row] = count
+        return [True] * len(x)
+
+    def _next_decision(
+        self, plan: AdvancePlan, h: Tensor, rows: Tensor, lanes: Lanes, numbers: list[int]
+    ) -> list[bool]:
+        depths = [c.depth + 1 for c in plan.chunks for _ in c.present]
+        if isinstance(self._router, TokenChoice):
+            return [self._target[n] > depth for n, depth in zip(numbers, depths, strict=True)]
+        goes_on = [True] * len(depths)
+        if isinstance(self._router, ExpertChoice):
+            for depth in sorted(set(depths)):
+                if depth == self.model_config.num_recursions:
+                    continue
+                here = [i for i, d in enumerate(depths) if d == depth]
+                where = self._ints(here)
+                flags = self._judge(depth, h[where], rows[where], lanes.positions[where])
+                for i, flag in zip(here, flags, strict=True):
+                    goes_on[i] = flag
+        return goes_on
+
+    def _judge(self, depth: int, h: Tensor, rows: Tensor, positions: Tensor) -> list[bool]:
+        """Expert choice by threshold, before pass `depth`; notes the gates for that pass."""
+        assert isinstance(self._router, ExpertChoice)
+        main, decision = self._router.logits(depth, h, _packing(positions))
+        self._gate[rows] = self._router.gate(main)[:, None].to(self.dtype)
+        return (decision >= self._router.threshold(depth)).tolist()
+
+    # -- lanes ----------------------------------------------------------------------------------
+
+    def _outer_lanes(self, chunks: list[Chunk]) -> Lanes:
+        """Every token of these chunks, in the unshared layers: entry and position are the same."""
+        tables = [c.sequence.outer for c in chunks]
+        ranges = [list(range(c.start, c.start + len(c))) for c in chunks]
+        return self._lanes(tables, ranges, ranges, len(chunks))
+
+    def _block_lanes(self, plan: AdvancePlan) -> Lanes:
+        tables: list[PageTable | None] = []
+        positions: list[list[int]] = []
+        entries: list[list[int]] = []
+        for chunk, first in zip(plan.chunks, plan.first_entries, strict=True):
+            tables.append(chunk.sequence.depths[0 if self._shared else chunk.depth])
+            positions.append([chunk.start + i for i in chunk.present])
+            ordinal = range(first, first + len(chunk.present))
+            entries.append(positions[-1] if self._shared else list(ordinal))
+        return self._lanes(tables, positions, entries, plan.num_writing)
+
+    def _lanes(
+        self,
+        tables: list[PageTable | None],
+        positions: list[list[int]],
+        entries: list[list[int]],
+        num_writing: int,
+    ) -> Lanes:
+        """The first `num_writing` runs store their keys and values; `entries` sees itself last."""
+        width = max(len(t.cells) for t in tables if t is not None)
+        table = np.zeros((len(tables), width), np.int32)
+        slots: list[tuple[int, int]] = []
+        for number, (t, run) in enumerate(zip(tables, entries, strict=True)):
+            assert t is not None
+            table[number, : len(t.cells)] = t.cells
+            if number < num_writing:
+                slots += [t.slot(entry) for entry in run]
+        runs = np.cumsum([0, *map(len, entries)])
+        return Lanes(
+            positions=self._int32([p for run in positions for p in run]),
+            kv_len=self._int32([entry + 1 for run in entries for entry in run]),
+            runs=self._int32(runs),
+            tables=self._int32(table),
+            write_cell=self._int32([cell for cell, _ in slots]),
+            write_slot=self._int32([slot for _, slot in slots]),
+        )
+
+    def _int32(self, values: list[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int32)).to(self.device)
+
+
+def _packing(positions: Tensor) -> Packing:
+    """Some tokens, for routers: they look at positions only."""
+    num = positions.shape[0]
+    flat = torch.arange(num, device=positions.device)
+    return Packing(flat=flat, positions=positions, batch=1, width=num, pad=None)
+
+
+def _block(model: MoRModel) -> list[Application]:
+    """One pass of the shared block; with sharing='sequence' one pass is all recursions."""
+    config = model.config
+    layers = layers_of(model.block)
+    if config.sharing == "cycle":
+        return [Application(layer=m, home=i, writes=True) for i, m in enumerate(layers)]
+    schedule = block_schedule(config.sharing, config.num_block_layers, config.num_recursions)
+    if config.kv_strategy == "shared":
+        return [
+            Application(layer=layers[s.layer], home=s.layer, writes=s.depth == 0) for s in schedule
+        ]
+    return [Application(layer=layers[s.layer], home=i, writes=True) for i, s in enumerate(schedule)]

@@ -1,0 +1,84 @@
+"""Token ids into text, as they come; and the texts that end a request."""
+
+from collections.abc import Sequence
+
+from mor.io.tokenizer import Tokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+"""Bytes of UTF-8, hence tokens, that one character can take."""
+
+
+class PieceStream:
+    """The text of tokens as they come, never half a character; see `Tokenizer.pieces`."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """Starts after the tokens `before`, whose text is whole."""
+        self._tokenizer = tokenizer
+        # Some decoders treat a first token differently, so new text is told from a difference.
+        self._context = list(before[-_LONGEST_CHARACTER:])
+        self._pending: list[int] = []
+        self._known = tokenizer.decode(self._context)
+
+    def push(self, token: int) -> str:
+        """The text that is whole with this token; "" inside a character."""
+        self._pending.append(token)
+        text = self._tokenizer.decode([*self._context, *self._pending])
+        if text.endswith(_REPLACEMENT):
+            return ""
+        piece = text[len(self._known) :]
+        self._context = self._pending
+        self._pending = []
+        self._known = self._tokenizer.decode(self._context)
+        return piece
+
+    def flush(self) -> str:
+        """What is left when no more tokens come, broken characters as U+FFFD."""
+        text = self._tokenizer.decode([*self._context, *self._pending])
+        self._pending = []
+        return text[len(self._known) :]
+
+
+class TextStream:
+    """The text of one completion, up to the first of its stop texts.
+
+    An end that could become a stop text is held back until it is decided.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), before: Sequence[int] = ()
+    ) -> None:
+        self.text = ""
+        """What is certain so far."""
+        self.stopped = False
+        """Whether a stop text has come; it is not part of the text."""
+        self._pieces = PieceStream(tokenizer, before)
+        self._stop = stop
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """One more token; the text that is certain now and was not before."""
+        pending = self._held + self._pieces.push(token)
+        found = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
+        if found:
+            self.stopped, keep = True, min(found)
+        else:
+            keep = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
+        self._held = pending[keep:]
+        self.text += pending[:keep]
+        return pending[:keep]
+
+    def flush(self) -> str:
+        """No more tokens come: the text that was held back."""
+        if self.stopped:
+            return ""
+        rest = self._held + self._pieces.flush()
+        self._held = ""
+        self.text += rest
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that begin `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,261 @@
+"""What a user asks of generation, and what comes back: plain data, without torch.
+
+The rules that every generator shares live here, so that the reference generator and the engine
+cannot drift apart: which tokens end a request, where its random numbers come from, how many
+recursions its tokens may take, and which requests a model cannot serve.
+
+The next token is chosen from one position's logits in this order (that of Hugging Face; vLLM has
+min_p before top_k, which matters only for the share that top_p is taken of):
+
+1. penalties: repetition over prompt and output, presence and frequency over the output alone;
+2. ids that must not come yet (`min_tokens`) get -inf;
+3. temperature 0 takes the likeliest id (the first of equals) and is done; otherwise the logits are
+   divided by it, and each id has the weight exp(logit - largest logit);
+4. top_k, then top_p of what is left, then min_p; ids of equal weight stay or go together;
+5. inverse CDF: with one uniform u in [0, 1), the first id, in the order of ids, at which the sum of
+   the kept weights exceeds u times their total.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from mor.errors import RequestError
+from mor.model.config import MoRConfig
+
+FinishReason = Literal["stop", "length", "abort"]
+
+MAX_LOGPROBS = 20
+"""Tokens that a request can have reported beside the chosen one."""
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+# By annotation: what a value must be, and how to say so.
+_KINDS: Mapping[Any, tuple[Callable[[Any], bool], str]] = MappingProxyType(
+    {
+        int: (_is_integer, "an integer"),
+        int | None: (lambda v: v is None or _is_integer(v), "an integer"),
+        float: (_is_finite, "a finite number"),
+        bool: (lambda v: isinstance(v, bool), "true or false"),
+        tuple[str, ...]: (
+            lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
+            "a text or a list of texts, none of them empty",
+        ),
+        tuple[int, ...]: (
+            lambda v: isinstance(v, tuple) and all(_is_integer(t) and t >= 0 for t in v),
+            "a list of token ids",
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen, and when a request ends.
+
+    Raises:
+        RequestError: a value has the wrong type or is out of its range.
+    """
+
+    __no_type_check__ = True  # values come from users: __post_init__ checks them
+
+    max_tokens: int = 64
+    """Tokens to generate at most."""
+    min_tokens: int = 0
+    """Until so many tokens are there, none that would end the request can come."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together hold this share of the probability."""
+    min_p: float = 0.0
+    """Drop tokens with less than this share of the likeliest token's probability."""
+    repetition_penalty: float = 1.0
+    """Of tokens in prompt or output: a positive logit is divided by it, others are multiplied."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token in the output."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit once for each time that it is in the output."""
+    seed: int | None = None
+    """Of this request's own random numbers; None draws one."""
+    n: int = 1
+    """Completions of each prompt; number i has the seed `seed + i`."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the request; a list or a single text will do. They need a tokenizer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the request, like the model's `eos_token_id`; part of the output."""
+    ignore_eos: bool = False
+    """Go on after the model's `eos_token_id`."""
+    logprobs: int | None = None
+    """Report so many of the likeliest tokens beside each chosen one; None reports nothing."""
+    prompt_logprobs: bool = False
+    """Report the log-probability of each token of the prompt."""
+    recursions: int | None = None
+    """Every token, those of the prompt too, takes exactly so many passes of the block."""
+    max_recursions: int | None = None
+    """No token takes more passes of the block."""
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            given = (value,) if name == "stop" and isinstance(value, str) else value
+            object.__setattr__(self, name, tuple(given) if isinstance(given, list) else given)
+        self._check_types()
+        for f in fields(self):
+            if f.type is float:
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            fits, wanted = _KINDS[f.type]
+            if not fits(value):
+                raise RequestError(f"{f.name}={value!r} must be {wanted}.")
+
+    def _check_ranges(self) -> None:
+        checks = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "min_tokens": (
+                0 <= self.min_tokens <= self.max_tokens,
+                f"between 0 and max_tokens={self.max_tokens}",
+            ),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "in [0.01, 100]"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            "seed": (0 <= (self.seed or 0) < 2**63, "0 or more, and below 2**63"),
+            "n": (1 <= self.n <= 1024, "in 1..1024"),
+            "logprobs": (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in 0..{MAX_LOGPROBS}"),
+            "recursions": (self.recursions is None or self.recursions >= 1, "at least 1"),
+            "max_recursions": (
+                self.max_recursions is None or self.max_recursions >= (self.recursions or 1),
+                f"at least recursions={self.recursions}" if self.recursions else "at least 1",
+            ),
+        }
+        for name, (good, range_) in checks.items():
+            if not good:
+                raise RequestError(f"{name}={getattr(self, name)!r} must be {range_}.")
+
+    # -- the rules that all generators share ------------------------------------------------------
+
+    def random_numbers(self, index: int) -> random.Random:
+        """Source of the uniforms of completion `index`: one `.random()` for each sampled token."""
+        return random.Random(None if self.seed is None else self.seed + index)
+
+    def end_ids(self, eos_token_id: int | None) -> frozenset[int]:
+        """Tokens that end this request at a model with this `eos_token_id`."""
+        eos = () if eos_token_id is None or self.ignore_eos else (eos_token_id,)
+        return frozenset((*self.stop_token_ids, *eos))
+
+    def forbidden_ids(self, eos_token_id: int | None, num_tokens: int) -> Sequence[int]:
+        """Tokens that must not come after `num_tokens` tokens of output."""
+        return sorted(self.end_ids(eos_token_id)) if num_tokens < self.min_tokens else ()
+
+    def recursion_range(self, num_recursions: int) -> tuple[int, int]:
+        """(least, most) passes of each token in a model with R recursions; (0, R) is no limit."""
+        return self.recursions or 0, self.recursions or self.max_recursions or num_recursions
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """One generated sequence."""
+
+    prompt_token_ids: list[int]
+    prompt_recursion_counts: list[int] = field(default_factory=list)
+    """Passes of the block that each prompt token took."""
+    index: int = 0
+    """Number among the n completions of its prompt."""
+    text: str = ""
+    """Text of the generated tokens, where the generator has a tokenizer."""
+    token_ids: list[int] = field(default_factory=list)
+    recursion_counts: list[int] = field(default_factory=list)
+    """Passes that went into each generated token: those of the position that produced it."""
+    logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each generated token under the model (before penalties, temperature and
+    cuts)."""
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    """For each generated token the likeliest ones and their log-probabilities, likeliest first;
+    empty without `SamplingParams.logprobs`."""
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+    """Log-probability of each prompt token, None for the first; empty if not asked for."""
+    finish_reason: FinishReason | None = None
+
+
+def params_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """The params of every prompt: one for all, one for each, or None for the defaults.
+
+    Raises:
+        RequestError: there are more or fewer params than prompts.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(f"{len(params)} sampling params for {num_prompts} prompts: give one.")
+    return list(params)
+
+
+def check_request(
+    config: MoRConfig, prompt: Sequence[int], params: SamplingParams, name: str = "the prompt"
+) -> None:
+    """Refuse what a model cannot serve.
+
+    Raises:
+        RequestError: the prompt, called `name`, is empty, holds an unknown id or does not fit the
+            model; or the params ask for tokens or recursions that the model does not have.
+    """
+    if not prompt:
+        raise RequestError(f"{name} is empty: it needs at least one token.")
+    size = config.vocab_size
+    bad = [t for t in prompt if not 0 <= t < size]
+    if bad:
+        raise RequestError(f"{name} holds token id {bad[0]}, outside 0..{size - 1}.")
+    limit = config.max_position_embeddings
+    if len(prompt) + params.max_tokens > limit:
+        raise RequestError(
+            f"{name} has {len(prompt)} tokens and max_tokens={params.max_tokens}; the "
+            f"model takes {limit} in all: shorten the prompt or ask for fewer tokens."
+        )
+    bad = [t for t in params.stop_token_ids if t >= size]
+    if bad:
+        raise RequestError(f"{name}: stop_token_ids holds {bad[0]}, outside 0..{size - 1}.")
+    if len(params.forbidden_ids(config.eos_token_id, 0)) == size:
+        raise RequestError(
+            f"{name}: min_tokens={params.min_tokens} forbids the tokens that end the request, "
+            "which are all that there are: give fewer stop_token_ids."
+        )
+    _check_recursions(config, params, name)
+
+
+def _check_recursions(config: MoRConfig, params: SamplingParams, name: str) -> None:
+    for asked in ("recursions", "max_recursions"):
+        value = getattr(params, asked)
+        if value is None or value == config.num_recursions:
+            continue
+        if value > config.num_recursions:
+            raise RequestError(
+                f"{name}: {asked}={value} must lie in 1..{config.num_recursions}: the model has "
+                f"num_recursions={config.num_recursions}."
+            )
+        if config.sharing == "sequence":
+            raise RequestError(
+                f"{name}: {asked}={value} needs sharing='cycle': with 'sequence' a token cannot "
+                f"leave after a pass, so only num_recursions={config.num_recursions} works."
+            )

@@ -1,0 +1,51 @@
+"""What paged attention works on: the pool of KV cells, and the lanes of one pass over the layers.
+
+A *cell* holds S key-value slots of one layer. A page is a row of neighbouring cells, one for each
+layer of a stack, so a page table names the cell of a stack's first layer and layer `i` adds `i`.
+That keeps one pool for stacks of different heights (the block; prelude and coda together).
+
+Shape letters: C cells, N lanes, W lanes that write, U runs, P table width, H query heads,
+G key-value heads, D head size, S slots of a cell (the page size), T longest sequence.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedKV:
+    """The pool. Keys are stored after RoPE, and turned, so that a query meets S of them at once."""
+
+    k: Float[Tensor, "c g d s"]
+    v: Float[Tensor, "c g s d"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotations:
+    """RoPE's angles for every position a sequence can have."""
+
+    cos: Float[Tensor, "t half"]
+    sin: Float[Tensor, "t half"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lanes:
+    """The tokens of one pass, in runs: lanes of a run share a sequence and a depth.
+
+    Within a run lanes are in time order. All integers are int32.
+    """
+
+    positions: Int[Tensor, " n"]
+    """Original position of each token in its sequence: what RoPE rotates by."""
+    kv_len: Int[Tensor, " n"]
+    """Entries of its run's table that a lane sees, from the first on; its own is among them."""
+    runs: Int[Tensor, " u1"]
+    """(U + 1) run u has the lanes runs[u] .. runs[u + 1]."""
+    tables: Int[Tensor, "u p"]
+    """Cells of each run's pages, for layer 0; entry e lies in cell tables[u, e // S]."""
+    write_cell: Int[Tensor, " w"]
+    """Where the first W lanes store their keys and values: the cell for layer 0, .."""
+    write_slot: Int[Tensor, " w"]
+    """.. and the slot in it. Lanes from W on find theirs there already."""

@@ -1,0 +1,71 @@
+"""The engine's operations in plain torch: any dtype, any device, the truth for the fast ones.
+
+Shape letters as in `paged`: N lanes, W lanes that write, E width, H query heads, G key-value heads,
+D head size, S slots of a cell.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mor.ops.paged import Lanes, PagedKV, Rotations
+
+
+def rotate(x: Float[Tensor, "n h d"], rotations: Rotations, lanes: Lanes) -> Float[Tensor, "n h d"]:
+    """RoPE at each lane's position; first and second half of a head form the pairs (Llama)."""
+    where = lanes.positions[: x.shape[0]].long()
+    cos, sin = rotations.cos[where][:, None].to(x.dtype), rotations.sin[where][:, None].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def store(
+    k: Float[Tensor, "w g d"],
+    v: Float[Tensor, "w g d"],
+    kv: PagedKV,
+    layer: int,
+    lanes: Lanes,
+) -> None:
+    """Put the writing lanes' rotated keys and values into their slots."""
+    cells, slots = lanes.write_cell.long() + layer, lanes.write_slot.long()
+    kv.k[cells, :, :, slots] = k.to(kv.k.dtype)
+    kv.v[cells, :, slots] = v.to(kv.v.dtype)
+
+
+def attend(
+    q: Float[Tensor, "n h d"], kv: PagedKV, layer: int, lanes: Lanes
+) -> Float[Tensor, "n h d"]:
+    """Attention of every lane to the first `kv_len` entries of its run's table."""
+    out = torch.empty_like(q)
+    bounds, size = lanes.runs.tolist(), kv.k.shape[3]
+    for run, (first, last) in enumerate(itertools.pairwise(bounds)):
+        seen = lanes.kv_len[first:last].long()
+        reach = int(seen.max())
+        cells = lanes.tables[run, : -(-reach // size)].long() + layer
+        keys = kv.k[cells].permute(1, 0, 3, 2).flatten(1, 2)[:, :reach]  # (G, entries, D)
+        values = kv.v[cells].permute(1, 0, 2, 3).flatten(1, 2)[:, :reach]
+        mask = torch.arange(reach, device=q.device)[None] < seen[:, None]
+        out[first:last] = F.scaled_dot_product_attention(
+            q[first:last].transpose(0, 1)[None],
+            keys[None].to(q.dtype),
+            values[None].to(q.dtype),
+            attn_mask=mask,
+            enable_gqa=q.shape[1] != keys.shape[0],
+        )[0].transpose(0, 1)
+    return out
+
+
+def rms_norm(
+    x: Float[Tensor, "n e"], weight: Float[Tensor, " e"], eps: float
+) -> Float[Tensor, "n e"]:
+    """x / rms(x) * weight."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def silu_mul(gate_up: Float[Tensor, "n two_i"]) -> Float[Tensor, "n i"]:
+    """silu(gate) * up, the two halves of a row."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

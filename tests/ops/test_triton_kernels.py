@@ -1,0 +1,400 @@
+"""The Triton kernels against `mor.ops.reference`.
+
+On a GPU they run compiled. Elsewhere Triton's interpreter runs them; it has to be chosen before
+anything imports triton, so `test_in_the_interpreter` runs this file again in its own process.
+What the interpreter lets pass, Triton's compiler may refuse: it needs no GPU, so it is tried, too.
+"""
+
+import importlib.util
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mor.errors import MissingExtraError
+from mor.ops import reference
+from mor.ops.paged import Lanes, PagedKV, Rotations
+
+LOADED_EARLY = "triton" in sys.modules
+kernels = importlib.import_module("mor.ops.triton")
+FOUND = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(not FOUND, reason="triton is not installed")
+in_this_process = pytest.mark.skipif(INTERPRETED, reason="not for the interpreter")
+on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU here")
+runs_kernels = pytest.mark.skipif(
+    not FOUND or not (INTERPRETED or torch.cuda.is_available()),
+    reason="no GPU here: test_in_the_interpreter runs it" if FOUND else "triton is not installed",
+)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+LENGTH, LAYERS = 512, 3  # positions that the rotations know; cells of a page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The tensors of one pass; `LAYERS` neighbouring cells make a page."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kv: PagedKV
+    lanes: Lanes
+    rotations: Rotations
+
+
+def ints(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def make(
+    runs: list[tuple[int, int]],
+    *,
+    seed: int = 0,
+    heads: tuple[int, int] = (6, 2),
+    dim: int = 16,
+    size: int = 8,
+    spare: int = 2,
+    writing: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache: torch.dtype | None = None,
+) -> Batch:
+    """Runs of (lanes, entries of the table): the last lane of a run sees all its entries.
+
+    Cells come in random order; `spare` pages, and as many columns of the tables, are out of use.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    pages = [-(-seen // size) for _, seen in runs]
+    order = torch.randperm(sum(pages) + spare, generator=generator) * LAYERS
+    tables = torch.full((len(runs), max(pages) + spare), -1, dtype=torch.int32)
+    for row, cells in zip(tables, order.split([*pages, spare])[:-1], strict=True):
+        row[: len(cells)] = cells
+    lanes = [(u, s + 1) for u, (n, last) in enumerate(runs) for s in range(last - n, last)]
+    writes = [(int(tables[u, (s - 1) // size]), (s - 1) % size) for u, s in lanes][:writing]
+    (h, g), stored, total = heads, cache or dtype, len(order) * LAYERS
+    angles = randn(LENGTH, dim // 2, dtype=torch.float32)
+    return Batch(
+        q=randn(len(lanes), h, dim),
+        k=randn(len(writes), g, dim),
+        v=randn(len(writes), g, dim),
+        kv=PagedKV(
+            k=randn(total, g, dim, size, dtype=stored), v=randn(total, g, size, dim, dtype=stored)
+        ),
+        lanes=Lanes(
+            positions=torch.randint(LENGTH, (len(lanes),), generator=generator).int().to(DEVICE),
+            kv_len=ints([seen for _, seen in lanes]),
+            runs=ints([sum(count for count, _ in runs[:u]) for u in range(len(runs) + 1)]),
+            tables=tables.to(DEVICE),
+            write_cell=ints([cell for cell, _ in writes]),
+            write_slot=ints([slot for _, slot in writes]),
+        ),
+        rotations=Rotations(cos=angles.cos(), sin=angles.sin()),
+    )
+
+
+def assert_near(ours: Tensor, truth: Tensor) -> None:
+    assert ours.dtype == truth.dtype
+    torch.testing.assert_close(ours, truth, rtol=TOLERANCE[ours.dtype], atol=TOLERANCE[ours.dtype])
+
+
+def check_attend(batch: Batch, layer: int = 1, **options: int | None) -> None:
+    ours = kernels.attend(batch.q, batch.kv, layer, batch.lanes, **options)
+    assert_near(ours, reference.attend(batch.q, batch.kv, layer, batch.lanes))
+
+
+def copied(kv: PagedKV) -> PagedKV:
+    return PagedKV(k=kv.k.clone(), v=kv.v.clone())
+
+
+def assert_same_cells(ours: PagedKV, truth: PagedKV) -> None:
+    assert_near(ours.k, truth.k)  # rotated, maybe
+    assert torch.equal(ours.v, truth.v)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mend what is wrong and what is slow in the interpreter of Triton 3.7."""
+    if not (FOUND and INTERPRETED):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply, patched = interpreter.InterpreterBuilder.create_dot, set()
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:  # it would take the bits for integers
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return multiply(self, a, b, *rest)
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.fn.__module__ not in patched:  # at every call it would patch the language again
+            interpreter._patch_lang(self.fn)
+        patched.add(self.fn.__module__)
+        return self.rewrite()(*arguments, **named)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@needs_triton
+@in_this_process
+def test_in_the_interpreter(pytestconfig: pytest.Config) -> None:
+    checked = pytestconfig.getoption("--jaxtyping-packages")
+    hook = [f"--jaxtyping-packages={checked}"] if checked else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *hook, __file__]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        command, cwd=pytestconfig.rootpath, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 50, done.stdout
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="other tests may have imported triton")
+def test_triton_is_imported_by_its_own_module_only() -> None:
+    assert not LOADED_EARLY
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["decode", "prefill", "mixed"])
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_of_ragged_batches(kind: str, seed: int) -> None:
+    rng = random.Random(f"{kind} {seed}")
+    shares = {"decode": 1.0, "prefill": 0.0, "mixed": 0.5}
+    counts = [
+        1 if rng.random() < shares[kind] else rng.randint(2, 6) for _ in range(rng.randint(1, 3))
+    ]
+    batch = make(
+        [(count, count + rng.choice([0, 3, 20, 60])) for count in counts],
+        seed=seed,
+        heads=rng.choice([(2, 2), (6, 2), (4, 1), (5, 1)]),
+        dim=rng.choice([16, 32]),
+        size=rng.choice([8, 16, 32]),
+        spare=rng.randint(0, 30),  # wide tables: several programs for a tile
+    )
+    check_attend(batch, layer=seed, max_run=(None, max(counts), 1)[seed])
+
+
+@runs_kernels
+@pytest.mark.parametrize(("max_run", "splits"), [(1, 1), (1, 4), (20, 2), (20, 8)])
+def test_any_number_of_splits_gives_the_same(max_run: int, splits: int) -> None:
+    check_attend(make([(1, 130), (2, 65)], heads=(3, 1)), splits=splits, max_run=max_run)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("dim", "size"), [(24, 8), (16, 12), (8, 5), (64, 128)])
+def test_head_and_page_sizes_off_the_grid(dim: int, size: int) -> None:
+    check_attend(make([(1, 50), (3, 17)], dim=dim, size=size, heads=(3, 1)))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("cache", TOLERANCE)
+def test_types_of_queries_and_cells(dtype: torch.dtype, cache: torch.dtype) -> None:
+    check_attend(make([(2, 20), (1, 9)], heads=(3, 1), dtype=dtype, cache=cache))
+
+
+@runs_kernels
+@pytest.mark.parametrize(("max_run", "splits"), [(None, 1), (1, 1), (1, 2), (4, 2)])
+def test_empty_runs_and_padding(max_run: int | None, splits: int) -> None:
+    batch = make([(1, 9), (4, 30), (1, 12)], heads=(3, 1))
+    truth = reference.attend(batch.q, batch.kv, 0, batch.lanes)
+    none, (a, b, c) = torch.full_like(batch.lanes.tables[:1], -1), batch.lanes.tables.split(1)
+    lanes = replace(
+        batch.lanes,
+        positions=ints([0] * 9),
+        kv_len=torch.cat((batch.lanes.kv_len, ints([0, 0, 0]))),
+        runs=ints([0, 0, 1, 5, 5, 6, 7, 7, 7]),  # and the last two lanes belong to no run
+        tables=torch.cat((none, a, b, none, c, none, none, none)),
+    )
+    q = torch.cat((batch.q, torch.ones_like(batch.q[:3])))
+    ours = kernels.attend(q, batch.kv, 0, lanes, max_run=max_run, splits=splits)
+    assert_near(ours[:6], truth)
+    assert torch.equal(ours[6:], torch.zeros_like(ours[6:]))
+
+
+@runs_kernels
+def test_nothing_to_attend_to() -> None:
+    batch = make([(1, 3)])
+    no_runs = replace(batch.lanes, runs=ints([0]), tables=batch.lanes.tables[:0])
+    assert kernels.attend(batch.q, batch.kv, 0, no_runs).eq(0).all()
+    no_lanes = replace(batch.lanes, positions=ints([]), kv_len=ints([]), runs=ints([0, 0]))
+    assert kernels.attend(batch.q[:0], batch.kv, 0, no_lanes).shape == (0, 6, 16)
+
+
+@runs_kernels
+def test_what_no_lane_sees_does_not_matter() -> None:
+    batch = make([(1, 13), (2, 20)])
+    truth = reference.attend(batch.q, batch.kv, 1, batch.lanes)
+    k, v = (torch.full_like(x, float("nan")) for x in (batch.kv.k, batch.kv.v))
+    for table, reach in zip(batch.lanes.tables.tolist(), (13, 20), strict=True):
+        for entry in range(reach):
+            cell, slot = table[entry // 8] + 1, entry % 8
+            k[cell, :, :, slot] = batch.kv.k[cell, :, :, slot]
+            v[cell, :, slot] = batch.kv.v[cell, :, slot]
+    assert_near(kernels.attend(batch.q, PagedKV(k=k, v=v), 1, batch.lanes), truth)
+
+
+@runs_kernels
+def test_decode_has_the_same_bits_in_any_company() -> None:
+    batch = make([(1, 100), (1, 33), (1, 7)], heads=(3, 1))
+    together = kernels.attend(batch.q, batch.kv, 0, batch.lanes, max_run=1, splits=2)
+    seen, tables = (x.split(1) for x in (batch.lanes.kv_len, batch.lanes.tables))
+    for lane, q in enumerate(batch.q.split(1)):
+        own = {"kv_len": seen[lane], "tables": tables[lane]}
+        alone = replace(batch.lanes, positions=ints([0]), runs=ints([0, 1]), **own)
+        ours = kernels.attend(q, batch.kv, 0, alone, max_run=1, splits=2)
+        assert torch.equal(ours[0], together[lane])
+
+
+@runs_kernels
+@pytest.mark.parametrize("writing", [0, 4, None])
+@pytest.mark.parametrize(("dim", "dtype"), [(16, torch.float32), (24, torch.bfloat16)])
+def test_rotate_and_store(writing: int | None, dim: int, dtype: torch.dtype) -> None:
+    batch = make([(1, 9), (3, 30), (1, 12)], writing=writing, dim=dim, dtype=dtype)
+    lanes, turn, mine, fused, truth = batch.lanes, batch.rotations, *map(copied, [batch.kv] * 3)
+    q, k = (reference.rotate(x, turn, lanes) for x in (batch.q, batch.k))
+    assert_near(kernels.rotate(batch.q, turn, lanes), q)
+    assert_near(kernels.rotate(batch.k, turn, lanes), k)
+    reference.store(k, batch.v, truth, 2, lanes)
+    kernels.store(k, batch.v, mine, 2, lanes)
+    assert_same_cells(mine, truth)
+    assert_near(kernels.rotate_and_store(batch.q, batch.k, batch.v, turn, fused, 2, lanes), q)
+    assert_same_cells(fused, truth)
+
+
+@runs_kernels
+def test_a_lane_without_a_cell_stores_nothing() -> None:
+    batch = make([(1, 9), (2, 30)])
+    lanes = replace(batch.lanes, write_cell=batch.lanes.write_cell.clone())
+    lanes.write_cell[1:] = -1
+    first = replace(lanes, write_cell=lanes.write_cell[:1], write_slot=lanes.write_slot[:1])
+    mine, truth, turn = copied(batch.kv), copied(batch.kv), batch.rotations
+    reference.store(batch.k[:1], batch.v[:1], truth, 2, first)
+    kernels.store(batch.k, batch.v, mine, 2, lanes)
+    assert_same_cells(mine, truth)
+    reference.store(reference.rotate(batch.k[:1], turn, lanes), batch.v[:1], truth, 2, first)
+    kernels.rotate_and_store(batch.q, batch.k, batch.v, turn, mine, 2, lanes)
+    assert_same_cells(mine, truth)
+
+
+@runs_kernels
+def test_parts_of_one_projection_need_no_copy() -> None:
+    batch = make([(1, 9), (2, 30)])
+    q, k, v = torch.cat((batch.q, batch.k, batch.v), dim=1).split((6, 2, 2), dim=1)
+    mine, truth = copied(batch.kv), copied(batch.kv)
+    turned = kernels.rotate_and_store(q, k, v, batch.rotations, mine, 0, batch.lanes)
+    assert_near(turned, reference.rotate(q, batch.rotations, batch.lanes))
+    reference.store(reference.rotate(k, batch.rotations, batch.lanes), v, truth, 0, batch.lanes)
+    assert_same_cells(mine, truth)
+    check_attend(replace(batch, q=q))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 48, 1100])
+def test_row_operations(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(width)
+    wide = torch.randn(3, 2 * width + 1, generator=generator).to(DEVICE, dtype)
+    weight = torch.rand(width, generator=generator).to(DEVICE)
+    x, gate_up = wide[:, :width], wide[:, 1:]
+    assert_near(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert_near(kernels.silu_mul(gate_up), reference.silu_mul(gate_up))
+    assert kernels.rms_norm(x[:0], weight, 1e-5).shape == (0, width)
+
+
+@pytest.mark.parametrize(("max_run", "tiles"), [(None, 14), (1, 20), (100, 10)])
+def test_launches_depend_on_shapes_only(
+    max_run: int | None, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(kernels, "_launch", lambda _, grid, *rest, **options: grids.append(grid))
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    batch = make([(2, 8)] * 10, spare=20)
+
+    def unreadable(part: Any) -> Any:
+        return replace(part, **{name: x.to("meta") for name, x in vars(part).items()})
+
+    kv, lanes, turn = map(unreadable, (batch.kv, batch.lanes, batch.rotations))
+    q, k, v = (x.to("meta", torch.bfloat16) for x in (batch.q, batch.k, batch.v))
+    kernels.rotate_and_store(q, k, v, turn, kv, 0, lanes)
+    assert grids == [(20,)]
+    kernels.attend(q, kv, 0, lanes, max_run=max_run, splits=4)
+    assert grids[1:] == [(tiles, 2, 4), (20, 6)]
+
+
+@on_gpu
+def test_a_captured_graph_follows_its_inputs() -> None:
+    batch, graph = make([(1, 300), (1, 9)]), torch.cuda.CUDAGraph()
+    kernels.attend(batch.q, batch.kv, 1, batch.lanes, max_run=1)  # compiles
+    with torch.cuda.graph(graph):
+        ours = kernels.attend(batch.q, batch.kv, 1, batch.lanes, max_run=1)
+    batch.q.neg_()
+    batch.lanes.kv_len.copy_(ints([17, 5]))
+    graph.replay()
+    assert_near(ours, reference.attend(batch.q, batch.kv, 1, batch.lanes))
+
+
+def compiler(arch: int, launched: list[str]) -> Any:
+    """A driver for Triton that has a target, yet no device: kernels are compiled and not run."""
+    from triton.backends.compiler import GPUTarget
+
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,  # kernels are kept by device; a real one stays untouched
+        get_current_stream=lambda device: 0,
+        launcher_cls=lambda source, metadata: lambda *rest: launched.append(metadata.name),
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 99 * 1024},  # sm_86 has least
+            load_binary=lambda *rest: (None, None, 0, 0, 1024),
+        ),
+    )
+
+
+@needs_triton
+@in_this_process
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
+def test_kernels_compile_without_a_gpu(
+    arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from triton.runtime import driver
+
+    launched: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", compiler(arch, launched))
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    batch = make([(1, 300), (40, 90)], heads=(15, 5), dim=64, size=16, dtype=torch.bfloat16)
+    q, k, v, kv, lanes, turn = vars(batch).values()
+    kernels.rotate(q, turn, lanes)
+    kernels.store(k, v, kv, 1, lanes)
+    kernels.rotate_and_store(q, k, v, turn, kv, 1, lanes)
+    kernels.attend(q, kv, 1, lanes, max_run=1, splits=4)
+    kernels.attend(q, kv, 2, lanes, max_run=40, splits=1)
+    kernels.rms_norm(q[:, 0], q[0, 0], 1e-5)
+    kernels.silu_mul(q[:, 0])
+    assert len(launched) == 8
+    for kernel in kernels._attend.device_caches[arch][0].values():  # cells are read in wide pieces
+        assert "0x10" in kernel.asm["ptx"]
+        assert not re.search(r"ld\.global[.\w]*\.b16", kernel.asm["ptx"])
+
+
+def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    module = runpy.run_path(str(kernels.__file__))
+    with pytest.raises(MissingExtraError, match=r"triton is not installed.*\[gpu\]"):
+        module["silu_mul"](torch.zeros(1, 2))

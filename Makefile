@@ -16,7 +16,7 @@ TYPECHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True
 # Two workers with one thread each: more threads would wait for each other on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 '--jaxtyping-packages=mor,$(TYPECHECKER)'
 
-.PHONY: help install demo test test-slow check format bench clean
+.PHONY: help install demo test test-slow check format bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -61,6 +61,17 @@ format: install ## format the code and fix what the linter can
 
 bench: install ## measure training against its baselines; one JSON line
 	@$(VENV)/bin/mor bench train --json
+
+bench-gpu: install ## every test and benchmark that needs a GPU; records go to OUT
+	@mkdir -p "$(OUT)"
+	@$(PYTEST) -n 0 tests/ops/test_triton_kernels.py tests/engine/test_engine_triton.py \
+		| tee "$(OUT)/tests.txt"
+	@for n in 32 128 512; do \
+		$(VENV)/bin/mor bench throughput --json --preset 360m --dtype bfloat16 --sequences $$n \
+			> "$(OUT)/throughput-360m-bf16-$$n.json" || exit 1; \
+	done
+	@$(VENV)/bin/mor bench latency --json --preset 360m --dtype bfloat16 > "$(OUT)/latency-360m-bf16.json"
+	@$(VENV)/bin/mor bench train --json > "$(OUT)/train.json"
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	@rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -46,10 +46,15 @@ class Plan:
         return Shape(prompt=self.prompt, output=self.output)
 
     def config(self, recursions: int) -> MoRConfig:
-        """The model of so many recursions; 1 is vanilla."""
-        if recursions > 1:
-            return MoRConfig.preset(self.preset, num_recursions=recursions)
-        return MoRConfig.preset(self.preset, num_recursions=3).vanilla_twin()
+        """The model of so many recursions; 1 is vanilla.
+
+        The head is not tied to the embedding: an untrained tied model repeats its last token for
+        ever, and its routers then see one token instead of many.
+        """
+        mor = MoRConfig.preset(
+            self.preset, num_recursions=max(2, recursions), tie_word_embeddings=False
+        )
+        return mor if recursions > 1 else mor.vanilla_twin()
 
     def load(self, recursions: int, sequences: int | None = None, **settings: Any) -> Load:
         """A running engine."""

@@ -28,7 +28,7 @@ def random_model(config: MoRConfig, length: int, seed: int = 0) -> MoRModel:
     nothing else of a trained model matters for speed.
     """
     torch.manual_seed(seed)
-    model = MoRModel(config).eval()
+    model = MoRModel(config).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if config.routing == "expert_choice":
         windows = [torch.randint(config.vocab_size, (4, length + 1)) for _ in range(2)]
         with torch.inference_mode():

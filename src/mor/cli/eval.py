@@ -16,6 +16,7 @@ from mor.cli.generate import open_model
 from mor.cli.table import print_table
 from mor.cli.terminal import console, parser, progress
 from mor.cli.train import load_train_config
+from mor.engine.config import EngineConfig
 from mor.errors import ConfigError, DataError
 from mor.eval.depth import TokenDepth, extremes, tokens_by_depth
 from mor.eval.loss import (
@@ -28,6 +29,7 @@ from mor.eval.loss import (
     perplexity,
     text_windows,
 )
+from mor.eval.weights import WeightCost, weight_cost
 from mor.io.checkpoint import resolve
 from mor.io.tokenizer import Tokenizer
 from mor.model.mor import MoRModel
@@ -44,6 +46,7 @@ HELP = "Loss of a model under both selection rules, depth histogram, router accu
 EXAMPLES = (
     "mor eval runs/smoke",
     "mor eval runs/smoke --data book.txt --calibrate 16 --by-token 20",
+    "mor eval runs/smoke --quantization int8",
     "mor eval runs/360m-mor3 --data data/web --max-windows 256 --json",
 )
 
@@ -77,11 +80,24 @@ def run(args: Sequence[str]) -> int:
     tokens: list[TokenDepth] | None = None
     if options.by_token:
         tokens = tokens_by_depth(model, tokenizer, _watched(text, "depth by token"))
+    cost: WeightCost | None = None
+    if options.quantization or options.dtype:
+        rounded = EngineConfig(
+            quantization=options.quantization, dtype=options.dtype, prefix_caching=False
+        )
+        cost = weight_cost(model, _watched(text, "rounded weights"), rounded)
     if options.json:
-        print(json.dumps(_as_json(options, model, text, length, loss, tokens)))
+        record = _as_json(options, model, text, length, loss, tokens)
+        print(json.dumps(record | ({"rounded_weights": cost.as_dict()} if cost else {})))
         return 0
     screen = console()
     _print_loss(screen, options.model, model, text, length, loss)
+    if cost is not None:
+        screen.print(
+            f"{options.quantization or options.dtype} weights in the engine: NLL "
+            f"{cost.nll_rounded:.4f} against {cost.nll:.4f} ({cost.nll_rounded - cost.nll:+.4f}); "
+            f"{cost.changed_counts:.2%} of the tokens take another number of recursions."
+        )
     if tokens is not None:
         _print_tokens(screen, *extremes(tokens, options.by_token, _MIN_OCCURRENCES))
     return 0
@@ -113,6 +129,12 @@ def _parse(args: Sequence[str]) -> Any:
         "beginning, which is then not evaluated on",
     )
     p.add_argument("--by-token", type=int, default=0, metavar="N", help="N deepest, N shallowest")
+    p.add_argument(
+        "--quantization",
+        default=None,
+        help="int8: also run the engine with rounded weights, and say what they cost",
+    )
+    p.add_argument("--dtype", default=None, help="likewise with weights in bfloat16")
     p.add_argument("--json", action="store_true", help="one JSON object")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = p.parse_args(args)

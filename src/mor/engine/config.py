@@ -87,6 +87,8 @@ class EngineConfig:
                 least = _AT_LEAST[f.name]
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise ConfigError(f"{f.name}={value!r} must be an integer >= {least}.")
+        if self.device is not None and not isinstance(self.device, str):
+            raise ConfigError(f"device={self.device!r} must be a text: 'cpu', 'cuda' or 'cuda:1'.")
         if not isinstance(self.prefix_caching, bool):
             raise ConfigError(f"prefix_caching={self.prefix_caching!r} must be true or false.")
         if self.max_lanes < self.max_sequences:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mor.engine.config import EngineConfig
 from mor.engine.pages import PageLayout
-from mor.errors import ConfigError
+from mor.errors import CapacityError, ConfigError
 from mor.model.config import MoRConfig
 from mor.ops.paged import PagedKV
 
@@ -22,6 +22,7 @@ class KVCache:
 
     Raises:
         ConfigError: `kv_memory` holds no page, or page size and memory cannot go together.
+        CapacityError: the machine does not have so much memory.
     """
 
     def __init__(
@@ -39,10 +40,14 @@ class KVCache:
         self.page_bytes = cell * self.layers_per_page
         self.num_pages = self._num_pages(model, config, device)
         shape = (self.num_pages * self.layers_per_page, kv_heads)
-        self.kv = PagedKV(
-            k=_zeros((*shape, head_dim, config.page_size), dtype, device),
-            v=_zeros((*shape, config.page_size, head_dim), dtype, device),
-        )
+        try:
+            self.kv = PagedKV(
+                k=_zeros((*shape, head_dim, config.page_size), dtype, device),
+                v=_zeros((*shape, config.page_size, head_dim), dtype, device),
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            taken = self.num_pages * self.page_bytes
+            raise CapacityError(f"no room for {taken} bytes: lower kv_memory.") from error
 
     def _layout(self, config: EngineConfig, layers: int) -> PageLayout:
         return PageLayout(
@@ -65,7 +70,7 @@ class KVCache:
                 raise ConfigError(
                     f"kv_memory={config.kv_memory} bytes hold {pages} pages of {self.page_bytes} "
                     f"bytes: a sequence of {model.max_position_embeddings} tokens takes up to "
-                    f"{longest * self.page_bytes}."
+                    f"{longest * self.page_bytes}: raise it."
                 )
             return pages
         share = int(free_memory(device) * _SHARE_OF_FREE_MEMORY) // self.page_bytes

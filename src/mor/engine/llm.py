@@ -1,6 +1,9 @@
 """`LLM`: a model that serves many requests at once, offline or step by step."""
 
+import copy
 import itertools
+import operator
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,6 +75,8 @@ class LLM:
         """Ends a completion, unless its request ignores it."""
         self.placement = Placement.choose(model, self.config)
         device, compute = self.placement.device, self.placement.compute
+        if model.embed_tokens.weight.device != device:
+            model = copy.deepcopy(model).to(device)  # the caller keeps its own where it is
         self.cache = KVCache(model.config, self.config, compute, device)
         self.pool = PagePool(self.cache.num_pages)
         caches = self.config.prefix_caching
@@ -86,6 +91,8 @@ class LLM:
         self._done: dict[str, dict[int, Completion]] = {}
         self._texts: dict[Track, TextStream] = {}
         self._order = itertools.count()
+        self._events: list[TokenEvent] = []  # that no step has returned yet
+        self._inboxes: dict[str, deque[TokenEvent]] = {}  # of open streams
 
     def describe(self) -> str:
         """One line: kernels, dtype, memory for keys and values."""
@@ -142,10 +149,15 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """The tokens of one request as they come; closing the iterator aborts the request."""
         name = self.add_request(prompt, params)
+        inbox = self._inboxes[name] = deque[TokenEvent]()  # other streams' steps fill it, too
         try:
-            while name in self._requests:
-                yield from (event for event in self.step() if event.request_id == name)
+            while inbox or name in self._requests:
+                if not inbox:
+                    self.step()
+                while inbox:
+                    yield inbox.popleft()
         finally:
+            del self._inboxes[name]
             self.abort(name)
 
     # -- step by step ---------------------------------------------------------------------------
@@ -164,22 +176,25 @@ class LLM:
     @property
     def has_unfinished(self) -> bool:
         """Whether requests are under way."""
-        return bool(self._requests)
+        return bool(self._requests or self._events)
 
     def step(self) -> list[TokenEvent]:
-        """One tick: the tokens that came out of it. Nothing happens if there are no requests."""
-        if not self.scheduler.has_work:
-            return []
-        with self.stats.tick(self.runner):
-            chunks = self.scheduler.plan_finish()
-            events = self._finish(chunks) if chunks else []
-            entering = self.scheduler.plan_enter()
-            if entering.chunks or entering.copies:
-                self.scheduler.entered(entering.chunks, self.runner.enter(entering))
-            advancing = self.scheduler.plan_advance()
-            if advancing.chunks:
-                self.stats.lanes += sum(len(c.present) for c in advancing.chunks)
-                self.scheduler.advanced(advancing.chunks, self.runner.advance(advancing))
+        """One tick: the tokens that came out of it. Nothing happens if there are no requests.
+
+        If it is interrupted, requests and their tokens are still there for the next one.
+        """
+        if self.scheduler.has_work:
+            try:
+                with self.stats.tick(self.runner):
+                    self._tick()
+            except BaseException:
+                self.scheduler.restart()
+                raise
+        events = list(self._events)
+        self._events.clear()
+        for event in events:
+            if event.request_id in self._inboxes:
+                self._inboxes[event.request_id].append(event)
         return events
 
     def abort(self, request_id: str) -> list[Completion]:
@@ -187,6 +202,7 @@ class LLM:
         for track in self._requests.get(request_id, []):
             if track.finish_reason is None:
                 self._close(track, "abort")
+        self._events = [e for e in self._events if e.request_id != request_id]
         return self._forget(request_id)
 
     def reset_prefix_cache(self) -> None:
@@ -209,9 +225,11 @@ class LLM:
     ) -> str:
         order = next(self._order)
         name = f"request-{order}" if request_id is None else request_id
+        while request_id is None and name in self._requests:  # somebody's own choice
+            name += "'"
         if name in self._requests:
             raise RequestError(f"request id {name!r} is in use: choose another.")
-        tokens = self._tokens(prompt)
+        tokens = self._tokens(prompt, label)
         config = self.model_config
         check_request(config, tokens, params, label)
         if params.stop and self.tokenizer is None:
@@ -233,9 +251,26 @@ class LLM:
                 self._texts[track] = TextStream(self.tokenizer, params.stop, tokens)
         return name
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def _tick(self) -> None:
+        chunks = self.scheduler.plan_finish()
+        if chunks:
+            self._finish(chunks)
+        entering = self.scheduler.plan_enter()
+        if entering.chunks or entering.copies:
+            self.scheduler.entered(entering.chunks, self.runner.enter(entering))
+        advancing = self.scheduler.plan_advance()
+        if advancing.chunks:
+            self.stats.lanes += sum(len(c.present) for c in advancing.chunks)
+            self.scheduler.advanced(advancing.chunks, self.runner.advance(advancing))
+
+    def _tokens(self, prompt: Prompt, label: str) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            try:
+                return [int(operator.index(token)) for token in prompt]
+            except TypeError:
+                raise RequestError(
+                    f"{label} must be a text or a list of token ids, not {prompt!r:.80}."
+                ) from None
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer: give token ids instead.")
         return self.tokenizer.encode(prompt)
@@ -263,8 +298,8 @@ class LLM:
             prompt_logprobs=[None] if params.prompt_logprobs else [],
         )
 
-    def _finish(self, chunks: list[Chunk]) -> list[TokenEvent]:
-        """Coda, head and sampling for these chunks; what the caller hears of it."""
+    def _finish(self, chunks: list[Chunk]) -> None:
+        """Coda, head and sampling for these chunks; events for the caller."""
         sampling = {
             i: self._sampling_row(c.sequence)
             for i, c in enumerate(chunks)
@@ -275,7 +310,6 @@ class LLM:
         for i, scores in result.prompt_logprobs.items():
             first = chunks[i].start + 1
             chunks[i].sequence.prompt_logprobs[first : first + len(scores)] = scores
-        events: list[TokenEvent] = []
         sampled = result.sampled
         for i, token, logprob, top in zip(
             *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True
@@ -285,15 +319,17 @@ class LLM:
             track.logprobs.append(logprob)
             if track.params.logprobs is not None:
                 track.top_logprobs.append(top)
-            events.append(self._event(track))
-        return events
+            track.uniform = None
+            self._events.append(self._event(track))
 
     def _sampling_row(self, track: Track) -> SamplingRow:
         p = track.params
+        if track.uniform is None:
+            track.uniform = track.random.random() if p.temperature > 0 else 0.0
         looks_back = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
         return SamplingRow(
             params=p,
-            uniform=track.random.random() if p.temperature > 0 else 0.0,
+            uniform=track.uniform,
             prompt=track.tokens[: track.num_prompt] if looks_back else (),
             output=track.output if looks_back else (),
             forbidden=p.forbidden_ids(self.eos_token_id, len(track.tokens) - track.num_prompt),
@@ -304,16 +340,14 @@ class LLM:
         token, text = track.tokens[-1], self._texts.get(track)
         self.stats.count(track.counts[-1])
         ends = token in track.stop_ids
+        last = ends or len(track.tokens) - track.num_prompt >= track.params.max_tokens
         delta = text.push(token) if text is not None and not ends else ""
-        num_output = len(track.tokens) - track.num_prompt
-        if ends or (text is not None and text.stopped):
-            track.finish_reason = "stop"
-        elif num_output >= track.params.max_tokens:
-            track.finish_reason = "length"
+        if text is not None and last:
+            delta += text.flush()
         completions = None
-        if track.finish_reason is not None:
-            delta += text.flush() if text is not None else ""
-            self._close(track, track.finish_reason)
+        stopped = ends or (text is not None and text.stopped)
+        if last or stopped:
+            self._close(track, "stop" if stopped else "length")
             if len(self._done[track.request_id]) == track.params.n:
                 completions = self._forget(track.request_id)
         return TokenEvent(
@@ -333,19 +367,8 @@ class LLM:
         text = self._texts.pop(track, None)
         if text is not None and reason == "abort":
             text.flush()
-        prompt, output = track.tokens[: track.num_prompt], track.output
-        self._done[track.request_id][track.index] = Completion(
-            prompt_token_ids=prompt,
-            prompt_recursion_counts=track.counts[: track.num_prompt],
-            index=track.index,
-            text=text.text if text is not None else "",
-            token_ids=output,
-            recursion_counts=track.counts[track.num_prompt - 1 :][: len(output)],
-            logprobs=track.logprobs,
-            top_logprobs=track.top_logprobs,
-            prompt_logprobs=track.prompt_logprobs,
-            finish_reason=track.finish_reason,
-        )
+        completion = track.completion(text.text if text is not None else "")
+        self._done[track.request_id][track.index] = completion
         self.scheduler.close(track)
 
     def _forget(self, request_id: str) -> list[Completion]:

@@ -1,13 +1,17 @@
 """Where and how a model runs: device, dtype, kernels, and the memory for keys and values."""
 
 import importlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mor.engine.config import EngineConfig
+from mor.engine.graphs import GraphStack
 from mor.engine.kv_cache import KVCache
-from mor.engine.stack import CpuKernels, Kernels, TorchKernels, fits_cpu_kernels
+from mor.engine.stack import CpuKernels, Kernels, Stack, TorchKernels, fits_cpu_kernels
 from mor.errors import ConfigError
 from mor.model.mor import MoRModel
 from mor.ops.packed import Storage
@@ -32,7 +36,12 @@ class Placement:
             ConfigError: the settings contradict each other or the model's shapes.
         """
         own = model.embed_tokens.weight
-        device = torch.device(config.device) if config.device else own.device
+        try:
+            device = torch.device(config.device) if config.device else own.device
+        except RuntimeError as error:
+            raise ConfigError(f"device={config.device!r} is none: use 'cpu' or 'cuda'.") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device={str(device)!r} is not supported: use 'cpu' or 'cuda'.")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={config.device!r}: torch sees no GPU here; use 'cpu'.")
         weights = getattr(torch, config.dtype) if config.dtype else own.dtype
@@ -48,12 +57,13 @@ class Placement:
                 f"{model.config.intermediate_size}, {model.config.head_dim}, {config.page_size}. "
                 "Use kernels='reference'."
             )
-        if kernels == "triton" and device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if kernels == "triton" and device.type != "cuda" and not interpreted:
             raise ConfigError(f"kernels='triton' needs device='cuda', not {device.type!r}.")
         if config.quantization and kernels != "cpu":
             raise ConfigError(
-                f"quantization={config.quantization!r} needs the compiled CPU kernels, and "
-                f"these settings run with kernels={kernels!r}."
+                f"quantization={config.quantization!r} needs kernels='cpu' (see there for what "
+                f"they take), and these settings run with {kernels!r}: leave it out."
             )
         compute = torch.float32 if kernels == "cpu" else weights
         return cls(device=device, weights=weights, compute=compute, kernels=kernels)
@@ -65,4 +75,17 @@ class Placement:
             storage: Storage = "int8" if config.quantization == "int8" else plain
             return CpuKernels(model.config, cache.kv, storage, config.num_threads)
         operations = importlib.import_module(f"mor.ops.{self.kernels}")
-        return TorchKernels(model.config, operations, cache.kv, self.compute)
+        wrap = self._graphs(model, cache) if self.kernels == "triton" else None
+        return TorchKernels(model.config, operations, cache.kv, self.compute, wrap)
+
+    def _graphs(self, model: MoRModel, cache: KVCache) -> Callable[[Stack], Stack]:
+        """Decode ticks as CUDA graphs."""
+        size = cache.block.page_size
+        return partial(
+            GraphStack,
+            width=model.config.hidden_size,
+            table_width=-(-model.config.max_position_embeddings // size) + cache.layers_per_page,
+            dtype=self.compute,
+            device=self.device,
+            capture=self.device.type == "cuda",
+        )

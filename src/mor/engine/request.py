@@ -72,6 +72,8 @@ class Sequence:
     num_finished: int = 0
     """.. and is over."""
     finish_reason: FinishReason | None = None
+    uniform: float | None = None
+    """Random number of its next token, once it is drawn."""
     prefix_node: PrefixNode | None = None
     """The last of its own prefixes that the prefix cache knows."""
     prefix_open: bool = True
@@ -98,6 +100,22 @@ class Sequence:
     def prefix_root(self) -> tuple[int, int]:
         """Only sequences with the same recursion limits can share what was computed."""
         return self.least, self.most
+
+    def completion(self, text: str) -> Completion:
+        """What the caller gets, now or in the end."""
+        output = self.output
+        return Completion(
+            prompt_token_ids=self.tokens[: self.num_prompt],
+            prompt_recursion_counts=self.counts[: self.num_prompt],
+            index=self.index,
+            text=text,
+            token_ids=output,
+            recursion_counts=self.counts[self.num_prompt - 1 :][: len(output)],
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            finish_reason=self.finish_reason,
+        )
 
     def reset(self) -> None:
         """Give back what it holds, to be computed again; what the caller may hear of it stays."""

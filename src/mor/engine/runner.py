@@ -257,6 +257,7 @@ class Runner:
             tables=self._int32(table),
             write_cell=self._int32([cell for cell, _ in slots]),
             write_slot=self._int32([slot for _, slot in slots]),
+            longest_run=max(map(len, entries)),
         )
 
     def _int32(self, values: list[int] | np.ndarray) -> Tensor:

@@ -108,6 +108,11 @@ class Scheduler:
         self.add(sequence)
         self.num_preemptions += 1
 
+    def restart(self) -> None:
+        """After a tick that stopped halfway: what is under way is computed again."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+
     def _make_room(self, sequence: Sequence, table: PageTable, count: int) -> bool:
         """Free pages for `count` more entries; False if the sequence itself had to go.
 

@@ -6,7 +6,7 @@
 Shape letters: N lanes, E width, H query heads, G key-value heads, D head size, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol, runtime_checkable
@@ -94,7 +94,12 @@ class TorchKernels:
     """torch's own matrix products with the operations of a module like `mor.ops.reference`."""
 
     def __init__(
-        self, config: MoRConfig, operations: ModuleType, kv: PagedKV, dtype: torch.dtype
+        self,
+        config: MoRConfig,
+        operations: ModuleType,
+        kv: PagedKV,
+        dtype: torch.dtype,
+        wrap: Callable[[Stack], Stack] | None = None,
     ) -> None:
         self.name = operations.__name__.rsplit(".", 1)[-1]
         self.operations = operations
@@ -102,11 +107,13 @@ class TorchKernels:
         self.kv = kv
         self.dtype = dtype
         self.rotations = rotations(config, dtype, kv.k.device)
+        self._wrap = wrap
         self._head: Tensor | None = None
 
-    def stack(self, applications: Sequence[Application]) -> "TorchStack":
+    def stack(self, applications: Sequence[Application]) -> Stack:
         """See `Kernels.stack`."""
-        return TorchStack(self, applications)
+        stack = TorchStack(self, applications)
+        return stack if self._wrap is None else self._wrap(stack)
 
     def readout(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
         """See `Kernels.readout`."""

@@ -58,24 +58,24 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """One more token; the text that is certain now and was not before."""
-        pending = self._held + self._pieces.push(token)
+        return self._release(self._pieces.push(token))
+
+    def flush(self) -> str:
+        """No more tokens come: the text that was held back, which may bring a stop text."""
+        return "" if self.stopped else self._release(self._pieces.flush(), last=True)
+
+    def _release(self, piece: str, last: bool = False) -> str:
+        pending = self._held + piece
         found = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
         if found:
             self.stopped, keep = True, min(found)
+        elif last:
+            keep = len(pending)
         else:
             keep = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
         self._held = pending[keep:]
         self.text += pending[:keep]
         return pending[:keep]
-
-    def flush(self) -> str:
-        """No more tokens come: the text that was held back."""
-        if self.stopped:
-            return ""
-        rest = self._held + self._pieces.flush()
-        self._held = ""
-        self.text += rest
-        return rest
 
 
 def _overlap(text: str, stop: str) -> int:

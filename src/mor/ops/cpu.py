@@ -50,12 +50,14 @@ def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, out_bytes, xs, ws):
     panel = steps * w_bytes
     height = max(1, _CACHED_INPUTS // x_bytes // MAX_ROWS) * MAX_ROWS
     for top in range(0, m, height):
-        bottom = min(m, top + height)
+        count = min(height, m - top)
+        blocks = (count + MAX_ROWS - 1) // MAX_ROWS  # of equal size: one of two rows runs slowly
         for p in range(low, high):
             b = w + p * panel
             ahead = b + panel
-            for i in range(top, bottom, MAX_ROWS):
-                r = min(MAX_ROWS, bottom - i)
+            for j in range(blocks):
+                i = top + j * count // blocks
+                r = top + (j + 1) * count // blocks - i
                 a = x + i * x_bytes
                 c = out + i * out_bytes + p * 4 * PANEL
                 s, d = xs + 4 * i, ws + 4 * PANEL * p
@@ -258,7 +260,9 @@ def run_layers(threads, x, n, kind, layers, cells, lanes, angles, room, clock):
     """
     counters = counters_for(_STEPS * layers[2].shape[0])
     for t in prange(threads):
-        _layers(threads, t, counters, x, n, kind, layers, cells, lanes, angles, room, clock)
+        _layers(
+            threads, np.int64(t), counters, x, n, kind, layers, cells, lanes, angles, room, clock
+        )
 
 
 @njit(parallel=True, nogil=True, cache=True)

@@ -1,0 +1,96 @@
+"""The throughput benchmark on models that take milliseconds: what it counts, and its bounds."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mor.bench.throughput import Plan, alternate, flops_bound, overhead, ratios
+from mor.bench.workload import Load, Shape, Window, engine, random_model, request_flops
+from mor.errors import ConfigError
+from mor.model.config import MoRConfig
+from mor.model.cost import decode_flops, sequence_flops
+from tiny import tiny_config, tiny_model
+
+
+class TinyPlan(Plan):
+    """The same plan for tiny models."""
+
+    def config(self, recursions: int) -> MoRConfig:
+        kind = "expert" if recursions > 1 else "vanilla"
+        return tiny_config(kind, **({"num_recursions": recursions} if recursions > 1 else {}))
+
+
+def plan(**changes: Any) -> TinyPlan:
+    values: dict[str, Any] = {"sequences": 4, "prompt": 8, "output": 6, "seconds": 0.05}
+    return TinyPlan(**{**values, "rounds": 2, "recursions": (3,), **changes})
+
+
+def test_a_load_keeps_its_sequences_in_flight() -> None:
+    load = Load(engine(tiny_model(), 4), 4, Shape(prompt=8, output=6))
+    for _ in range(40):
+        load._step()
+        assert len(load.llm.scheduler.running) + len(load.llm.scheduler.waiting) == 4
+        load.llm.check_integrity()
+
+
+def test_a_window_counts_what_the_engine_generated() -> None:
+    load = Load(engine(tiny_model(), 4), 4, Shape(prompt=8, output=6))
+    load.reset()
+    window = load.run(0.2)
+    assert window.tokens == load.llm.stats.tokens > 0
+    assert window.tokens_per_s == pytest.approx(window.tokens / window.seconds)
+    assert window.entered % 8 == 0
+
+
+def test_decode_only_starts_no_new_requests() -> None:
+    load = Load(engine(tiny_model(), 3), 3, Shape(prompt=8, output=20), staggered=False)
+    while load.llm.has_unfinished:
+        load._step()
+    assert load.run(0.01).tokens == 0
+
+
+def test_random_models_keep_the_configured_share_at_each_depth() -> None:
+    config = dataclasses.replace(tiny_config(num_recursions=4), thresholds=None)
+    model = random_model(config, 64)
+    load = Load(engine(model, 8), 8, Shape(prompt=40, output=40))
+    load.run(1.0)
+    histogram = load.llm.stats.depth_histogram
+    assert histogram[0] == 0
+    assert all(count > 0 for count in histogram[1:])
+
+
+def test_request_flops_are_prefill_and_decode() -> None:
+    config = tiny_config("vanilla")
+    shape = Shape(prompt=10, output=5)
+    prefill, decode = sequence_flops(config, 10), decode_flops(config, 12)
+    wanted = (prefill.mean - prefill.head) * 10 + prefill.head + 4 * decode.mean
+    assert request_flops(config, shape) == pytest.approx(wanted)
+
+
+def test_the_bound_is_one_for_a_model_like_vanilla() -> None:
+    same = plan()
+    assert flops_bound(same, 1, [0, 10]) == pytest.approx(1)
+    assert flops_bound(same, 3, [0, 10, 0, 0]) > flops_bound(same, 3, [0, 0, 0, 10])
+    decode = plan(decode_only=True)
+    assert flops_bound(decode, 3, [0, 10, 0, 0]) > flops_bound(decode, 3, [0, 0, 0, 10])
+
+
+def test_windows_alternate_and_the_first_round_does_not_count() -> None:
+    a, b = plan().load(3), plan().load(1)
+    pairs = alternate(a, b, rounds=3, seconds=0.3)
+    assert len(pairs) == 3
+    assert all(side.tokens > 0 for pair in pairs for side in pair)
+    assert 0 < overhead(a.llm) < 1
+
+
+def test_the_ratio_is_the_median_of_rounds() -> None:
+    windows = [Window(seconds=1, tokens=n, entered=0) for n in (10, 30, 20)]
+    one = Window(seconds=1, tokens=10, entered=0)
+    found = ratios([(w, one) for w in windows])
+    assert (found["ratio"], found["ratio_min"], found["ratio_max"]) == (2, 1, 3)
+
+
+def test_too_long_requests_are_refused() -> None:
+    with pytest.raises(ConfigError, match="positions"):
+        plan(prompt=90, output=90).load(3)

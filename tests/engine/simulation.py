@@ -1,0 +1,163 @@
+"""The scheduler without a model: routers that throw dice, tokens that are numbers."""
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from mor.engine.config import EngineConfig
+from mor.engine.pages import PageLayout, PagePool, PageTable
+from mor.engine.prefix import PrefixCache
+from mor.engine.request import Chunk, Sequence
+from mor.engine.scheduler import EnterPlan, Passes, Scheduler
+from mor.model.sampling import SamplingParams
+
+Router = Callable[[Sequence, int, int], bool]
+"""(sequence, position, depth) -> whether the token goes on to that depth."""
+
+
+def by_token(sequence: Sequence, position: int, depth: int) -> bool:
+    """Depends on nothing but the tokens so far, as real routers do."""
+    return hash((*sequence.tokens[: position + 1], depth)) % 10 < 6
+
+
+def always(sequence: Sequence, position: int, depth: int) -> bool:
+    """Every token takes every pass."""
+    return True
+
+
+def after_the_first(sequence: Sequence, position: int, depth: int) -> bool:
+    """Everybody takes the first pass, as models do that share keys and values."""
+    return depth == 0 or by_token(sequence, position, depth)
+
+
+class Ran(NamedTuple):
+    """A run of tokens in one pass of the block."""
+
+    order: int
+    """Of its sequence."""
+    start: int
+    """Position of its chunk."""
+    depth: int
+    tokens: int
+    writes: bool
+    first_entry: int
+
+
+class Simulation:
+    """A scheduler, driven tick by tick; keeps what happened in each."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 10_000,
+        recursions: int = 3,
+        shared_kv: bool = False,
+        router: Router = by_token,
+        **fields: Any,
+    ) -> None:
+        config = EngineConfig(**{"max_sequences": 8, "max_lanes": 32, **fields})
+        self.recursions, self.router = recursions, router
+        self.pool = PagePool(pages)
+        self.prefixes = PrefixCache(self.pool, config.page_size) if config.prefix_caching else None
+        share = 1.0 if router is always else 0.6
+        presence = tuple(share**depth for depth in range(recursions))
+        self.passes = Passes(most=recursions, recursions=1, shared_kv=shared_kv, presence=presence)
+        self.scheduler = Scheduler(config, self.passes, self.pool, self.prefixes)
+        self.layout = PageLayout(page_size=config.page_size, layers=1, layers_per_page=1)
+        self.sequences: list[Sequence] = []
+        self.finishes: list[list[Chunk]] = []
+        self.others: list[int] = []
+        """Chunks in the block at the beginning of each tick."""
+        self.enters: list[EnterPlan] = []
+        self.advances: list[list[Ran]] = []
+        self.came: dict[int, list[int]] = {}
+        """By order of arrival: ticks in which tokens came."""
+
+    def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> Sequence:
+        """A new request."""
+        tables = 1 if self.passes.shared_kv else self.recursions
+        order = len(self.sequences)
+        sequence = Sequence(
+            request_id=str(order),
+            index=0,
+            order=order,
+            params=SamplingParams(max_tokens=max_tokens),
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            **{"least": 0, "most": self.recursions, **fields},
+            stop_ids=frozenset(),
+            random=random.Random(order),
+            outer=PageTable(self.layout, self.pool),
+            depths=[PageTable(self.layout, self.pool) for _ in range(tables)],
+        )
+        self.sequences.append(sequence)
+        self.came[order] = []
+        self.scheduler.add(sequence)
+        return sequence
+
+    def tick(self) -> None:
+        """What `LLM.step` does, without computing anything."""
+        scheduler = self.scheduler
+        self.others.append(len(scheduler._present))
+        chunks = scheduler.plan_finish()
+        self.finishes.append(chunks)
+        scheduler.finished(chunks)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.start + len(chunk) == len(sequence.tokens):
+                sequence.tokens.append(len(sequence.tokens) % 5)
+                self.came[sequence.order].append(scheduler.tick)
+                if len(sequence.output) == sequence.params.max_tokens:
+                    scheduler.close(sequence)
+        entering = scheduler.plan_enter()
+        self.enters.append(entering)
+        scheduler.entered(
+            entering.chunks,
+            [
+                self.router(c.sequence, c.start + i, 0)
+                for c in entering.chunks
+                for i in range(len(c))
+            ],
+        )
+        advancing = scheduler.plan_advance()
+        writing = advancing.num_writing
+        runs = enumerate(zip(advancing.chunks, advancing.first_entries, strict=True))
+        self.advances.append(
+            [
+                Ran(c.sequence.order, c.start, c.depth, len(c.present), i < writing, e)
+                for i, (c, e) in runs
+            ]
+        )
+        goes_on = [
+            self.router(c.sequence, c.start + i, c.depth + 1)
+            for c in advancing.chunks
+            for i in c.present
+        ]
+        scheduler.advanced(advancing.chunks, goes_on)
+        self.check()
+
+    def run(self, most: int = 5000) -> int:
+        """Tick until everything is done; how often."""
+        for number in range(most):
+            if not self.scheduler.has_work:
+                return number
+            self.tick()
+        raise AssertionError("the scheduler makes no progress")
+
+    def check(self) -> None:
+        """Pages and rows are in order, limits are kept, and entries are what the counts say."""
+        scheduler, config = self.scheduler, self.scheduler.config
+        scheduler.check_integrity()
+        assert len(scheduler.running) <= config.max_sequences
+        assert all(len(c) <= config.prefill_chunk for c in self.enters[-1].chunks)
+        assert sum(run.tokens for run in self.advances[-1]) <= config.max_lanes
+        for queue in (scheduler.running, scheduler.waiting):
+            orders = [sequence.order for sequence in queue]
+            assert orders == sorted(orders)
+        for sequence in scheduler.running:
+            counts = sequence.counts[: sequence.num_finished]
+            counts = counts + [count for chunk in sequence.chunks for count in chunk.counts]
+            assert sequence.outer is not None
+            assert sequence.outer.num_entries == sequence.num_entered == len(counts)
+            for depth, table in enumerate(sequence.depths):
+                assert table.num_entries == sum(count > depth for count in counts)

@@ -1,0 +1,60 @@
+"""The engine on the Triton kernels: interpreted here, compiled and as CUDA graphs on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mor.engine.config import EngineConfig
+from mor.engine.llm import LLM
+from mor.model.generation import generate
+from mor.model.sampling import SamplingParams
+from tiny import build as build_model
+from tiny import tiny_config
+
+pytest.importorskip("triton", reason="needs the extra `gpu`")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__)
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the tests below itself")
+def test_in_the_interpreter() -> None:
+    """A process of its own: Triton reads the variable once, when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["vanilla", "expert", "expert_shared", "token"])
+def test_equals_the_reference_generator(kind: str) -> None:
+    """Decode ticks go through `GraphStack`: padded buckets, recorded where there is a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(tiny_config(kind, **SHAPE)).float().to(device)
+    torch.manual_seed(0)
+    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 19, 1)]
+    params = SamplingParams(max_tokens=5)
+    wanted = generate(model, prompts, params)
+    llm = LLM(model, EngineConfig(kernels="triton", device=device, prefill_chunk=7))
+    for want, got in zip(wanted, llm.generate(prompts, params), strict=True):
+        assert got.token_ids == want.token_ids
+        assert got.recursion_counts == want.recursion_counts
+        assert got.prompt_recursion_counts == want.prompt_recursion_counts
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)

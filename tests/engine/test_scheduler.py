@@ -1,0 +1,224 @@
+"""The scheduler keeps its limits, starves nobody, and brings every request to its end."""
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulation import Simulation, after_the_first, always, by_token
+
+from mor.engine.request import Sequence
+
+
+def largest_gap(ticks: list[int]) -> int:
+    return max(b - a for a, b in itertools.pairwise(ticks))
+
+
+def test_long_prompts_do_not_starve_decodes() -> None:
+    sim = Simulation(max_lanes=16, prefill_chunk=16, router=always, prefix_caching=False)
+    decodes = [sim.add([n], 40) for n in range(4)]
+    for n in range(20):
+        sim.add([n] * 50, 1)
+    sim.run()
+    for sequence in decodes:
+        assert largest_gap(sim.came[sequence.order]) == 3  # as if it were alone: R passes
+
+
+def test_decodes_do_not_starve_a_long_prompt() -> None:
+    sim = Simulation(max_lanes=8, max_sequences=8, router=always)
+    for n in range(7):
+        sim.add([n], 300)
+    for _ in range(10):
+        sim.tick()
+    late = sim.add(list(range(60)), 1)
+    for _ in range(60 * 3 + 10):  # one lane is left: a token takes R ticks
+        sim.tick()
+    assert len(late.output) == 1
+
+
+def test_a_stream_of_short_requests_starves_nobody() -> None:
+    sim = Simulation(max_lanes=6, max_sequences=3, prefill_chunk=4, pages=60, page_size=2)
+    long = sim.add(list(range(30)), 8)
+    for n in range(300):
+        if not n % 2:
+            sim.add([n % 7, n % 3, 1], 1 + n % 5)
+        sim.tick()
+        if len(long.output) == 8:
+            break
+    assert len(long.output) == 8
+    sim.run()
+
+
+@pytest.mark.parametrize("batching", ["depth", "sequence"])
+def test_who_came_first_gets_the_first_token_first(batching: str) -> None:
+    sim = Simulation(max_lanes=12, prefill_chunk=5, batching=batching, max_sequences=4)
+    for n in range(9):
+        sim.add([n] * 20, 3)
+    sim.run()
+    firsts = [ticks[0] for ticks in sim.came.values()]
+    assert firsts == sorted(firsts)
+
+
+def test_the_oldest_is_never_preempted() -> None:
+    sim = Simulation(pages=44, page_size=2, max_sequences=5, router=always)
+    for n in range(5):
+        sim.add([n] * 4, 16)
+    lost: list[int] = []
+    original = Sequence.reset
+
+    def reset(sequence: Sequence) -> None:
+        lost.append(sequence.order)
+        assert sequence.order > min(s.order for s in (sequence, *sim.scheduler.running))
+        original(sequence)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sequence, "reset", reset)
+        sim.run()
+    assert sim.scheduler.num_preemptions == len(lost) >= 4
+    assert all(len(s.output) == 16 for s in sim.sequences)
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[list[int], int, int, int]]]:
+    """Settings of a scheduler, and requests: prompt, tokens, limit of recursions, arrival."""
+    most = draw(st.integers(1, 5))
+    fields = {
+        "page_size": draw(st.integers(1, 5)),
+        "max_sequences": most,
+        "max_lanes": most + draw(st.integers(0, 12)),
+        "prefill_chunk": draw(st.integers(1, 12)),
+        "batching": draw(st.sampled_from(("depth", "sequence"))),
+        "least_exit_batch": draw(st.integers(1, most)),
+        "longest_exit_wait": draw(st.integers(0, 4)),
+        "prefix_caching": draw(st.booleans()),
+        "shared_kv": draw(st.booleans()),
+        "recursions": draw(st.integers(1, 4)),
+    }
+    routers = always if fields["recursions"] == 1 else by_token
+    fields["router"] = after_the_first if fields["shared_kv"] else routers
+    rng = random.Random(draw(st.integers(0, 999)))
+    stem = [rng.randrange(5) for _ in range(20)]
+    requests = [
+        (
+            [*stem[: rng.randrange(20)], rng.randrange(5)],
+            rng.randint(1, 12),
+            rng.randint(0, fields["recursions"]),
+            rng.randrange(20),
+        )
+        for _ in range(draw(st.integers(1, 8)))
+    ]
+    longest = max(len(prompt) + tokens for prompt, tokens, _, _ in requests)
+    tables = 2 if fields["shared_kv"] else 1 + fields["recursions"]
+    least = tables * -(-longest // fields["page_size"])
+    fields["pages"] = least + draw(st.integers(0, least))
+    return fields, requests
+
+
+@given(situation=situations())
+def test_every_request_comes_to_its_end(
+    situation: tuple[dict[str, Any], list[tuple[list[int], int, int, int]]],
+) -> None:
+    fields, requests = situation
+    sim = Simulation(**fields)
+    for tick in range(20):
+        for prompt, tokens, limit, arrival in requests:
+            if arrival == tick:
+                sim.add(prompt, tokens, least=limit, most=limit or fields["recursions"])
+        sim.tick()
+    sim.run()
+    for sequence in sim.sequences:
+        assert len(sequence.output) == sequence.params.max_tokens
+        assert len(sequence.counts) == len(sequence.tokens) - 1
+        for position, count in enumerate(sequence.counts):
+            alone = next(
+                (d for d in range(sequence.most) if not sim.router(sequence, position, d)),
+                sequence.most,
+            )
+            assert count == max(alone, sequence.least)
+    if sim.prefixes is not None:
+        sim.prefixes.clear()
+    assert sim.pool.num_free == sim.pool.num_pages
+    assert len(sim.scheduler._free_rows) == sim.scheduler.num_rows
+
+
+def test_depth_batching_mixes_depths_and_sequence_batching_never_does() -> None:
+    depths: dict[str, list[set[int]]] = {}
+    for batching in ("depth", "sequence"):
+        sim = Simulation(batching=batching, prefill_chunk=4)
+        for n in range(6):
+            sim.add([n] * (3 * n + 1), 8)
+        sim.run()
+        depths[batching] = [{run.depth for run in plan} for plan in sim.advances]
+    assert max(map(len, depths["sequence"])) == 1
+    assert max(map(len, depths["depth"])) == 3
+    assert {depth for found in depths["sequence"] for depth in found} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("num_shallow", "wait"), [(3, 3), (6, 0)])
+def test_exits_wait_for_company_but_not_for_ever(num_shallow: int, wait: int) -> None:
+    sim = Simulation(
+        least_exit_batch=5,
+        longest_exit_wait=3,
+        recursions=8,
+        router=lambda s, _, depth: depth == 0 or s.order >= num_shallow,
+    )
+    for n in range(7):
+        sim.add([n], 40)
+    sim.run()
+    waits = set()
+    for tick, (chunks, others) in enumerate(zip(sim.finishes, sim.others, strict=True), start=1):
+        if chunks and others:
+            waited = max(tick - chunk.left_at for chunk in chunks) - 1
+            assert len(chunks) >= 5 or waited == 3
+            waits.add(waited)
+    assert wait in waits
+    assert max(waits) <= 3
+
+
+def test_exits_do_not_wait_if_nothing_else_can_run() -> None:
+    sim = Simulation(least_exit_batch=8, longest_exit_wait=1000, router=always)
+    sequence = sim.add([1], 10)
+    assert sim.run() == 10 * 3 + 1
+    assert len(sequence.output) == 10
+
+
+def test_a_chunk_follows_the_one_before_it_a_depth_behind() -> None:
+    sim = Simulation(prefill_chunk=4, router=always, max_lanes=64)
+    sim.add(list(range(12)), 1)
+    sim.run()
+    found = [[(run.start, run.depth) for run in plan] for plan in sim.advances]
+    assert found[:5] == [
+        [(0, 0)],
+        [(0, 1), (4, 0)],
+        [(0, 2), (4, 1), (8, 0)],
+        [(4, 2), (8, 1)],
+        [(8, 2)],
+    ]
+
+
+def test_shared_keys_are_written_at_the_first_depth_only() -> None:
+    sim = Simulation(shared_kv=True, router=after_the_first)
+    for n in range(5):
+        sim.add([n] * 7, 9)
+    sim.run()
+    for plan in sim.advances:
+        assert [run.writes for run in plan] == [run.depth == 0 for run in plan]
+        assert sorted((run.writes for run in plan), reverse=True) == [run.writes for run in plan]
+    assert any({True, False} <= {run.writes for run in plan} for plan in sim.advances)
+
+
+def test_a_prefix_with_other_counts_is_not_built_upon() -> None:
+    """In float32 another batch may flip a router's decision: then two sequences with the same
+    tokens have different entries, and neither may take the other's for its own."""
+    for seed in range(8):
+        rng = random.Random(seed)
+        sim = Simulation(page_size=2, router=lambda *_, r=rng: r.random() < 0.5, prefill_chunk=6)
+        for _ in range(8):
+            sim.add([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9], 4)
+            sim.add([1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4], 3)
+            for _ in range(rng.randrange(6)):
+                sim.tick()
+        sim.run()
+        assert all(len(s.output) == s.params.max_tokens for s in sim.sequences)

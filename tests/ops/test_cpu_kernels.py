@@ -261,7 +261,7 @@ def test_attend(case: str, groups: int, per_group: int, num_threads: int) -> Non
             *(lanes.runs.numpy(), lanes.tables.numpy(), lanes.kv_len.numpy(), out.numpy()),
         )
         want = reference.attend(q.double(), exact, layer, lanes).flatten(1)
-        assert (out - want).abs().max() < 2e-5 if per_group == 3 else 3e-6
+        assert (out - want).abs().max() < (2e-5 if per_group == 3 else 3e-6)
 
 
 def test_attend_follows_the_definition() -> None:

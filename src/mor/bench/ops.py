@@ -62,7 +62,7 @@ def _ours(
     widest = max(w.in_features for w in packed[0])
     inputs = [np.random.randn(rows, w.in_features).astype(np.float32) for w in packed[0]]
     outputs = [np.zeros((rows, w.padded_features), np.float32) for w in packed[0]]
-    rounded, scales = np.zeros((rows, widest), np.int16), np.zeros(rows, np.float32)
+    rounded, scales = np.zeros((rows, 2 * widest), np.uint8), np.zeros(rows, np.float32)
 
     def task() -> None:
         for weights in packed:

@@ -70,6 +70,9 @@ class Runner:
         token_choice = isinstance(self._router, TokenChoice)
         self._start = torch.zeros_like(self._hidden) if token_choice else None  # x0
         self._gate = torch.zeros(num_rows, 1, dtype=self.dtype, device=self.device)
+        if isinstance(self._router, ExpertChoice):
+            each = map(self._router.threshold, range(model.config.num_recursions))
+            self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=self.device)
         self._target = [0] * num_rows  # token choice: recursion count of each row's token
 
     # -- phases ---------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ class Runner:
         if self._prelude is not None:
             x = self._prelude.run(x, self._outer_lanes(plan.chunks))
         rows = self._ints([row for c in plan.chunks for row in c.rows])
-        self._hidden[rows] = x
+        self._hidden.index_copy_(0, rows, x)
         goes_on = self._first_decision(plan.chunks, x, rows, self._ints(positions))
         self.compute_seconds += time.perf_counter() - began
         return goes_on
@@ -102,11 +105,11 @@ class Runner:
         h = self._hidden.index_select(0, rows)
         expert = isinstance(self._router, ExpertChoice)
         update = self.block.run(h.clone() if expert else h, lanes)
-        if expert:
-            if self.model_config.gating == "weighted":
-                update = update.mul_(self._gate.index_select(0, rows))
+        if expert and self.model_config.gating == "weighted":
+            update = torch.addcmul(h, update, self._gate.index_select(0, rows))
+        elif expert:
             update = update.add_(h)
-        self._hidden[rows] = update
+        self._hidden.index_copy_(0, rows, update)
         goes_on = self._next_decision(plan, update, rows, lanes, numbers)
         self.compute_seconds += time.perf_counter() - began
         return goes_on
@@ -173,7 +176,7 @@ class Runner:
         self, chunks: list[Chunk], x: Tensor, rows: Tensor, positions: Tensor
     ) -> list[bool]:
         if isinstance(self._router, ExpertChoice):
-            return self._judge(0, x, rows, positions)
+            return self._judge([0] * len(x), x, rows, positions)
         if isinstance(self._router, TokenChoice):
             assert self._start is not None
             limits = [(c.sequence.least, c.sequence.most) for c in chunks for _ in c.rows]
@@ -195,24 +198,18 @@ class Runner:
         depths = [c.depth + 1 for c in plan.chunks for _ in c.present]
         if isinstance(self._router, TokenChoice):
             return [self._target[n] > depth for n, depth in zip(numbers, depths, strict=True)]
-        goes_on = [True] * len(depths)
         if isinstance(self._router, ExpertChoice):
-            for depth in sorted(set(depths)):
-                if depth == self.model_config.num_recursions:
-                    continue
-                here = [i for i, d in enumerate(depths) if d == depth]
-                where = self._ints(here)
-                flags = self._judge(depth, h[where], rows[where], lanes.positions[where])
-                for i, flag in zip(here, flags, strict=True):
-                    goes_on[i] = flag
-        return goes_on
+            last = self.model_config.num_recursions - 1  # who is through has no router any more
+            return self._judge([min(d, last) for d in depths], h, rows, lanes.positions)
+        return [True] * len(depths)
 
-    def _judge(self, depth: int, h: Tensor, rows: Tensor, positions: Tensor) -> list[bool]:
-        """Expert choice by threshold, before pass `depth`; notes the gates for that pass."""
+    def _judge(self, depths: list[int], h: Tensor, rows: Tensor, positions: Tensor) -> list[bool]:
+        """Expert choice by threshold, before each token's next pass; notes the gate for it."""
         assert isinstance(self._router, ExpertChoice)
-        main, decision = self._router.logits(depth, h, _packing(positions))
-        self._gate[rows] = self._router.gate(main)[:, None].to(self.dtype)
-        return (decision >= self._router.threshold(depth)).tolist()
+        at = self._ints(depths)
+        main, decision = self._router.logits_at(at, h, _packing(positions))
+        self._gate.index_copy_(0, rows, self._router.gate(main)[:, None].to(self.dtype))
+        return (decision >= self._thresholds.to(decision.dtype)[at]).tolist()
 
     # -- lanes ----------------------------------------------------------------------------------
 

@@ -198,8 +198,9 @@ class CpuKernels:
             width, inner = self.config.hidden_size, self.config.intermediate_size
             widths = (width, heads * size, 2 * groups * size, heads * size, 2 * inner, inner)
             floats = (np.zeros((rows, w), np.float32) for w in widths)
-            even = max(width, heads * size, inner) + 1 & ~1
-            self._buffers = (*floats, np.zeros((rows, even), np.int16), np.zeros(rows, np.float32))
+            widest = max(width, heads * size, inner) + 3 & ~3
+            rounded = np.zeros((rows, 2 * widest), np.uint8)  # bytes or int16
+            self._buffers = (*floats, rounded, np.zeros(rows, np.float32))
         return self._buffers
 
     def address(self, weight: PackedLinear) -> tuple[int, int, int]:

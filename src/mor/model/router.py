@@ -173,6 +173,25 @@ class ExpertChoice(nn.Module):
         # Detached: the second router learns to imitate the selection and shapes nothing else.
         return main, _wide(self.aux_routers[depth](x.detach(), packing.positions))[:, 0]
 
+    def logits_at(
+        self, depths: Int[Tensor, " n"], x: Float[Tensor, "n e"], packing: Packing
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """`logits` for tokens at different depths: one product where all routers are linear."""
+        linear = [r.proj.weight for r in self.routers if isinstance(r, LinearRouter)]
+        if linear and not self.aux_routers:
+            scaled = (
+                x if self.config.router_temperature == 1 else x / self.config.router_temperature
+            )
+            main = _wide(F.linear(scaled, torch.cat(linear))).gather(1, depths[:, None])[:, 0]
+            return main, main
+        both = _wide(x.new_empty(2, x.shape[0]))
+        for depth in range(self.config.num_recursions):
+            here = (depths == depth).nonzero()[:, 0]
+            if here.shape[0]:
+                part = packing.take(depths == depth)[0]
+                both[:, here] = torch.stack(self.logits(depth, x[here], part))
+        return both[0], both[1]
+
     def choose(
         self,
         depth: int,

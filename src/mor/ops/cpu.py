@@ -15,10 +15,12 @@ from numba import njit, prange, set_num_threads
 from mor.ops.cpu_attention import _attend, scratch_for, tiles_of
 from mor.ops.micro import (
     LANES,
-    MAX_ROWS,
     PANEL,
     block,
     cycles,
+    int8_steps,
+    max_rows,
+    panels_at_once,
 )
 from mor.ops.rows import abs_max_row, exp_sum_row, max_row, round_row, silu_mul_row, sum_row
 from mor.ops.team import claim, counters_for, done, wait
@@ -45,22 +47,24 @@ def use_threads(wanted: int) -> int:
 @no_type_check
 def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, out_bytes, xs, ws):
     """Panels low..high of a product, all rows; weights stream by, input rows stay in the cache."""
-    steps = (k + 1) // 2 if kind == INT8 else k
-    w_bytes = 4 * PANEL if kind == FLOAT32 else 2 * PANEL
-    panel = steps * w_bytes
-    height = max(1, _CACHED_INPUTS // x_bytes // MAX_ROWS) * MAX_ROWS
+    per_step = int8_steps() if kind == INT8 else 1
+    steps = (k + per_step - 1) // per_step
+    w_bytes = PANEL * (per_step if kind == INT8 else 4 if kind == FLOAT32 else 2)
+    panel, most, together = steps * w_bytes, max_rows(), panels_at_once()
+    height = max(1, _CACHED_INPUTS // x_bytes // most) * most
     for top in range(0, m, height):
         count = min(height, m - top)
-        blocks = (count + MAX_ROWS - 1) // MAX_ROWS  # of equal size: one of two rows runs slowly
-        for p in range(low, high):
-            b = w + p * panel
-            ahead = b + panel
+        blocks = (count + most - 1) // most  # of equal size: one of two rows runs slowly
+        for p in range(low, high, together):
+            p2 = min(p + together, high) - 1
+            b = (w + p * panel, w + p2 * panel)
+            ahead = (b[0] + together * panel, b[1] + together * panel)
+            d = (ws + 8 * PANEL * p, ws + 8 * PANEL * p2)
             for j in range(blocks):
                 i = top + j * count // blocks
                 r = top + (j + 1) * count // blocks - i
-                a = x + i * x_bytes
-                c = out + i * out_bytes + p * 4 * PANEL
-                s, d = xs + 4 * i, ws + 4 * PANEL * p
+                a, s, line = x + i * x_bytes, xs + 4 * i, out + i * out_bytes
+                c = (line + p * 4 * PANEL, line + p2 * 4 * PANEL)
                 if kind == FLOAT32:
                     block(
                         "float32", r, add, a, x_bytes, b, w_bytes, ahead, steps, c, out_bytes, s, d
@@ -76,8 +80,12 @@ def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, out_bytes, xs, ws):
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
 @no_type_check
 def _quantise(counters, step, x, m, levels, xq, xs):
-    """Rows of x as int16 of at most `levels`, and the scale of each row."""
+    """Rows of x as integers of at most `levels` either way, and the scale of each row.
+
+    xq holds bytes: unsigned ones with 128 for 0, or int16, as the products of int8 take them.
+    """
     k, whole, pieces = x.shape[1], x.shape[1] // LANES * LANES, (m + _ROWS - 1) // _ROWS
+    size = 4 // int8_steps()
     piece = claim(counters, step)
     while piece < pieces:
         for i in range(piece * _ROWS, min(m, (piece + 1) * _ROWS)):
@@ -89,11 +97,13 @@ def _quantise(counters, step, x, m, levels, xq, xs):
             scale = top / np.float32(levels)
             inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
             if whole > 0:
-                round_row(row, whole, inverse, xq.ctypes.data + 2 * xq.shape[1] * i)
-            for j in range(whole, k):
-                xq[i, j] = np.int16(np.rint(x[i, j] * inverse))
-            if k % 2:
-                xq[i, k] = 0
+                round_row(row, whole, inverse, xq.ctypes.data + xq.shape[1] * i)
+            for j in range(whole, k + (-k & 3)):  # a step's missing k meet weights of 0
+                value = np.int64(np.rint(x[i, j] * inverse)) if j < k else 0
+                if size == 1:
+                    xq[i, j] = value + 128
+                else:
+                    xq[i, 2 * j], xq[i, 2 * j + 1] = value & 255, (value >> 8) & 255
             xs[i] = scale
         done(counters, step)
         piece = claim(counters, step)
@@ -111,13 +121,16 @@ def _linear(counters, step, threads, kind, x, m, weight, out, add, xq, xs):
     k, panels = x.shape[1], out.shape[1] // PANEL
     source, row_bytes = x.ctypes.data, 4 * k
     if kind == INT8:
-        source, row_bytes = xq.ctypes.data, 2 * xq.shape[1]
-    pieces = min(panels, _PIECES * threads)
+        source, row_bytes = xq.ctypes.data, xq.shape[1]
+    together = panels_at_once()
+    groups = (panels + together - 1) // together
+    pieces = min(groups, _PIECES * threads)
     piece = claim(counters, step)
     while piece < pieces:
         # Larger pieces first: threads that claim in turns then have the same in the end.
-        low = piece * (panels // pieces) + min(piece, panels % pieces)
-        high = low + panels // pieces + (piece < panels % pieces)
+        low = piece * (groups // pieces) + min(piece, groups % pieces)
+        high = low + groups // pieces + (piece < groups % pieces)
+        low, high = low * together, min(high * together, panels)
         _panels(
             *(kind, low, high, m, k, add, source, row_bytes, weight[0], out.ctypes.data),
             *(4 * out.shape[1], xs.ctypes.data, weight[1]),

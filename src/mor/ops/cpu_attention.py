@@ -13,7 +13,7 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-from mor.ops.micro import MAX_ROWS, PANEL, block
+from mor.ops.micro import PANEL, block, max_rows, panels_at_once
 from mor.ops.rows import exp_row
 from mor.ops.team import claim, done, wait
 
@@ -38,19 +38,27 @@ def _score(queries, rows, cells, layer, group, table, start, stop, scores):
     """scores[:rows] = queries @ keys start..stop, in whole panels."""
     _, groups, size, slots = cells[0].shape
     keys, values, cell_bytes = cells[0].ctypes.data, cells[1].ctypes.data, 4 * size * slots
-    width = 4 * _KEY_BLOCK
-    for at in range(start, stop, PANEL):
+    width, most, together = 4 * _KEY_BLOCK, max_rows(), panels_at_once()
+    for at in range(start, stop, together * PANEL):
+        at2 = at + (together - 1) * PANEL
+        at2 = at2 if at2 < stop else at
         here = _cell(keys, cell_bytes, 4, groups, group, table, layer, slots, at)
+        here2 = _cell(keys, cell_bytes, 4, groups, group, table, layer, slots, at2)
         after = at + _AHEAD
-        if after < stop:
+        if after + PANEL < stop:
             ahead = _cell(keys, cell_bytes, 4, groups, group, table, layer, slots, after)
+            after += PANEL
+            ahead2 = _cell(keys, cell_bytes, 4, groups, group, table, layer, slots, after)
         else:  # the values come next
-            after = min(start + after - stop, stop - 1)
+            after = min(start + max(after - stop, 0), stop - 1)
             ahead = _cell(values, cell_bytes, 4 * size, groups, group, table, layer, slots, after)
-        for i in range(0, rows, MAX_ROWS):
-            r, x = min(MAX_ROWS, rows - i), queries.ctypes.data + 4 * size * i
-            out = scores.ctypes.data + 4 * (i * _KEY_BLOCK + at - start)
-            block("float32", r, 0, x, 4 * size, here, 4 * slots, ahead, size, out, width, 0, 0)
+            after = min(after + PANEL, stop - 1)
+            ahead2 = _cell(values, cell_bytes, 4 * size, groups, group, table, layer, slots, after)
+        for i in range(0, rows, most):
+            r, x = min(most, rows - i), queries.ctypes.data + 4 * size * i
+            line = scores.ctypes.data + 4 * (i * _KEY_BLOCK - start)
+            w, next_w, out = (here, here2), (ahead, ahead2), (line + 4 * at, line + 4 * at2)
+            block("float32", r, 0, x, 4 * size, w, 4 * slots, next_w, size, out, width, 0, (0, 0))
 
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
@@ -84,7 +92,7 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
     """sums[:rows] += weights @ values start..stop, in whole panels."""
     _, groups, slots, size = cells[1].shape
     keys, values, cell_bytes = cells[0].ctypes.data, cells[1].ctypes.data, 4 * size * slots
-    row, width = 4 * size, 4 * _KEY_BLOCK
+    row, width, most, together = 4 * size, 4 * _KEY_BLOCK, max_rows(), panels_at_once()
     for at in range(start, stop, PANEL):
         here = _cell(values, cell_bytes, row, groups, group, table, layer, slots, at)
         after = at + _AHEAD
@@ -95,15 +103,16 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
         else:  # the next head's keys come next
             other, after = min(group + 1, groups - 1), min(after - reach, reach - 1)
             ahead = _cell(keys, cell_bytes, 4, groups, other, table, layer, slots, after)
-        for d in range(0, size, PANEL):
-            for i in range(0, rows, MAX_ROWS):
-                r, x = (
-                    min(MAX_ROWS, rows - i),
-                    scores.ctypes.data + 4 * (i * _KEY_BLOCK + at - start),
-                )
-                out = sums.ctypes.data + 4 * (i * size + d)
-                next_w = ahead + 4 * d
-                block("float32", r, 1, x, width, here + 4 * d, row, next_w, PANEL, out, row, 0, 0)
+        for d in range(0, size, together * PANEL):
+            d2 = d + (together - 1) * PANEL
+            d2 = d2 if d2 < size else d
+            for i in range(0, rows, most):
+                r = min(most, rows - i)
+                x = scores.ctypes.data + 4 * (i * _KEY_BLOCK + at - start)
+                line = sums.ctypes.data + 4 * i * size
+                w, next_w = (here + 4 * d, here + 4 * d2), (ahead + 4 * d, ahead + 4 * d2)
+                out = (line + 4 * d, line + 4 * d2)
+                block("float32", r, 1, x, width, w, row, next_w, PANEL, out, row, 0, (0, 0))
 
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))

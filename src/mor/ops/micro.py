@@ -4,6 +4,10 @@ Numba turns Python loops into good scalar code, but keeps no block of sums in ve
 These intrinsics write that inner loop as LLVM code with explicit vectors; LLVM then picks the
 processor's own instructions (AVX2, AVX-512, NEON). `mor bench ops` measures what it gains.
 
+A register block is `max_rows()` rows of one or two panels, as `panels_at_once()` says: 6 x 1 where
+registers hold 8 numbers (12 sums, 2 weights and 1 input fill 15 of AVX2's 16), 14 x 2 where they
+hold 16 (28 sums, 2 weights and 1 input fill 31 of AVX-512's 32).
+
 Pointers travel as integers: `array.ctypes.data` inside Numba, `tensor.data_ptr()` outside.
 """
 
@@ -14,14 +18,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mor.ops.target import has_byte_products, has_wide_registers
+
 Weights = Literal["float32", "bfloat16", "int8"]
 
-LANES = 8
-"""Numbers in a vector: one AVX2 register of fp32, half of one of AVX-512."""
-PANEL = 2 * LANES
-"""Columns of one panel of packed weights: two vectors."""
-MAX_ROWS = 6
-"""Rows of the register block: 6 x 2 sums, 2 weights and 1 input fill 15 of AVX2's 16 registers."""
+LANES = 16
+"""Numbers in a vector: one register of AVX-512, two of AVX2."""
+PANEL = LANES
+"""Columns of one panel of packed weights."""
+_NARROW, _WIDE = (6, 1), (14, 2)  # rows and panels of a register block
 
 
 def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
@@ -91,8 +96,19 @@ class Code:
             wide = self.builder.zext(halves, self.ints)
             sixteen = ir.Constant(self.ints, [16] * LANES)
             return self.builder.bitcast(self.builder.shl(wide, sixteen), self.floats)
-        pairs = self.load(address, ir.VectorType(ir.IntType(8), 2 * LANES))
-        return self.builder.sext(pairs, ir.VectorType(ir.IntType(16), 2 * LANES))
+        count = 4 if has_byte_products() else 2
+        bytes_ = self.load(address, ir.VectorType(ir.IntType(8), count * LANES))
+        if count == 4:
+            return bytes_
+        return self.builder.sext(bytes_, ir.VectorType(ir.IntType(16), count * LANES))
+
+    def integer_product(self, total: Any, x: Any, weights: Any) -> Any:
+        """total + the products of a step's k: of four unsigned bytes, or of two int16."""
+        if has_byte_products():
+            x = self.builder.bitcast(x, ir.VectorType(ir.IntType(8), 4 * LANES))
+            return self.call("llvm.x86.avx512.vpdpbusd.512", self.ints, total, x, weights)
+        x = self.builder.bitcast(x, ir.VectorType(ir.IntType(16), 2 * LANES))
+        return self.builder.add(total, self.pair_product(x, weights))
 
     def pair_product(self, a: Any, b: Any) -> Any:
         """a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in int32: one instruction, e.g. x86's pmaddwd."""
@@ -130,50 +146,46 @@ class Code:
 
 
 def _product(code: Code, kind: Weights, rows: int, args: list[Any]) -> list[list[Any]]:
-    """The loop over k: sums of a (rows, PANEL) block of x @ w, still in registers."""
-    builder, vectors = code.builder, PANEL // LANES
-    x, row_bytes, w, w_bytes, ahead, steps = args
+    """The loop over k: sums of a block of x @ w, by row and panel, still in registers."""
+    builder, (_, panels) = code.builder, _shape()
+    x, row_bytes, w, w_bytes, ahead, steps, ws = args
     int8 = kind == "int8"
     sums_type = code.ints if int8 else code.floats
-    size = {"float32": 4 * LANES, "bfloat16": 2 * LANES, "int8": 2 * LANES}[kind]
+    # Before the first step: inputs that are unsigned bytes are 128 too large.
+    initial = [
+        code.load(code.plus(s, 4 * LANES), code.ints) if int8 else code.all(0.0)
+        for s in ws[:panels]
+    ]
     starts = [builder.add(x, builder.mul(row_bytes, ir.Constant(code.i64, i))) for i in range(rows)]
     before = builder.block
     loop = builder.append_basic_block("k")
     after = builder.append_basic_block("sums")
     builder.branch(loop)
     builder.position_at_end(loop)
-    at, weight_at, ahead_at = (builder.phi(code.i64) for _ in range(3))
-    sums = [[builder.phi(sums_type) for _ in range(vectors)] for _ in range(rows)]
-    columns = [code.weights(code.plus(weight_at, j * size), kind) for j in range(vectors)]
-    code.prefetch(ahead_at)
+    walked = [ir.Constant(code.i64, 0), *w[:panels], *ahead[:panels]]
+    strides = [ir.Constant(code.i64, 4)] + [w_bytes] * (2 * panels)
+    phis = [builder.phi(code.i64) for _ in walked]
+    at, weight_at, ahead_at = phis[0], phis[1 : 1 + panels], phis[1 + panels :]
+    sums = [[builder.phi(sums_type) for _ in range(panels)] for _ in range(rows)]
+    columns = [code.weights(address, kind) for address in weight_at]
+    for address in ahead_at:
+        code.prefetch(address)
     done: list[list[Any]] = []
-    for i in range(rows):
-        four_bytes = builder.add(starts[i], at)  # one float32, or two int16
+    for row, totals in zip(starts, sums, strict=True):
+        four_bytes = builder.add(row, at)  # one float32, two int16 or four bytes
+        value = code.splat(code.load(four_bytes, code.i32 if int8 else code.f32))
+        pairs = list(zip(totals, columns, strict=True))
         if int8:
-            pair = code.splat(code.load(four_bytes, code.i32))
-            pair = builder.bitcast(pair, ir.VectorType(ir.IntType(16), 2 * LANES))
-            done.append(
-                [
-                    builder.add(s, code.pair_product(pair, c))
-                    for s, c in zip(sums[i], columns, strict=True)
-                ]
-            )
+            done.append([code.integer_product(total, value, c) for total, c in pairs])
         else:
-            value = code.splat(code.load(four_bytes, code.f32))
-            done.append([code.fma(value, c, s) for s, c in zip(sums[i], columns, strict=True)])
-    following = [
-        code.plus(at, 4),
-        builder.add(weight_at, w_bytes),
-        builder.add(ahead_at, w_bytes),
-    ]
-    for phi, start, step in zip(
-        (at, weight_at, ahead_at), (ir.Constant(code.i64, 0), w, ahead), following, strict=True
-    ):
+            done.append([code.fma(value, c, total) for total, c in pairs])
+    following = [builder.add(phi, stride) for phi, stride in zip(phis, strides, strict=True)]
+    for phi, start, step in zip(phis, walked, following, strict=True):
         phi.add_incoming(start, before)
         phi.add_incoming(step, loop)
     for old, new in zip(sums, done, strict=True):
-        for phi, value in zip(old, new, strict=True):
-            phi.add_incoming(ir.Constant(sums_type, [0] * LANES), before)
+        for phi, start, value in zip(old, initial, new, strict=True):
+            phi.add_incoming(start, before)
             phi.add_incoming(value, loop)
     end = builder.mul(steps, ir.Constant(code.i64, 4))
     builder.cbranch(builder.icmp_signed("<", following[0], end), loop, after)
@@ -181,27 +193,68 @@ def _product(code: Code, kind: Weights, rows: int, args: list[Any]) -> list[list
     return done
 
 
+def _shape() -> tuple[int, int]:
+    return _WIDE if has_wide_registers() else _NARROW
+
+
+@intrinsic
+@no_type_check
+def max_rows(typing):
+    """Rows of the register block at most."""
+    return types.int64(), lambda *_: ir.Constant(ir.IntType(64), _shape()[0])
+
+
+@intrinsic
+@no_type_check
+def panels_at_once(typing):
+    """Panels of the register block."""
+    return types.int64(), lambda *_: ir.Constant(ir.IntType(64), _shape()[1])
+
+
+@intrinsic
+@no_type_check
+def int8_steps(typing):
+    """Neighbouring k of a step with int8 weights: 4 where bytes are multiplied, else 2."""
+    count = 4 if has_byte_products() else 2
+    return types.int64(), lambda *_: ir.Constant(ir.IntType(64), count)
+
+
 @intrinsic(prefer_literal=True)
 @no_type_check
 def block(typing, kind, rows, add, x, row_bytes, w, w_bytes, ahead, steps, out, out_bytes, xs, ws):
-    """out[rows, PANEL] = x @ w, or += if `add`.
+    """out[rows, PANEL] = x @ w, or += if `add`, for one panel or two.
 
     Args:
-        kind: literal `Weights`: of w. int8 weights meet int16 inputs, two k to a step.
-        rows: 1..MAX_ROWS.
+        kind: literal `Weights`: of w. int8 weights meet unsigned bytes, four k to a step, or
+            int16, two k to a step.
+        rows: 1..max_rows().
         add: 0 or 1.
         x, row_bytes: inputs, and bytes from one row to the next.
-        w, w_bytes: weights of one step, PANEL columns, and bytes from one step to the next.
-        ahead: address walked like w and fetched into the cache: what is needed next.
+        w, w_bytes: weights of one step, of the first and the second panel, and bytes from one
+            step to the next.
+        ahead: two addresses, walked like w and fetched into the cache: what is needed next.
         steps: of the sum; 1 or more.
-        out, out_bytes: float32 results.
-        xs, ws: int8 only: float32 scales of the rows and of the columns.
+        out, out_bytes: float32 results of either panel. Two equal panels with equal results are
+            computed twice and stored once: that is how an odd one is done.
+        xs, ws: int8 only: float32 scales of the rows; of either panel's columns the scales and
+            then the int32 sums to begin with.
     """
     of_weights = kind.literal_value
-    signature = types.void(kind, *[types.intp] * 12)
+    pair = types.UniTuple(types.intp, 2)
+    kinds = [types.intp] * 12
+    for i in (4, 6, 8, 11):  # w, ahead, out, ws
+        kinds[i] = pair
+    signature = types.void(kind, *kinds)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        builder.call(_block_function(builder.module, of_weights), args[1:])
+        flat = [
+            part
+            for arg in args[1:]
+            for part in (
+                cgutils.unpack_tuple(builder, arg) if isinstance(arg.type, ir.ArrayType) else [arg]
+            )
+        ]
+        builder.call(_block_function(builder.module, of_weights), flat)
         return context.get_dummy_value()
 
     return signature, generate
@@ -215,39 +268,47 @@ def _block_function(module: Any, kind: Weights) -> Any:
     name = f"mor_block_{kind}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 12), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 16), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    rows, *rest = function.args
-    variants = [builder.append_basic_block(f"rows{i + 1}") for i in range(MAX_ROWS)]
+    rows, add, x, row_bytes, w, w2, w_bytes, ahead, ahead2, steps, *rest = function.args
+    out, out2, out_bytes, xs, ws, ws2 = rest
+    most, _ = _shape()
+    variants = [builder.append_basic_block(f"rows{i + 1}") for i in range(most)]
     switch = builder.switch(rows, variants[-1])
     for i, variant in enumerate(variants):
-        if i + 1 < MAX_ROWS:
+        if i + 1 < most:
             switch.add_case(ir.Constant(ir.IntType(64), i + 1), variant)
         builder.position_at_end(variant)
-        _block(Code(builder), kind, i + 1, rest)
+        code = Code(builder)
+        product = [x, row_bytes, (w, w2), w_bytes, (ahead, ahead2), steps, (ws, ws2)]
+        sums = _product(code, kind, i + 1, product)
+        _store_block(code, kind, sums, (add, (out, out2), out_bytes, xs, (ws, ws2)))
         builder.ret_void()
     return function
 
 
-def _block(code: Code, kind: Weights, rows: int, args: Any) -> None:
-    """One of `block`'s cases: the product, its scales, and the stores."""
-    add, x, row_bytes, w, w_bytes, ahead, steps, out, out_bytes, xs, ws = args
+def _store_block(code: Code, kind: Weights, sums: list[list[Any]], args: Any) -> None:
+    """The end of a block: scales of int8, what was there before, and the stores."""
+    add, outs, out_bytes, xs, ws = args
     builder = code.builder
     adds = builder.icmp_signed("!=", add, ir.Constant(code.i64, 0))
-    sums = _product(code, kind, rows, [x, row_bytes, w, w_bytes, ahead, steps])
     for i, row in enumerate(sums):
-        line = builder.add(out, builder.mul(out_bytes, ir.Constant(code.i64, i)))
-        for j, total in enumerate(row):
-            address, value = code.plus(line, 4 * LANES * j), total
+        down = builder.mul(out_bytes, ir.Constant(code.i64, i))
+        addresses = [builder.add(out, down) for out in outs[: len(row)]]
+        # All is read before anything is written: both panels may be the same one.
+        old = [
+            builder.select(adds, code.load(address, code.floats), code.all(0.0))
+            for address in addresses
+        ]
+        for address, before, total, scales in zip(addresses, old, row, ws, strict=False):
+            value = total
             if kind == "int8":
                 scale = code.splat(code.load(code.plus(xs, 4 * i), code.f32))
-                columns = code.load(code.plus(ws, 4 * LANES * j), code.floats)
                 value = builder.sitofp(value, code.floats)
-                value = builder.fmul(builder.fmul(value, scale), columns)
-            old = builder.select(adds, code.load(address, code.floats), code.all(0.0))
-            code.store(builder.fadd(value, old), address)
+                value = builder.fmul(builder.fmul(value, scale), code.load(scales, code.floats))
+            code.store(builder.fadd(value, before), address)
 
 
 @intrinsic

@@ -5,6 +5,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
+
+from mor.ops.target import has_byte_products
 
 Storage = Literal["float32", "bfloat16", "int8"]
 
@@ -16,33 +19,38 @@ _LARGEST_INT32 = 2**31 - 1
 class PackedLinear:
     """A linear layer's weight (N, K) in panels: (N / PANEL, K, PANEL), N filled up with zeros.
 
-    int8: one scale per output, values in -127..127, two neighbouring k side by side. Inputs are
-    then rounded to `levels` steps either way: as many (12 bits) as keep an int32 sum from running
-    over, since the product with 16-bit inputs costs no more than with 8-bit ones.
+    int8: values in -127..127, one scale per output, some neighbouring k side by side: 4 where the
+    processor multiplies bytes, else 2. Inputs are then rounded to `levels` steps either way: to
+    bytes, or to as many (12 bits) as keep an int32 sum from running over, since products with
+    16-bit inputs cost no more than with 8-bit ones.
     """
 
     def __init__(self, weight: Float[Tensor, "n k"], storage: Storage) -> None:
         self.out_features, self.in_features = weight.shape
         self.storage: Storage = storage
-        missing = -self.out_features % PANEL
-        full = torch.nn.functional.pad(weight.detach().float(), (0, 0, 0, missing))
-        self.scales = torch.ones(full.shape[0])
+        full = pad(weight.detach().float(), (0, 0, 0, -self.out_features % PANEL))
+        self.padded_features = full.shape[0]
+        """Outputs with those that fill the last panel."""
         self.levels = 0
+        self.scales = torch.zeros(0)
+        """int8: for each panel its (PANEL,) scales, and as int32 what its sums begin with."""
         if storage == "int8":
-            self.scales, rounded = quantise(full)
-            self.levels = min(4095, _LARGEST_INT32 // (127 * self.in_features))
-            odd = self.in_features % 2
-            panels = torch.nn.functional.pad(rounded, (0, odd)).view(-1, PANEL, full.shape[1] + odd)
-            pairs = panels.view(panels.shape[0], PANEL, -1, 2)
-            self.data = pairs.transpose(1, 2).contiguous()
+            scales, rounded = quantise(full)
+            together = 4 if has_byte_products() else 2
+            start = torch.zeros_like(rounded[:, 0], dtype=torch.int32)
+            if together == 4:
+                self.levels = 127
+                start = -128 * rounded.sum(1, dtype=torch.int32)  # inputs come as 128 + x
+            else:
+                self.levels = min(4095, _LARGEST_INT32 // (127 * self.in_features))
+            halves = scales.view(-1, 1, PANEL), start.view(torch.float32).view(-1, 1, PANEL)
+            self.scales = torch.cat(halves, 1).contiguous()
+            steps = pad(rounded, (0, -self.in_features % together))
+            panels = steps.view(-1, PANEL, steps.shape[1] // together, together)
+            self.data = panels.transpose(1, 2).contiguous()
         else:
             panels = full.view(-1, PANEL, self.in_features).transpose(1, 2).contiguous()
             self.data = panels.bfloat16() if storage == "bfloat16" else panels
-
-    @property
-    def padded_features(self) -> int:
-        """Outputs with those that fill the last panel."""
-        return self.scales.shape[0]
 
 
 def quantise(weight: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " n"], Int[Tensor, "n k"]]:

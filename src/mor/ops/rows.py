@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from mor.ops.micro import LANES, Code
+from mor.ops.target import has_byte_products
 
 
 @intrinsic
@@ -84,21 +85,27 @@ def abs_max_row(typing, x, count):
 @intrinsic
 @no_type_check
 def round_row(typing, x, count, factor, out):
-    """out[i] = int16 nearest to x[i] * factor; count is a multiple of LANES."""
+    """out[i] = x[i] * factor to the nearest integer, for int8 products; count as in `exp_row`.
+
+    Unsigned bytes with 128 for 0 where bytes are multiplied, else int16.
+    """
     signature = types.void(types.intp, types.intp, types.float32, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         code = Code(builder)
         x, count, factor, out = args
         scale = code.splat(factor)
+        size = 1 if has_byte_products() else 2
 
         def step(at: Any, total: Any) -> Any:
             value = builder.fmul(code.load(at, code.floats), scale)
             value = code.call(f"llvm.nearbyint.v{LANES}f32", code.floats, value)
-            short = ir.VectorType(ir.IntType(16), LANES)
-            rounded = builder.trunc(builder.fptosi(value, code.ints), short)
-            half = builder.lshr(builder.sub(at, x), ir.Constant(code.i64, 1))
-            code.store(rounded, builder.add(out, half))
+            whole = builder.fptosi(value, code.ints)
+            if size == 1:
+                whole = builder.add(whole, ir.Constant(code.ints, [128] * LANES))
+            rounded = builder.trunc(whole, ir.VectorType(ir.IntType(8 * size), LANES))
+            moved = builder.lshr(builder.sub(at, x), ir.Constant(code.i64, 3 - size))
+            code.store(rounded, builder.add(out, moved))
             return total
 
         _loop(code, x, count, code.all(0.0), step)

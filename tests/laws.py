@@ -26,7 +26,7 @@ from syntax import (
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CORE_LINES = 3400  # of code in model/ and engine/ together: one long evening
+MAX_CORE_LINES = 3600  # of code in model/ and engine/ together: one long evening
 TOP = frozenset(("mor", "__main__", "cli", "demo"))  # these may import everything
 _UP_TO_IO = ("errors", "config", "ops", "model", "io")
 _UP_TO_TRAIN = (*_UP_TO_IO, "engine", "train")
@@ -96,7 +96,7 @@ def function_length(sources: Sequence[Source]) -> list[str]:
 
 
 def core_length(sources: Sequence[Source]) -> list[str]:
-    """model/ and engine/ together have at most 3,400 lines of code.
+    """model/ and engine/ together have at most 3,600 lines of code.
 
     Docstrings, comments and blank lines do not count: to say more must not cost anything.
     """

@@ -63,6 +63,14 @@ def test_a_cosine() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["trapezoid", "cosine"])
+def test_the_fall_may_end_above_nothing(schedule: str) -> None:
+    course, zero = (
+        rates(steps=1000, schedule=schedule, final_lr_fraction=end) for end in (0.1, 0.0)
+    )
+    assert course == pytest.approx([z if i < 50 else 0.05 + 0.9 * z for i, z in enumerate(zero)])
+
+
+@pytest.mark.parametrize("schedule", ["trapezoid", "cosine"])
 def test_one_step_trains_at_the_peak(schedule: str) -> None:
     assert rates(steps=1, schedule=schedule) == [0.5]
 
@@ -153,7 +161,9 @@ def test_what_must_not_be_negative(name: str) -> None:
     assert refusal({name: -1}) == f"{name}=-1 must be 0 or more."
 
 
-@pytest.mark.parametrize("name", ["warmup_fraction", "cooldown_fraction", "beta1", "beta2"])
+@pytest.mark.parametrize(
+    "name", ["warmup_fraction", "cooldown_fraction", "final_lr_fraction", "beta1", "beta2"]
+)
 def test_what_must_be_a_fraction(name: str) -> None:
     for value in (-0.1, 1.0, 1.5):
         assert refusal({name: value}) == f"{name}={value} must be in [0, 1)."

@@ -28,6 +28,7 @@ EXAMPLES = (
     "mor train configs/smoke.yaml --out runs/smoke --resume auto",
     "mor train configs/360m-mor3.yaml --data data/web --micro_batch_size 16 --precision bf16",
     "mor train configs/smoke.yaml --out runs/r4 --model.num_recursions 4 --lr 1e-3",
+    "mor train configs/smoke.yaml --out runs/short --budget '1e13 flops'",
 )
 
 _STOPPING = b"\nstopping after this step; saving ...\n"
@@ -44,16 +45,16 @@ def run(args: Sequence[str]) -> int:
         trainer = Trainer(
             config, out, resume=options.resume, on_step=on_step, should_stop=should_stop
         )
-        if trainer.step >= config.steps:
-            screen.print(f"{out} is finished: {trainer.step} of {config.steps} steps.")
+        if trainer.finished:
+            screen.print(f"{out} is finished: {trainer.step} of {trainer.step} steps.")
             return 0
         if trainer.step:
             screen.print(f"resuming {out} after step {trainer.step}.")
         outcome = trainer.run()
     if outcome == "stopped":
         screen.print(
-            f"stopped and saved after step {trainer.step} of {config.steps}; continue with "
-            f"`mor train {options.config} --out {out} --resume auto`."
+            f"stopped and saved after step {trainer.step} of {trainer.total_steps:.0f}; continue "
+            f"with `mor train {options.config} --out {out} --resume auto`."
         )
         return 0
     screen.print(f"finished: {out}. Next: `mor generate {out} --show-depth`, `mor eval {out}`.")
@@ -178,9 +179,9 @@ def watched(screen: Console, config: TrainConfig) -> Generator[tuple[Any, Any], 
 def _line(row: Row, config: TrainConfig, screen: Console) -> str:
     if "nll_threshold" in row:
         screen.print(evaluation_line(row))
-    left = (config.steps - row["step"]) * config.tokens_per_step / row["tokens_per_s"]
+    left = max(0, row["total_steps"] - row["step"]) * config.tokens_per_step / row["tokens_per_s"]
     return (
-        f"step {row['step']}/{config.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"step {row['step']}/{row['total_steps']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
         f"{row['tokens_per_s']:,.0f} tokens/s  ETA {_clock(left)}"
     )
 

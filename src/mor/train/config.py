@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from mor.errors import ConfigError, nearest
 from mor.model.config import MoRConfig
 from mor.model.sharing import Initialisation
+from mor.train.budget import Budget
 
 STDLIB = "stdlib"
 """`data` of this name: the source of the running interpreter's standard library."""
@@ -21,6 +22,7 @@ _TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = MappingProxyType(
     {
         dict[str, Any]: ((dict,), "a mapping of fields to values"),
         Path | None: ((Path, NoneType), "a path"),
+        str | None: ((str, NoneType), "text"),
         str: ((str,), "text"),
         bool: ((bool,), "true or false"),
         int: ((int,), "an integer"),
@@ -59,6 +61,8 @@ class TrainConfig:
     """Sequences per forward pass; None: the whole batch at once."""
     steps: int = 10_000
     """Optimizer steps."""
+    budget: str | None = None
+    """Instead of `steps`: `300 steps`, `20M tokens`, `1e15 flops`, `5 minutes` of training."""
 
     lr: float = 3e-3
     """Peak learning rate."""
@@ -66,7 +70,9 @@ class TrainConfig:
     warmup_fraction: float = 0.05
     """Of all steps, rising linearly."""
     cooldown_fraction: float = 0.2
-    """Of all steps, falling linearly to 0 (trapezoid only)."""
+    """Of all steps, falling linearly (trapezoid only)."""
+    final_lr_fraction: float = 0.0
+    """Of the peak: what the learning rate falls to."""
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -110,7 +116,8 @@ class TrainConfig:
         for name in not_negative:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be 0 or more.")
-        for name in ("warmup_fraction", "cooldown_fraction", "beta1", "beta2"):
+        fractions = ("warmup_fraction", "cooldown_fraction", "final_lr_fraction", "beta1", "beta2")
+        for name in fractions:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1).")
         if self.warmup_fraction + self.cooldown_fraction > 1:
@@ -118,6 +125,8 @@ class TrainConfig:
                 f"warmup_fraction={self.warmup_fraction} and cooldown_fraction="
                 f"{self.cooldown_fraction} are more than the whole run: their sum must be <= 1."
             )
+        if self.budget is not None:
+            Budget.parse(self.budget)
         if self.eval_windows == 0:
             raise ConfigError("eval_windows=0 measures nothing: give at least 1.")
         if self.batch_size % self.micro_size:
@@ -136,6 +145,8 @@ class TrainConfig:
                 continue
             kinds, what = _TYPES[f.type]
             good = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            if f.name == "budget" and not good:
+                what = "an amount with a unit, such as '300 steps'"
             if not good or (isinstance(value, float) and not math.isfinite(value)):
                 raise ConfigError(f"{f.name}={value!r} must be {what}.")
 

@@ -21,21 +21,26 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int, total: float | None = None) -> float:
     """Learning rate of optimizer step `step`, numbered from 0.
 
-    `trapezoid`: linear rise, plateau, linear fall to 0. `cosine`: linear rise, cosine fall to 0.
+    `trapezoid`: linear rise, plateau, linear fall. `cosine`: linear rise, cosine fall. Both fall to
+    `final_lr_fraction` of the peak.
+
+    Args:
+        total: steps of the whole run as far as is known now; None: `steps`.
     """
-    total = config.steps
+    total = config.steps if total is None else total
     warmup = max(1, round(config.warmup_fraction * total))
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "cosine":
-        done = (step - warmup) / max(1, total - warmup)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-    cooldown = round(config.cooldown_fraction * total)
-    left = total - step
-    return config.lr * min(1.0, left / (cooldown + 1))
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        height = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        cooldown = round(config.cooldown_fraction * total)
+        height = max(0.0, min(1.0, (total - step) / (cooldown + 1)))
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
 
 
 def capacities_at(model: MoRConfig, config: TrainConfig, step: int) -> tuple[float, ...] | None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class TrainState:
 
     step: int
     """Optimizer steps done."""
+    elapsed: float
+    """Seconds that they took, for budgets of time."""
     optimizer: dict[str, Any]
     rng: dict[str, torch.Tensor]
     """Random number generators by device type."""
@@ -66,10 +68,9 @@ def save_step(
         try:
             with staged_folder(target) as staged:
                 write_model(model, staged, tokenizer)
-                plain = {"step": state.step, "settings": json.dumps(state.settings)}
-                torch.save(
-                    {**plain, "optimizer": state.optimizer, "rng": state.rng}, staged / STATE
-                )
+                plain = {f.name: getattr(state, f.name) for f in fields(state)}
+                plain["settings"] = json.dumps(state.settings)
+                torch.save(plain, staged / STATE)
         except OSError as error:
             raise storage_error(target, error, CheckpointError) from error
         except RuntimeError as error:  # torch's own file writer hides the system's error
@@ -96,6 +97,7 @@ def read_state(checkpoint: Path) -> TrainState:
         raw = torch.load(path, map_location="cpu", weights_only=True)
         return TrainState(
             step=raw["step"],
+            elapsed=raw["elapsed"],
             optimizer=raw["optimizer"],
             rng=raw["rng"],
             settings=json.loads(raw["settings"]),

@@ -21,6 +21,7 @@ from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
 from mor.train.config import STDLIB, TrainConfig
 from mor.train.corpus import build_from_documents
+from mor.train.course import is_over, resolve_budget, total_steps
 from mor.train.data import Batches, TokenShards, spread_windows
 from mor.train.metrics import MetricsFile, calibrate, evaluate
 from mor.train.optim import build_optimizer, capacities_at, learning_rate
@@ -87,9 +88,12 @@ class Trainer:
             )
         torch.manual_seed(config.seed)
         self.model = self._build_model(train, checkpoint).to(self.device)
+        self.config = config = resolve_budget(config, self.model.config)
         self.optimizer = build_optimizer(self.model, config)
         self.step = 0
         """Optimizer steps done."""
+        self.elapsed = 0.0
+        """Seconds that they took, evaluations and saves left out."""
         self._calibrated = -1  # step whose weights the thresholds fit
         self.metrics = MetricsFile(out / "metrics.jsonl")
         if checkpoint is not None:
@@ -101,14 +105,25 @@ class Trainer:
         except OSError as error:
             raise storage_error(out, error, CheckpointError) from error
 
+    @property
+    def total_steps(self) -> float:
+        """Steps of the whole run, as far as is known now."""
+        return total_steps(self.config, self.step, self.elapsed)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return is_over(self.step, self.total_steps)
+
     def run(self) -> Outcome:
         """Train; see the class."""
         config = self.config
-        if self.step >= config.steps:
+        if self.finished:
             return "finished"
         self.model.train()
         started, tokens_before = time.perf_counter(), self.step * config.tokens_per_step
-        while self.step < config.steps:
+        last = False
+        while not last:
             step_started = time.perf_counter()
             try:
                 row = self._optimizer_step()
@@ -118,7 +133,9 @@ class Trainer:
                     f"{config.micro_size}) or sequence_length (now {config.sequence_length})."
                 ) from error
             row["step_s"] = time.perf_counter() - step_started
-            last = self.step == config.steps
+            self.elapsed += row["step_s"]
+            row["total_steps"] = round(self.total_steps)
+            last = self.finished
             stopping = not last and self._should_stop()
             if last or (config.eval_every and self.step % config.eval_every == 0):
                 row |= self._evaluate()
@@ -141,6 +158,7 @@ class Trainer:
         self._calibrate()
         state = TrainState(
             step=self.step,
+            elapsed=self.elapsed,
             optimizer=self.optimizer.state_dict(),
             rng=rng_state(),
             settings=self._settings(),
@@ -153,7 +171,7 @@ class Trainer:
     def _optimizer_step(self) -> Row:
         config, model = self.config, self.model
         capacities = capacities_at(model.config, config, self.step)
-        rate = learning_rate(config, self.step)
+        rate = learning_rate(config, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, aux = torch.zeros((), device=self.device), dict[str, Tensor]()
@@ -268,7 +286,7 @@ class Trainer:
                 )
         self.optimizer.load_state_dict(state.optimizer)
         set_rng_state(state.rng)
-        self.step = state.step
+        self.step, self.elapsed = state.step, state.elapsed
 
 
 def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:

@@ -41,7 +41,7 @@ LAYERS = MappingProxyType(  # what each part of src/mor may import besides itsel
         "train": _UP_TO_IO,
         "eval": _UP_TO_TRAIN,
         "serve": (*_UP_TO_TRAIN, "eval"),
-        "bench": (*_UP_TO_TRAIN, "eval"),
+        "bench": (*_UP_TO_TRAIN, "eval", "serve"),
     }
 )
 MAY_PRINT = ("src/mor/cli/", "src/mor/demo.py", "src/mor/bench/")

@@ -42,7 +42,7 @@ BROKEN = (
     (laws.layering, "src/mor/train/a.py", "import mor", "must not import mor"),
     (laws.layering, "src/mor/eval/a.py", "import mor.bench", "must not import mor.bench"),
     (laws.layering, "src/mor/serve/a.py", "import_module('mor.cli.main')", "import mor.cli.main"),
-    (laws.layering, "src/mor/bench/a.py", "if TYPE_CHECKING:\n  import mor.serve", "mor.serve"),
+    (laws.layering, "src/mor/bench/a.py", "if TYPE_CHECKING:\n  import mor.cli", "mor.cli"),
     (laws.layering, "src/mor/utils/a.py", "", "utils has no place"),
     (laws.layering, "src/mor/helpers.py", "", "helpers has no place"),
     (laws.printing, "src/mor/model/a.py", "def f():\n  print(1)", "a.py:2: print outside"),

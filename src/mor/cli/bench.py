@@ -18,14 +18,19 @@ EXAMPLES = (
     "mor bench throughput --against transformers --sequences 1 32 --output 64",
     "mor bench latency --models mor3",
     "mor bench ops --json",
+    "mor bench serve --port 8000 --num-prompts 64 --max-concurrency 32  # its options: --help",
 )
 HELP = "Measure against baselines, paired and alternating, in one run."
 
 
 def run(args: Sequence[str]) -> int:
     """Entry point; returns the exit status."""
+    if args and args[0] == "serve":
+        from mor.cli import bench_serve
+
+        return bench_serve.run(args[1:])
     p = parser("bench", HELP, EXAMPLES)
-    p.add_argument("what", help=f"one of: {', '.join(_WHAT)}")
+    p.add_argument("what", help=f"one of: {', '.join((*_WHAT, 'serve'))}")
     p.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     p.add_argument("--rounds", type=int, default=None, help="timed rounds, A B A B")
     _add_engine_options(p)
@@ -34,7 +39,8 @@ def run(args: Sequence[str]) -> int:
     )
     options = p.parse_args(list(args))
     if options.what not in _WHAT:
-        raise ConfigError(f"bench {options.what!r} is unknown: {nearest(options.what, _WHAT)}")
+        hint = nearest(options.what, (*_WHAT, "serve"))
+        raise ConfigError(f"bench {options.what!r} is unknown: {hint}")
     if options.rounds is not None and options.rounds < 1:
         raise ConfigError(f"--rounds {options.rounds} must be at least 1.")
     result, rows = _WHAT[options.what](options)

@@ -1,0 +1,195 @@
+"""A client of OpenAI-compatible servers on asyncio's streams: nothing to install.
+
+It hands out a stream's events as the bytes that came, so that a benchmark can note when they came
+and read them later.
+"""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from mor.errors import CapacityError, ConfigError, MorError, RequestError
+
+_CONNECT_S = 10.0
+_BUSY = (429, 503)
+_DONE = b"[DONE]"
+
+Headers = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """A server's address and the key to it. Every call opens a connection of its own."""
+
+    host: str
+    port: int
+    secure: bool = False
+    prefix: str = ""
+    """Of the path, without a slash at its end."""
+    api_key: str | None = None
+
+    @classmethod
+    def of(cls, url: str, api_key: str | None = None) -> "Client":
+        """A client of the server at `url`; a `/v1` at its end is that of the API.
+
+        Raises:
+            ConfigError: it is no http or https address.
+        """
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"{url!r} is no address: {error}.") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url!r} is no address: write it like http://127.0.0.1:8000.")
+        secure = parts.scheme == "https"
+        prefix = parts.path.rstrip("/").removesuffix("/v1")
+        return cls(
+            host=parts.hostname,
+            port=port or (443 if secure else 80),
+            secure=secure,
+            prefix=prefix,
+            api_key=api_key,
+        )
+
+    @property
+    def url(self) -> str:
+        """The address as a text."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http{'s' * self.secure}://{host}:{self.port}{self.prefix}"
+
+    async def get(self, path: str) -> Any:
+        """The JSON value at `path`.
+
+        Raises:
+            RequestError: the server cannot be reached, refuses or answers something else.
+            CapacityError: the server has no room.
+        """
+        async with self._exchange("GET", path, None) as parts:
+            return self._json(b"".join([part async for part in parts]))
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON value that the server answers; errors as for `get`."""
+        async with self._exchange("POST", path, body) as parts:
+            return self._json(b"".join([part async for part in parts]))
+
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes]:
+        """The data of each server-sent event up to `[DONE]`, as JSON that is not read yet.
+
+        Closing the iterator closes the connection, which ends the request.
+
+        Raises:
+            RequestError: as for `get`, or the stream ends early.
+            CapacityError: the server has no room.
+        """
+        async with self._exchange("POST", path, body) as parts:
+            rest = b""
+            async for part in parts:
+                *lines, rest = (rest + part).split(b"\n")
+                for line in lines:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == _DONE:
+                        return
+                    yield data
+        raise RequestError(f"{self.url}{path}: the stream ended before it was done.")
+
+    @asynccontextmanager
+    async def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> AsyncGenerator[AsyncGenerator[bytes]]:
+        """Send a request; the parts of the answer's body, once the server has accepted."""
+        writer: asyncio.StreamWriter | None = None
+        try:
+            context = ssl.create_default_context() if self.secure else None
+            async with asyncio.timeout(_CONNECT_S):
+                reader, writer = await asyncio.open_connection(self.host, self.port, ssl=context)
+            writer.write(self._request(method, path, body))
+            await writer.drain()
+            status, headers = await _head(reader)
+            async with aclosing(_body(reader, headers)) as parts:
+                if status != 200:
+                    self._refused(status, path, b"".join([part async for part in parts]))
+                yield parts
+        except MorError:
+            raise
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+            why = str(error) or type(error).__name__
+            raise RequestError(
+                f"{self.url} gives no usable answer ({why}): does a server run there?"
+            ) from error
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> bytes:
+        content = b"" if body is None else json.dumps(body).encode()
+        host = self.url.split("//")[1].split("/")[0]
+        lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}", "Connection: close"]
+        if body is not None:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+        if self.api_key is not None:
+            lines.append(f"Authorization: Bearer {self.api_key}")
+        return "\r\n".join([*lines, "", ""]).encode() + content
+
+    def _refused(self, status: int, path: str, body: bytes) -> None:
+        """Raise what the server says, in OpenAI's shape or not."""
+        try:
+            said = str(json.loads(body)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            said = body[:200].decode(errors="replace").strip() or "no reason given"
+        error = CapacityError if status in _BUSY else RequestError
+        raise error(f"{self.url}{path} answers {status}: {said}")
+
+    def _json(self, body: bytes) -> Any:
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            raise RequestError(f"{self.url} does not answer JSON: is it the right port?") from error
+
+
+def read_event(data: bytes) -> dict[str, Any]:
+    """What a stream's event says.
+
+    Raises:
+        RequestError: it is an error of the server, or no JSON object.
+    """
+    try:
+        event = json.loads(data)
+    except ValueError as error:
+        raise RequestError(f"the stream holds {data[:80]!r}, which is no JSON.") from error
+    if not isinstance(event, dict):
+        raise RequestError(f"the stream holds {data[:80]!r}, which is no JSON object.")
+    if "error" in event:
+        said = event["error"]
+        raise RequestError(str(said.get("message", said) if isinstance(said, dict) else said))
+    return event
+
+
+async def _head(reader: asyncio.StreamReader) -> tuple[int, Headers]:
+    """Status and headers, their names in small letters."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head.split("\r\n")
+    version, status = first.split(" ")[:2]
+    if not version.startswith("HTTP/"):
+        raise ValueError("it does not speak HTTP")
+    pairs = (line.partition(":") for line in lines if line)
+    return int(status), {name.lower(): value.strip() for name, _, value in pairs}
+
+
+async def _body(reader: asyncio.StreamReader, headers: Headers) -> AsyncGenerator[bytes]:
+    """The body in the parts that it comes in."""
+    if "chunked" in headers.get("transfer-encoding", "").lower():
+        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+            yield (await reader.readexactly(size + 2))[:-2]
+    elif "content-length" in headers:
+        yield await reader.readexactly(int(headers["content-length"]))
+    else:
+        while part := await reader.read(1 << 16):
+            yield part

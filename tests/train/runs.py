@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "random": {"num_recursions": 3, "router_type": "random"},
 }
 OPERATIONS = frozenset({"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"})
-CLOCKS = ("seconds", "tokens_per_s", "step_s")
+CLOCKS = ("seconds", "tokens_per_s", "step_s", "mfu", "memory_bytes")
 """What no two runs have in common."""
 
 

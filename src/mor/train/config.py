@@ -93,6 +93,11 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    spike_threshold: float = 10.0
+    """Stop when the loss is so many robust standard deviations above its latest values; 0: never
+    (`mor.train.watch`)."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard (extra `track`)."""
 
     seed: int = 0
     device: str = "auto"
@@ -112,6 +117,7 @@ class TrainConfig:
         not_negative = (
             *("weight_decay", "clip", "capacity_warmup_steps", "eval_every", "eval_windows"),
             *("calibration_windows", "save_every", "keep_checkpoints", "seed"),
+            "spike_threshold",
         )
         for name in not_negative:
             if not getattr(self, name) >= 0:

@@ -16,6 +16,7 @@ from mor.errors import CapacityError, CheckpointError, ConfigError
 from mor.io.checkpoint import load, newest_step, resolve
 from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
+from mor.model.cost import presence_of
 from mor.model.donor import from_donor
 from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
@@ -27,6 +28,7 @@ from mor.train.metrics import MetricsFile, calibrate, evaluate
 from mor.train.optim import build_optimizer, capacities_at, learning_rate
 from mor.train.state import TrainState, read_state, rng_state, save_step, set_rng_state
 from mor.train.stdlib import stdlib_documents
+from mor.train.watch import TensorBoard, Watch, summary_writer
 
 Row = dict[str, Any]
 Outcome = Literal["finished", "stopped"]
@@ -34,7 +36,12 @@ Outcome = Literal["finished", "stopped"]
 _EVAL_ROWS = 8  # sequences that an evaluation runs at a time
 
 # What a resumed run may change without becoming another run.
-_FREE = frozenset({"eval_every", "save_every", "keep_checkpoints", "device", "verify_data"})
+_FREE = frozenset(
+    (
+        *("eval_every", "save_every", "keep_checkpoints", "device", "verify_data"),
+        *("spike_threshold", "tensorboard"),
+    )
+)
 
 
 class Trainer:
@@ -64,7 +71,10 @@ class Trainer:
             ConfigError: settings that cannot work, or that are not those of the run to resume.
             DataError: the data cannot be read, or does not fit the model.
             CheckpointError: nothing to resume from, or `out` holds a run that would be lost.
+            MissingExtraError: `tensorboard` is set and not installed.
         """
+        if config.tensorboard:
+            summary_writer()
         self.config, self.out = config, out
         self._on_step, self._should_stop = on_step, should_stop
         checkpoint = _checkpoint_to_resume(out, resume)
@@ -81,11 +91,8 @@ class Trainer:
         )
         length, rows = config.sequence_length, _EVAL_ROWS
         self._eval_batches = spread_windows(valid, length, config.eval_windows).split(rows)
-        self._calibration: tuple[Tensor, ...] = ()
-        if config.calibration_windows:
-            self._calibration = spread_windows(train, length, config.calibration_windows).split(
-                rows
-            )
+        num = config.calibration_windows
+        self._calibration = spread_windows(train, length, num).split(rows) if num else ()
         torch.manual_seed(config.seed)
         self.model = self._build_model(train, checkpoint).to(self.device)
         self.config = config = resolve_budget(config, self.model.config)
@@ -98,12 +105,9 @@ class Trainer:
         self.metrics = MetricsFile(out / "metrics.jsonl")
         if checkpoint is not None:
             self._resume(checkpoint)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.metrics.cut_after(self.step)  # what a killed run wrote after its last checkpoint
-            write_file(out / "config.yaml", dump_yaml(dataclasses.asdict(config)).encode())
-        except OSError as error:
-            raise storage_error(out, error, CheckpointError) from error
+        self._open_folder()
+        self._watch = Watch(config, self.model.config, out, self.device, self.metrics.rows())
+        self._board = TensorBoard(out / "tensorboard", self.step) if config.tensorboard else None
 
     @property
     def total_steps(self) -> float:
@@ -143,8 +147,11 @@ class Trainer:
             row |= {
                 "seconds": seconds,
                 "tokens_per_s": (row["tokens"] - tokens_before) / seconds,
+                **self._watch.pace(row["step_s"]),
             }
             self.metrics.append(row)
+            if self._board is not None:
+                self._board.append(row)
             due = config.save_every and self.step % config.save_every == 0
             if last or stopping or due:
                 self.save()
@@ -194,12 +201,15 @@ class Trainer:
             if isinstance(model.router, TokenChoice):
                 fractions.append(model.router.fractions(out.recursion_counts.reshape(-1)))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-        self._check_finite("loss", loss)
-        self._check_finite("gradient norm", norm)  # an auxiliary loss may break alone
+        self._watch.check(self.step + 1, float(loss), float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if isinstance(model.router, TokenChoice) and model.config.balancing == "loss_free":
-            model.router.update_bias(torch.stack(fractions).mean(0))
+        presence = capacities
+        if isinstance(model.router, TokenChoice):
+            shares = torch.stack(fractions).mean(0)
+            presence = presence_of(model.config, shares.tolist())
+            if model.config.balancing == "loss_free":
+                model.router.update_bias(shares)
         self.step += 1
         return {
             "step": self.step,
@@ -207,18 +217,9 @@ class Trainer:
             "loss": float(loss),
             "lr": rate,
             "grad_norm": float(norm),
+            "flops": self._watch.count(presence),
             **{name: float(value) for name, value in aux.items()},
         }
-
-    def _check_finite(self, what: str, value: Tensor) -> None:
-        if torch.isfinite(value):
-            return
-        good = newest_step(self.out)
-        back = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
-        raise ConfigError(
-            f"the {what} became {float(value)} at step {self.step + 1}: {back}; try a lower lr "
-            f"(now {self.config.lr}) or clip (now {self.config.clip})."
-        )
 
     def _evaluate(self) -> Row:
         self._calibrate()
@@ -235,6 +236,15 @@ class Trainer:
         self._calibrated = self.step
 
     # -- setting up -----------------------------------------------------------------------------
+
+    def _open_folder(self) -> None:
+        out, settings = self.out, dataclasses.asdict(self.config)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.metrics.cut_after(self.step)  # what a killed run wrote after its last checkpoint
+            write_file(out / "config.yaml", dump_yaml(settings).encode())
+        except OSError as error:
+            raise storage_error(out, error, CheckpointError) from error
 
     def _build_model(self, shards: TokenShards, checkpoint: Path | None) -> MoRModel:
         config = self.config

@@ -35,6 +35,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "balancing_update_rate": 0.02,
     },
     "random": {"num_recursions": 3, "router_type": "random"},
+    "muon": {"num_recursions": 3},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "loss_free": {"balancing_warmup_steps": 10},
+    "muon": {"optimizer": "muon", "muon_lr": 0.02, "embedding_weight_decay": 0.0},
 }
 OPERATIONS = frozenset({"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"})
 CLOCKS = ("seconds", "tokens_per_s", "step_s", "mfu", "memory_bytes")
@@ -70,6 +75,7 @@ def settings(corpus: Path, kind: str = "expert", **changes: Any) -> dict[str, An
         "capacity_warmup_steps": 6,
         "save_every": 3,
         "device": "cpu",
+        **RECIPES.get(kind, {}),
         **changes,
     }
 

@@ -1,5 +1,6 @@
 """Schedules as functions of the step, parameter groups, and configs that cannot work."""
 
+import copy
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,13 @@ from hypothesis import strategies as st
 from mor.errors import ConfigError
 from mor.model.mor import MoRModel
 from mor.train.config import TrainConfig
-from mor.train.optim import build_optimizer, capacities_at, learning_rate
+from mor.train.optim import (
+    balancing_at,
+    build_optimizer,
+    capacities_at,
+    learning_rate,
+    set_learning_rate,
+)
 from tiny import KINDS, tiny_config
 
 
@@ -78,19 +85,89 @@ def test_one_step_trains_at_the_peak(schedule: str) -> None:
 # Parameter groups
 
 
+def groups_of(model: MoRModel, **changes: Any) -> dict[str, dict[str, Any]]:
+    """The settings that each parameter is trained with, by its name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, TrainConfig(**changes))
+    found = [(names[id(p)], group) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(name for name, _ in found) == sorted(names.values())  # tied ones once
+    return dict(found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_matrices_decay_and_norms_do_not(kind: str) -> None:
     model = MoRModel(tiny_config(kind))
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3, beta1=0.8, beta2=0.7, lr=0.01))
-    names = {id(p): name for name, p in model.named_parameters()}
-    decays = {
-        g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups
-    }
-    assert decays[0.0] == {name for name in names.values() if "norm" in name}
-    assert decays[0.3] == set(names.values()) - decays[0.0]
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)  # tied ones once
-    assert {g["betas"] for g in optimizer.param_groups} == {(0.8, 0.7)}
-    assert {g["lr"] for g in optimizer.param_groups} == {0.01}
+    groups = groups_of(model, weight_decay=0.3, beta1=0.8, beta2=0.7, lr=0.01)
+    for name, group in groups.items():
+        assert group["weight_decay"] == (0.0 if "norm" in name else 0.3)
+        assert (group["betas"], group["lr"]) == ((0.8, 0.7), 0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_muon_takes_the_matrices_of_layers(kind: str) -> None:
+    model = MoRModel(tiny_config(kind))
+    changes = {"lr": 0.01, "muon_lr": 0.05, "muon_momentum": 0.9, "weight_decay": 0.3}
+    groups = groups_of(model, optimizer="muon", embedding_weight_decay=0.1, **changes)
+    for name, group in groups.items():
+        layer = name.startswith(("prelude", "block", "coda")) and "norm" not in name
+        assert group.get("momentum") == (0.9 if layer else None)
+        assert group["lr"] == (0.05 if layer else 0.01)
+        ends = "embed" in name or "lm_head" in name
+        assert group["weight_decay"] == (0.0 if "norm" in name else 0.1 if ends else 0.3)
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon", **changes))
+    set_learning_rate(optimizer, 0.002)
+    rates = {g["lr"] for g in optimizer.param_groups}
+    assert sorted(rates) == pytest.approx([0.002, 0.01])
+
+
+def gradients(model: MoRModel, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=draw)
+
+
+def test_muon_steps_as_torchs_own() -> None:
+    """And its first update is a rotation, as large as 0.2 in the mean square over the wide side."""
+    model, other = (MoRModel(tiny_config("expert")) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    config = TrainConfig(optimizer="muon", lr=0.01, muon_lr=0.02, weight_decay=0.0)
+    ours = build_optimizer(model, config)
+    weight, theirs = model.block[0].mlp.up_proj.weight, other.block[0].mlp.up_proj.weight
+    plain = torch.optim.Muon([theirs], 0.02, 0.0, adjust_lr_fn="match_rms_adamw")
+    before = weight.detach().clone()
+    for step in range(3):
+        gradients(model, step)
+        theirs.grad = weight.grad
+        ours.step()
+        plain.step()
+        assert torch.equal(weight, theirs)
+        if step == 0:
+            update = (before - weight).detach() / 0.02
+            singular = torch.linalg.svdvals(update) / (0.2 * max(weight.shape) ** 0.5)
+            assert 0.4 < singular.min() < singular.max() < 1.6
+    assert not torch.equal(model.embed_tokens.weight, other.embed_tokens.weight)
+
+
+def test_muon_and_adamw_save_and_load_one_state() -> None:
+    model, other = (MoRModel(tiny_config("token")) for _ in range(2))
+    config = TrainConfig(optimizer="muon", lr=0.01)
+    optimizer = build_optimizer(model, config)
+    for step in range(2):
+        gradients(model, step)
+        optimizer.step()
+    other.load_state_dict(model.state_dict())
+    resumed = build_optimizer(other, config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(2, 4):
+        for m, o in ((model, optimizer), (other, resumed)):
+            gradients(m, step)
+            o.step()
+    moved = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in moved)
+    assert len(resumed.state) == len(list(other.parameters()))
+    calls: list[float] = []
+    assert resumed.step(lambda: calls.append(1.0) or 2.5) == 2.5
+    assert calls == [1.0]
 
 
 def test_what_is_frozen_is_not_trained() -> None:
@@ -135,6 +212,12 @@ def test_capacities_without_warmup_or_without_capacities() -> None:
         assert capacities_at(tiny_config(kind), config, 0) is None
 
 
+def test_balancing_rises_to_its_full_strength() -> None:
+    config = TrainConfig(balancing_warmup_steps=4)
+    assert [balancing_at(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert balancing_at(TrainConfig(), 0) == 1
+
+
 # The training config
 
 
@@ -145,7 +228,7 @@ def refusal(values: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["sequence_length", "batch_size", "micro_batch_size", "steps", "lr"]
+    "name", ["sequence_length", "batch_size", "micro_batch_size", "steps", "lr", "muon_lr"]
 )
 def test_what_must_be_positive(name: str) -> None:
     for value in (0, -3):
@@ -153,6 +236,7 @@ def test_what_must_be_positive(name: str) -> None:
 
 
 NOT_NEGATIVE = ["weight_decay", "clip", "capacity_warmup_steps", "eval_every", "eval_windows"]
+NOT_NEGATIVE += ["balancing_warmup_steps", "embedding_weight_decay"]
 NOT_NEGATIVE += ["calibration_windows", "save_every", "keep_checkpoints", "seed"]
 
 
@@ -162,7 +246,15 @@ def test_what_must_not_be_negative(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["warmup_fraction", "cooldown_fraction", "final_lr_fraction", "beta1", "beta2"]
+    "name",
+    [
+        "warmup_fraction",
+        "cooldown_fraction",
+        "final_lr_fraction",
+        "beta1",
+        "beta2",
+        "muon_momentum",
+    ],
 )
 def test_what_must_be_a_fraction(name: str) -> None:
     for value in (-0.1, 1.0, 1.5):
@@ -184,6 +276,7 @@ def test_what_must_be_a_fraction(name: str) -> None:
         ({"btach_size": 4}, ["'btach_size' is unknown", "did you mean 'batch_size'?"]),
         ({3: 4}, ["3 is unknown", "known keys"]),
         ({"schedule": "cosin"}, ["schedule='cosin'", "one of trapezoid, cosine"]),
+        ({"optimizer": "sgd"}, ["optimizer='sgd'", "one of adamw, muon"]),
         ({"precision": "fp16"}, ["precision='fp16'", "one of fp32, bf16"]),
         ({"init": "mean"}, ["init='mean'", "one of stepwise, lower, upper, random, average"]),
         ({"steps": 10.5}, ["steps=10.5", "an integer"]),

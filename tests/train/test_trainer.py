@@ -38,7 +38,7 @@ def stop_after(step: int, seen: list[dict[str, Any]]) -> dict[str, Any]:
 # Stopping and resuming
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "expert", "loss_free", "random"])
+@pytest.mark.parametrize("kind", ["vanilla", "expert", "loss_free", "random", "muon"])
 def test_a_stopped_run_resumes_as_if_it_had_not_been(
     corpus: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -110,7 +110,7 @@ def test_settings_that_do_not_matter_may_change(corpus: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["vanilla", "expert", "token"])
+@pytest.mark.parametrize("kind", ["vanilla", "expert", "token", "muon"])
 def test_the_loss_falls(corpus: Path, tmp_path: Path, kind: str, precision: str) -> None:
     values = runs.settings(corpus, kind, steps=40, save_every=0, eval_every=0, precision=precision)
     trainer = runs.train(values, tmp_path)
@@ -144,14 +144,28 @@ def test_accumulating_equals_the_whole_batch(corpus: Path, tmp_path: Path, kind:
 def test_balancing_sees_the_fractions_of_the_whole_step(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    updates: dict[int, list[torch.Tensor]] = {4: [], 1: []}
+    updates: dict[int, list[tuple[torch.Tensor, float]]] = {4: [], 1: []}
     for micro, seen in updates.items():
-        monkeypatch.setattr(TokenChoice, "update_bias", lambda self, f, seen=seen: seen.append(f))
+        spy = lambda self, *args, seen=seen: seen.append(args)  # noqa: E731
+        monkeypatch.setattr(TokenChoice, "update_bias", spy)
         values = runs.settings(corpus, "loss_free", steps=2, micro_batch_size=micro)
         runs.train(values, tmp_path / str(micro))
     assert len(updates[1]) == len(updates[4]) == 2
     torch.testing.assert_close(updates[1][0], updates[4][0])
-    assert float(updates[4][0].sum()) == pytest.approx(1)
+    assert float(updates[4][0][0].sum()) == pytest.approx(1)
+    assert [strength for _, strength in updates[4]] == [0.1, 0.2]  # of a warm-up of ten steps
+
+
+def test_balancing_warms_up(corpus: Path, tmp_path: Path) -> None:
+    """At the start of a long warm-up a run is as one without balancing, but not at its end."""
+    final = {}
+    for name, warmup, coeff in (("none", 0, 0.0), ("long", 10**9, 10.0), ("over", 1, 10.0)):
+        values = runs.settings(corpus, "token", steps=6, balancing_warmup_steps=warmup)
+        values["model"] = {**values["model"], "balancing_coeff": coeff}
+        runs.train(values, tmp_path / name)
+        final[name] = [row["loss"] for row in runs.rows(tmp_path / name)]
+    assert final["long"] == pytest.approx(final["none"], abs=1e-4)
+    assert final["over"] != pytest.approx(final["none"], abs=1e-2)
 
 
 def test_starting_from_a_checkpoint(corpus: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import runs
 
-KINDS = ("expert", "loss_free", "random")
+KINDS = ("muon", "expert", "loss_free", "random")
 
 
 @pytest.fixture(scope="module")

@@ -294,11 +294,13 @@ class TokenChoice(nn.Module):
         return torch.bincount(counts - 1, minlength=num).to(torch.float32) / max(1, len(counts))
 
     @torch.no_grad()
-    def update_bias(self, fractions: Float[Tensor, " r"]) -> None:
+    def update_bias(self, fractions: Float[Tensor, " r"], strength: float = 1.0) -> None:
         """Loss-free balancing after an optimizer step: move towards depths with too few tokens.
 
         Args:
             fractions: (R,) share of tokens by count, averaged over the step's micro-batches.
+            strength: of the configured rate, e.g. while it rises.
         """
         assert self.config.balancing == "loss_free"
-        self.bias += self.config.balancing_update_rate * torch.sign(fractions.mean() - fractions)
+        rate = strength * self.config.balancing_update_rate
+        self.bias += rate * torch.sign(fractions.mean() - fractions)

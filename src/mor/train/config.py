@@ -15,6 +15,7 @@ from mor.train.budget import Budget
 STDLIB = "stdlib"
 """`data` of this name: the source of the running interpreter's standard library."""
 
+Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["trapezoid", "cosine"]
 Precision = Literal["fp32", "bf16"]
 
@@ -28,6 +29,7 @@ _TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = MappingProxyType(
         int: ((int,), "an integer"),
         int | None: ((int, NoneType), "an integer"),
         float: ((int, float), "a finite number"),
+        float | None: ((int, float, NoneType), "a finite number"),
     }
 )
 
@@ -64,8 +66,14 @@ class TrainConfig:
     budget: str | None = None
     """Instead of `steps`: `300 steps`, `20M tokens`, `1e15 flops`, `5 minutes` of training."""
 
+    optimizer: Optimizer = "adamw"
+    """`muon`: Muon for the layers' matrices, AdamW for embedding, head, routers and norms."""
     lr: float = 3e-3
     """Peak learning rate."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon, whose updates are as large as AdamW's at the same rate; None:
+    `lr`."""
+    muon_momentum: float = 0.95
     schedule: Schedule = "trapezoid"
     warmup_fraction: float = 0.05
     """Of all steps, rising linearly."""
@@ -77,10 +85,14 @@ class TrainConfig:
     beta2: float = 0.95
     weight_decay: float = 0.1
     """On matrices; norms have none."""
+    embedding_weight_decay: float | None = None
+    """On embedding and head; None: `weight_decay`."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     capacity_warmup_steps: int = 0
     """Steps over which expert choice's capacities fall from 1 to the configured ones."""
+    balancing_warmup_steps: int = 0
+    """Steps over which token choice's balancing rises linearly to the configured strength."""
 
     eval_every: int = 500
     """Steps between evaluations; 0 evaluates only at the end."""
@@ -109,7 +121,7 @@ class TrainConfig:
         if isinstance(self.init_from, str):
             object.__setattr__(self, "init_from", Path(self.init_from))
         self._check_types()
-        positive = ("sequence_length", "batch_size", "micro_batch_size", "steps", "lr")
+        positive = ("sequence_length", "batch_size", "micro_batch_size", "steps", "lr", "muon_lr")
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -117,12 +129,16 @@ class TrainConfig:
         not_negative = (
             *("weight_decay", "clip", "capacity_warmup_steps", "eval_every", "eval_windows"),
             *("calibration_windows", "save_every", "keep_checkpoints", "seed"),
-            "spike_threshold",
+            *("balancing_warmup_steps", "embedding_weight_decay", "spike_threshold"),
         )
         for name in not_negative:
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be 0 or more.")
-        fractions = ("warmup_fraction", "cooldown_fraction", "final_lr_fraction", "beta1", "beta2")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name}={value!r} must be 0 or more.")
+        fractions = (
+            *("warmup_fraction", "cooldown_fraction", "final_lr_fraction"),
+            *("beta1", "beta2", "muon_momentum"),
+        )
         for name in fractions:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1).")

@@ -1,24 +1,96 @@
 """The optimizer, and schedules as pure functions of the step."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
 from mor.model.config import MoRConfig
+from mor.model.mor import MoRModel
 from mor.model.router import warmed_capacity
 from mor.train.config import TrainConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; each tied parameter is updated once."""
+def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest; tied parameters count once.
+
+    Matrices decay, embedding and head by their own strength, norms not at all. Each group's `peak`
+    is its learning rate as a share of `lr`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
+    ends = {id(model.embed_tokens.weight), id(model.lm_head.weight)}
+    layers = {id(p) for part in (model.prelude, model.block, model.coda) for p in part.parameters()}
+    matrices = [p for p in trained if p.ndim >= 2 and id(p) not in ends]
+    decay, end_decay = config.weight_decay, config.embedding_weight_decay
+    hidden = [p for p in matrices if config.optimizer == "muon" and id(p) in layers]
+    by_muon = {id(p) for p in hidden}
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) not in by_muon], "weight_decay": decay},
+        {
+            "params": [p for p in trained if id(p) in ends],
+            "weight_decay": decay if end_decay is None else end_decay,
+        },
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(
+        [group | {"peak": 1.0} for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+    if not hidden:
+        return adamw
+    muon_lr = config.lr if config.muon_lr is None else config.muon_lr
+    muon = torch.optim.Muon(
+        [{"params": hidden, "peak": muon_lr / config.lr}],
+        lr=muon_lr,
+        weight_decay=decay,
+        momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Together(muon, adamw)
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each for its own parameters, as one: with one state to save and load."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        """Takes over the parts' groups; step the parts through this only."""
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # from load_state_dict: other groups, another state
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step of each part.
+
+        Args:
+            closure: computes the loss anew, once before all parts.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give each group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["peak"]
 
 
 def learning_rate(config: TrainConfig, step: int, total: float | None = None) -> float:
@@ -49,3 +121,8 @@ def capacities_at(model: MoRConfig, config: TrainConfig, step: int) -> tuple[flo
         return None
     warmup = config.capacity_warmup_steps
     return tuple(warmed_capacity(c, step + 1, warmup) for c in model.capacities)
+
+
+def balancing_at(config: TrainConfig, step: int) -> float:
+    """Share of token choice's balancing strength at step `step`, numbered from 0: rises to 1."""
+    return min(1.0, (step + 1) / max(1, config.balancing_warmup_steps))

@@ -25,7 +25,13 @@ from mor.train.corpus import build_from_documents
 from mor.train.course import is_over, resolve_budget, total_steps
 from mor.train.data import Batches, TokenShards, spread_windows
 from mor.train.metrics import MetricsFile, calibrate, evaluate
-from mor.train.optim import build_optimizer, capacities_at, learning_rate
+from mor.train.optim import (
+    balancing_at,
+    build_optimizer,
+    capacities_at,
+    learning_rate,
+    set_learning_rate,
+)
 from mor.train.state import TrainState, read_state, rng_state, save_step, set_rng_state
 from mor.train.stdlib import stdlib_documents
 from mor.train.watch import TensorBoard, Watch, summary_writer
@@ -179,8 +185,8 @@ class Trainer:
         config, model = self.config, self.model
         capacities = capacities_at(model.config, config, self.step)
         rate = learning_rate(config, self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
+        balancing = balancing_at(config, self.step)
         loss, aux = torch.zeros((), device=self.device), dict[str, Tensor]()
         fractions: list[Tensor] = []
         for micro in range(config.num_micro_batches):
@@ -194,7 +200,11 @@ class Trainer:
                 )
             assert out.loss is not None
             assert out.total_loss is not None
-            (out.total_loss / config.num_micro_batches).backward()
+            total = out.total_loss
+            if balancing < 1 and "balancing_loss" in out.aux_losses:
+                weight = (1 - balancing) * model.config.balancing_coeff
+                total = total - weight * out.aux_losses["balancing_loss"]
+            (total / config.num_micro_batches).backward()
             loss += out.loss.detach() / config.num_micro_batches
             for name, value in out.aux_losses.items():
                 aux[name] = aux.get(name, 0) + value.detach() / config.num_micro_batches
@@ -209,7 +219,7 @@ class Trainer:
             shares = torch.stack(fractions).mean(0)
             presence = presence_of(model.config, shares.tolist())
             if model.config.balancing == "loss_free":
-                model.router.update_bias(shares)
+                model.router.update_bias(shares, balancing)
         self.step += 1
         return {
             "step": self.step,

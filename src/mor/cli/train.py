@@ -11,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.live import Live
 
+from mor.cli.overrides import model_fields, yaml_value
 from mor.cli.terminal import console, parser
 from mor.config import merge, read_yaml
 from mor.errors import ConfigError, nearest
@@ -78,23 +78,13 @@ def _split(args: Sequence[str]) -> tuple[Any, dict[str, Any]]:
             text = f"{kind}, default {f.default}"
             group.add_argument(f"--{f.name}", default=None, metavar="VALUE", help=text)
     group.add_argument("--model.FIELD", default=None, metavar="VALUE", help="a field of the model")
-    own: list[str] = []
-    rest = list(args)
-    overrides: dict[str, Any] = {}
-    while rest:
-        arg = rest.pop(0)
-        if arg.startswith("--model."):
-            key, _, value = arg.removeprefix("--model.").partition("=")
-            if not _ and not rest:
-                raise ConfigError(f"--model.{key} needs a value.")
-            overrides = merge(overrides, {"model": {key: _value(value if _ else rest.pop(0))}})
-        else:
-            own.append(_with_underscores(arg))
-    options = p.parse_args(own)
+    own, model = model_fields(args)
+    overrides: dict[str, Any] = {"model": model} if model else {}
+    options = p.parse_args([_with_underscores(arg) for arg in own])
     for f in fields(TrainConfig):
         given = getattr(options, f.name, None)
         if f.name != "model" and given is not None:
-            overrides[f.name] = _value(given)
+            overrides[f.name] = yaml_value(given)
     return options, overrides
 
 
@@ -104,17 +94,6 @@ def _with_underscores(arg: str) -> str:
     spelled = name.removeprefix("--").replace("-", "_")
     known = name.startswith("--") and spelled in {f.name for f in fields(TrainConfig)}
     return f"--{spelled}{equals}{value}" if known else arg
-
-
-def _value(text: str) -> Any:
-    """A command line's value as YAML reads it, `1e-3` as a number."""
-    value = yaml.safe_load(text) if isinstance(text, str) else text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def load_train_config(path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
@@ -139,11 +118,11 @@ def _typed(value: Any, kind: str) -> Any:
     What is still of the wrong type is refused by the config itself.
     """
     if "dict" in kind and isinstance(value, dict):
-        return {k: _value(v) if isinstance(v, str) else v for k, v in value.items()}
+        return {k: yaml_value(v) if isinstance(v, str) else v for k, v in value.items()}
     if "Path" in kind:
         return None if value is None else Path(str(value))
     if isinstance(value, str) and kind != "<class 'str'>" and "Literal" not in kind:
-        value = _value(value)
+        value = yaml_value(value)
     whole = isinstance(value, float) and value.is_integer()
     return int(value) if "int" in kind and whole else value
 

@@ -5,7 +5,7 @@ only ever text: a document that spells out `<|endoftext|>` is encoded letter by 
 end-of-text id marks nothing but the end of a document.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -15,8 +15,12 @@ from mor.errors import ConfigError, DataError
 from mor.io.storage import storage_error, write_file
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
+
+# What lies beside a tokenizer and goes where it goes: names of special tokens, chat template.
+_COMPANIONS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 # What the model families that we read call the end of a text, the first one present counts.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -26,13 +30,21 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """A `tokenizers.Tokenizer` that adds no special tokens and recognises none in text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Wraps `backend`, which is changed: no truncation, no padding, special tokens as text."""
+    def __init__(
+        self, backend: tokenizers.Tokenizer, companions: Mapping[str, str] | None = None
+    ) -> None:
+        """Wraps `backend`, which is changed: no truncation, no padding, special tokens as text.
+
+        Args:
+            companions: texts of the files that are saved beside it, by name.
+        """
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
         self._vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
+        self.companions = dict(companions or {})
+        """Texts of the files that lie beside it, by name; the chat template is in one of them."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -83,7 +95,13 @@ class Tokenizer:
                 "holds one, or train one with `mor data build`."
             )
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")))
+            companions = {
+                name: (file.parent / name).read_text(encoding="utf-8")
+                for name in _COMPANIONS
+                if (file.parent / name).is_file()
+            }
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            tokenizer = cls(backend, companions)
         except Exception as error:  # the library raises a bare Exception for a damaged file
             raise DataError(
                 f"{file}: not a readable tokenizer ({error}): copy it again from where it came, "
@@ -96,7 +114,7 @@ class Tokenizer:
     def save(self, path: Path | str) -> Path:
         """Writes `path` if it is named `*.json`, else `path/tokenizer.json`; returns that file.
 
-        The file appears whole or not at all.
+        Each file appears whole or not at all, the companions first.
 
         Raises:
             CapacityError: the disk is full.
@@ -107,6 +125,8 @@ class Tokenizer:
             file = file / TOKENIZER_FILE
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            for name, text in self.companions.items():
+                write_file(file.parent / name, text.encode("utf-8"))
             write_file(file, self.to_json().encode("utf-8"))
         except OSError as error:
             raise storage_error(file, error) from error

@@ -1,0 +1,151 @@
+"""`mor convert`: checkpoints of other programs in, ours out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from mor.cli.overrides import model_fields
+from mor.cli.terminal import Parser, console, fail, parser
+from mor.errors import ConfigError, nearest
+from mor.io.llama import convert_llama
+from mor.model import cost
+from mor.model.mor import MoRModel
+
+HELP = "Turn checkpoints of other programs into ours, and ours into theirs."
+
+EXAMPLES = (
+    "mor convert from-llama SmolLM2-135M --out models/smollm2",
+    "mor convert from-llama SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2",
+    "mor convert from-llama models/tinyllama --out models/mor3 --num-recursions 3 --init average",
+)
+
+SUBVERBS: Mapping[str, str] = MappingProxyType(
+    {
+        "from-llama": "a Llama, SmolLM or TinyLlama as vanilla, recursive or MoR model",
+    }
+)
+
+_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+_SHARINGS = ("middle_cycle", "middle_sequence", "cycle", "sequence")
+_INITS = ("stepwise", "average", "lower", "upper", "random")
+_FIELDS = ("routing", "kv_strategy", "num_block_layers", "num_prelude_layers", "num_coda_layers")
+
+
+def run(args: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_usage(), end="")
+        return 0
+    if args[0] not in SUBVERBS:
+        known = nearest(args[0], SUBVERBS)
+        message = f"unknown verb 'convert {args[0]}': {known}\n  `mor convert --help` tells more."
+        return fail(message, 2)
+    return _from_llama(args[1:])
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {verb:<16}{what}" for verb, what in SUBVERBS.items())
+    examples = "\n".join(f"  {example}" for example in EXAMPLES)
+    return (
+        f"usage: mor convert VERB ...\n\n{HELP}\n\nverbs:\n{rows}\n\nexamples:\n{examples}\n\n"
+        "`mor convert VERB --help` tells more.\n"
+    )
+
+
+def _from_llama(args: Sequence[str]) -> int:
+    p = parser(
+        "convert from-llama",
+        "A Llama's checkpoint as a vanilla or a recursive model.",
+        EXAMPLES[:3],
+    )
+    p.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder with config.json and safetensors or pytorch_model.bin, whole or in shards; or "
+        "a .gguf file (extra gguf)",
+    )
+    p.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
+    p.add_argument(
+        "--num-recursions", type=int, default=1, help="1: vanilla, the same function as the Llama"
+    )
+    _add_recursive(p)
+    p.add_argument("--seed", type=int, default=0, help="of the routers, and of --init random")
+    p.add_argument("--dtype", default=None, help="float32, bfloat16, float16; default: the file's")
+    p.add_argument("--model.FIELD", default=None, metavar="VALUE", help="any field of the model")
+    own, fields = model_fields(args)
+    options = p.parse_args(own)
+    if options.dtype is not None and options.dtype not in _DTYPES:
+        raise ConfigError(f"--dtype={options.dtype} is unknown: {nearest(options.dtype, _DTYPES)}")
+    given = {name: getattr(options, name) for name in _FIELDS if getattr(options, name) is not None}
+    model = convert_llama(
+        options.source,
+        options.out,
+        num_recursions=options.num_recursions,
+        init=_chosen("init", options, _INITS),
+        sharing=_chosen("sharing", options, _SHARINGS),
+        seed=options.seed,
+        dtype=_DTYPES[options.dtype] if options.dtype else None,
+        **given,
+        **fields,
+    )
+    _report(options.out, model)
+    return 0
+
+
+def _add_recursive(p: Parser) -> None:
+    """Options that only a recursive model has."""
+    p.add_argument(
+        "--sharing",
+        default=None,
+        help="middle_cycle (default), middle_sequence: with an unshared layer at each end; cycle, "
+        "sequence: without",
+    )
+    p.add_argument(
+        "--init",
+        default=None,
+        help="layers that the block starts from: stepwise (default), average, lower, upper, random",
+    )
+    p.add_argument(
+        "--routing", default=None, help="expert_choice (default), token_choice, none: recursive"
+    )
+    p.add_argument("--kv-strategy", default=None, help="recursion_wise (default) or shared")
+    for part in ("block", "prelude", "coda"):
+        p.add_argument(
+            f"--num-{part}-layers", type=int | None, default=None, help=f"layers of the {part}"
+        )
+
+
+def _chosen(name: str, options: Any, choices: tuple[str, ...]) -> Any:
+    """An option's value, the first choice if it was not given."""
+    value = getattr(options, name)
+    if value is None:
+        return choices[0]
+    if value not in choices:
+        raise ConfigError(f"--{name}={value} is unknown: {nearest(value, choices)}")
+    if options.num_recursions == 1:
+        raise ConfigError(
+            f"--{name}={value} needs --num-recursions of 2 or more: a vanilla model has no block "
+            "that is shared."
+        )
+    return value
+
+
+def _report(out: str, model: MoRModel) -> None:
+    config, screen = model.config, console()
+    kind = "vanilla" if config.num_recursions == 1 else f"recursive, routing {config.routing}"
+    screen.print(
+        f"{out}: {kind}, {cost.parameters(config):,} parameters, {config.num_hidden_layers} "
+        f"effective layers, {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}",
+        markup=False,
+    )
+    if not (Path(out) / "tokenizer.json").is_file():
+        screen.print("no tokenizer.json came along: prompts must be token ids.")
+    ready = f"mor generate {out} --prompt 'Once upon a time'"
+    if config.num_recursions > 1:
+        ready = f"mor train CONFIG --init_from {out}"
+    screen.print(f"next: `{ready}`", markup=False)

@@ -1,0 +1,71 @@
+"""`mor convert`: what it writes, what it says, what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from calling import Mor, one_sentence
+
+import mor as package
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama without a tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_from_llama(mor: Mor, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, said, err = mor("convert", "from-llama", llama, "--out", out, "--dtype", "bfloat16")
+    assert (status, err) == (0, "")
+    assert f"{out}: vanilla" in said
+    assert "no tokenizer.json" in said
+    assert package.load(out).embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_from_llama_to_a_recursive_model(mor: Mor, llama: Path, tmp_path: Path) -> None:
+    options = ("--num-recursions", 2, "--sharing", "cycle", "--init", "average", "--kv-strategy")
+    more = ("shared", "--model.router_alpha", "0.5", "--num-block-layers", 2)
+    called = mor("convert", "from-llama", llama, "--out", tmp_path / "out", *options, *more)
+    assert called.status == 0, called.err
+    assert "mor train CONFIG --init_from" in called.out
+    config = package.load(tmp_path / "out").config
+    assert (config.num_recursions, config.num_block_layers, config.kv_strategy) == (2, 2, "shared")
+    assert (config.router_alpha, config.routing) == (0.5, "expert_choice")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--init", "average"), "--num-recursions of 2 or more"),
+        (("--init", "averaged", "--num-recursions", "2"), "did you mean 'average'"),
+        (("--sharing", "middle", "--num-recursions", "2"), "--sharing=middle is unknown"),
+        (("--dtype", "fp32"), "--dtype=fp32 is unknown"),
+        (("--model.num_block", "2", "--num-recursions", "2"), "'num_block' is unknown"),
+        (("--model.routing",), "--model.routing needs a value"),
+    ],
+)
+def test_what_cannot_work(
+    mor: Mor, llama: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    called = mor("convert", "from-llama", llama, "--out", tmp_path / "out", *options)
+    assert message in one_sentence(called, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_verbs_and_help(mor: Mor) -> None:
+    assert "from-llama" in mor("convert").out
+    assert "did you mean 'from-llama'" in one_sentence(mor("convert", "from-lama"), 2)
+    assert "--num-recursions" in mor("convert", "from-llama", "--help").out

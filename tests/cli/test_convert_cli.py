@@ -1,10 +1,13 @@
 """`mor convert`: what it writes, what it says, what it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from calling import Mor, one_sentence
+from golden import Golden, files
 
 import mor as package
 
@@ -69,3 +72,17 @@ def test_verbs_and_help(mor: Mor) -> None:
     assert "from-llama" in mor("convert").out
     assert "did you mean 'from-llama'" in one_sentence(mor("convert", "from-lama"), 2)
     assert "--num-recursions" in mor("convert", "from-llama", "--help").out
+
+
+def test_from_official(mor: Mor, tmp_path: Path) -> None:
+    golden = Golden.read(next(p for p in files() if "token_r3_middle_cycle_soft" in p.stem))
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    torch.save(golden.under("weight."), folder / "pytorch_model.bin")
+    (tmp_path / "llama.json").write_text(json.dumps(golden.llama))
+    (tmp_path / "mor.yaml").write_text(yaml.safe_dump(golden.cfg))
+    places = ("--config", tmp_path / "mor.yaml", "--llama-config", tmp_path / "llama.json")
+    called = mor("convert", "from-official", folder, "--out", tmp_path / "out", *places)
+    assert (called.status, called.err) == (0, "")
+    assert "routing token_choice" in called.out
+    assert package.load(tmp_path / "out").config.num_recursions == 3

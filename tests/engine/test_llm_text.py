@@ -1,5 +1,6 @@
 """Texts in, texts out, and the texts that end a request."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from engines import check_empty, check_same, engine_of
 import mor
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
-from mor.errors import DataError
+from mor.errors import CheckpointError, DataError
 from mor.io.tokenizer import Tokenizer
 from mor.model.generation import generate
 from mor.model.mor import MoRModel
@@ -118,6 +119,25 @@ def test_the_tokenizers_end_of_text_ends_requests_where_the_model_names_none() -
         assert (done.finish_reason == "stop") == (done.token_ids[-1] == 0)
         assert 0 not in done.token_ids[:-1]
     assert {done.finish_reason for done in completions} == {"stop", "length"}
+
+
+def test_a_folders_generation_config_may_list_more_ends(tmp_path: Path) -> None:
+    mor.save(talker(), tmp_path, tokenizer=tokenizer())
+    config = EngineConfig(kv_memory=2**21)
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5)
+    (free,) = LLM(tmp_path, config).generate(["the "], replace(params, ignore_eos=True))
+    end = free.token_ids[4]
+    assert 0 not in free.token_ids[:5]
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [0, {end}]}}')
+    (done,) = LLM(tmp_path, config).generate(["the "], params)
+    assert done.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+    (longer,) = LLM(tmp_path, config).generate(["the "], replace(params, min_tokens=20))
+    assert not {0, end} & set(longer.token_ids[:20])
+    (whole,) = LLM(tmp_path, config).generate(["the "], replace(params, ignore_eos=True))
+    assert whole.token_ids == free.token_ids
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["a"]}')
+    with pytest.raises(CheckpointError, match="must be a token id or a list"):
+        LLM(tmp_path, config)
 
 
 def test_a_folder_brings_its_tokenizer(tmp_path: Path) -> None:

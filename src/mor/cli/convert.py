@@ -11,6 +11,7 @@ from mor.cli.overrides import model_fields
 from mor.cli.terminal import Parser, console, fail, parser
 from mor.errors import ConfigError, nearest
 from mor.io.llama import convert_llama
+from mor.io.official import convert_official
 from mor.model import cost
 from mor.model.mor import MoRModel
 
@@ -20,11 +21,13 @@ EXAMPLES = (
     "mor convert from-llama SmolLM2-135M --out models/smollm2",
     "mor convert from-llama SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2",
     "mor convert from-llama models/tinyllama --out models/mor3 --num-recursions 3 --init average",
+    "mor convert from-official checkpoints/mor3 --out models/mor3 --config conf/mor3.yaml",
 )
 
 SUBVERBS: Mapping[str, str] = MappingProxyType(
     {
         "from-llama": "a Llama, SmolLM or TinyLlama as vanilla, recursive or MoR model",
+        "from-official": "a checkpoint of the paper's own code, with its YAML",
     }
 )
 
@@ -45,7 +48,8 @@ def run(args: Sequence[str]) -> int:
         known = nearest(args[0], SUBVERBS)
         message = f"unknown verb 'convert {args[0]}': {known}\n  `mor convert --help` tells more."
         return fail(message, 2)
-    return _from_llama(args[1:])
+    verbs = {"from-llama": _from_llama, "from-official": _from_official}
+    return verbs[args[0]](args[1:])
 
 
 def _usage() -> str:
@@ -93,6 +97,28 @@ def _from_llama(args: Sequence[str]) -> int:
         **given,
         **fields,
     )
+    recursive = ("mor train CONFIG --init_from {out}",) if options.num_recursions > 1 else ()
+    _report(options.out, model, *recursive)
+    return 0
+
+
+def _from_official(args: Sequence[str]) -> int:
+    p = parser("convert from-official", "A checkpoint of the paper's own code.", EXAMPLES[3:])
+    p.add_argument("source", metavar="DIR", help="folder with its weights")
+    p.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
+    p.add_argument("--config", default=None, help="its YAML; default: the only one in DIR")
+    p.add_argument(
+        "--llama-config", default=None, metavar="FILE", help="default: config.json in DIR"
+    )
+    p.add_argument("--tokenizer", default=None, metavar="PATH", help="default: the one in DIR")
+    options = p.parse_args(args)
+    model = convert_official(
+        options.source,
+        options.out,
+        config=options.config,
+        llama_config=options.llama_config,
+        tokenizer=options.tokenizer,
+    )
     _report(options.out, model)
     return 0
 
@@ -135,7 +161,9 @@ def _chosen(name: str, options: Any, choices: tuple[str, ...]) -> Any:
     return value
 
 
-def _report(out: str, model: MoRModel) -> None:
+def _report(
+    out: str, model: MoRModel, ready: str = "mor generate {out} --prompt 'Once upon a time'"
+) -> None:
     config, screen = model.config, console()
     kind = "vanilla" if config.num_recursions == 1 else f"recursive, routing {config.routing}"
     screen.print(
@@ -145,7 +173,4 @@ def _report(out: str, model: MoRModel) -> None:
     )
     if not (Path(out) / "tokenizer.json").is_file():
         screen.print("no tokenizer.json came along: prompts must be token ids.")
-    ready = f"mor generate {out} --prompt 'Once upon a time'"
-    if config.num_recursions > 1:
-        ready = f"mor train CONFIG --init_from {out}"
-    screen.print(f"next: `{ready}`", markup=False)
+    screen.print(f"next: `{ready.format(out=out)}`", markup=False)

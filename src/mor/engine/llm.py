@@ -20,7 +20,7 @@ from mor.engine.scheduler import Passes, Scheduler
 from mor.engine.stats import EngineStats, ProgressBar
 from mor.engine.text import TextStream
 from mor.errors import CapacityError, DataError, RequestError
-from mor.io.checkpoint import load, resolve
+from mor.io.checkpoint import end_token_ids, load, resolve
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
@@ -64,9 +64,11 @@ class LLM:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = config or EngineConfig()
+        self.end_token_ids: tuple[int, ...] = ()  # further ones, from its generation_config.json
         if not isinstance(model, MoRModel):
             folder = resolve(model)
             model = load(folder)
+            self.end_token_ids = end_token_ids(folder)
             if tokenizer is None and (folder / TOKENIZER_FILE).is_file():
                 tokenizer = Tokenizer.load(folder)
         self.model_config: MoRConfig = model.config
@@ -291,7 +293,7 @@ class LLM:
             num_prompt=len(tokens),
             least=least,
             most=most,
-            stop_ids=params.end_ids(self.eos_token_id),
+            stop_ids=params.end_ids(self.eos_token_id, *self.end_token_ids),
             random=params.random_numbers(index),
             outer=PageTable(outer, self.pool) if outer is not None else None,
             depths=[PageTable(block, self.pool) for _ in range(passes)],
@@ -332,7 +334,7 @@ class LLM:
             uniform=track.uniform,
             prompt=track.tokens[: track.num_prompt] if looks_back else (),
             output=track.output if looks_back else (),
-            forbidden=p.forbidden_ids(self.eos_token_id, len(track.tokens) - track.num_prompt),
+            forbidden=sorted(track.stop_ids) if len(track.output) < p.min_tokens else (),
         )
 
     def _event(self, track: Track) -> TokenEvent:

@@ -9,6 +9,7 @@ is asked for, the run's folder stands for its newest complete checkpoint.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,39 @@ def save(model: MoRModel, path: Path | str, tokenizer: Tokenizer | None = None) 
         for file in sorted(fresh.iterdir(), key=lambda f: f.name == CONFIG):  # the config last
             file.replace(target / file.name)
         fresh.rmdir()
+    except OSError as error:
+        raise storage_error(target, error, CheckpointError) from error
+
+
+def save_new(
+    model: MoRModel,
+    path: Path | str,
+    tokenizer: Tokenizer | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model to a folder that does not exist yet, whole or not at all.
+
+    Args:
+        generation: what `generation_config.json` holds; None: the model's own special tokens.
+
+    Raises:
+        CheckpointError: the folder exists or cannot be written, or the tokenizer is another
+            model's.
+        CapacityError: the disk is full.
+    """
+    target = Path(path)
+    if target.exists():
+        raise CheckpointError(f"{target} exists: choose a new folder, or remove it first.")
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only "
+            f"{model.config.vocab_size}: they do not belong together."
+        )
+    try:
+        with staged_folder(target) as staged:
+            write_model(model, staged, tokenizer)
+            if generation:
+                (staged / GENERATION).write_text(json.dumps(dict(generation), indent=2) + "\n")
     except OSError as error:
         raise storage_error(target, error, CheckpointError) from error
 
@@ -146,6 +180,25 @@ def load_config(path: Path | str) -> MoRConfig:
         return MoRConfig.from_dict({k: v for k, v in values.items() if k not in _DERIVED})
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+
+
+def end_token_ids(folder: Path) -> tuple[int, ...]:
+    """All tokens that a checkpoint's `generation_config.json` says end a text: often several.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    file = folder / GENERATION
+    if not file.is_file():
+        return ()
+    try:
+        given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise CheckpointError(f"{file}: eos_token_id={given!r} must be a token id or a list.")
+    return tuple(ids)
 
 
 def resolve(path: Path | str) -> Path:

@@ -4,7 +4,6 @@ A vanilla model is the same function; a recursive one starts from the Llama's la
 and has to be trained further. What a vanilla model would compute differently is refused by name.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from mor.errors import CheckpointError, ConfigError
 from mor.io import gguf
-from mor.io.checkpoint import GENERATION, write_model
-from mor.io.storage import staged_folder, storage_error
+from mor.io.checkpoint import GENERATION, save_new
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.io.weights import read_json, read_weights
 from mor.model.config import LLAMA_FIELDS, MoRConfig
@@ -87,19 +85,12 @@ def read_llama(source: Path | str) -> LlamaCheckpoint:
     )
 
 
-def config_from_llama(values: Mapping[str, Any], name: str = "config.json") -> MoRConfig:
-    """The vanilla model that a Llama's `config.json` describes.
+def llama_fields(values: Mapping[str, Any], name: str = "config.json") -> dict[str, Any]:
+    """The fields of our config that a Llama's `config.json` describes; layers are not among them.
 
     Raises:
-        CheckpointError: it is no Llama, or one that computes something that we do not.
+        CheckpointError: it asks for something that has no counterpart here.
     """
-    ropes = [values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    kind, classes = values.get("model_type"), values.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or classes != ["LlamaForCausalLM"]:
-        raise CheckpointError(
-            f"{name} describes a model of type {kind!r} ({', '.join(map(str, classes))}): only "
-            "'llama' (LlamaForCausalLM) can be read."
-        )
     refused = {
         "attention_bias": bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
@@ -110,25 +101,39 @@ def config_from_llama(values: Mapping[str, Any], name: str = "config.json") -> M
     for key, asked in refused.items():
         if asked:
             raise CheckpointError(f"{name}: {key}={values[key]!r} has no counterpart here.")
-    for rope in ropes:
+    fields = {f: values[f] for f in LLAMA_FIELDS if values.get(f) is not None}
+    for rope in (values.get(key) or {} for key in ("rope_scaling", "rope_parameters")):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise CheckpointError(
                 f"{name}: RoPE scaling {rope_type!r} is not supported: only the plain angles of "
                 "rope_theta are; without it the model would compute something else."
             )
-    thetas = [rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None]
-    fields = {f: values[f] for f in LLAMA_FIELDS if values.get(f) is not None}
-    if thetas:
-        fields["rope_theta"] = thetas[-1]
+        if rope.get("rope_theta") is not None:
+            fields["rope_theta"] = rope["rope_theta"]
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = fields.pop(token, None)
         first = (ids or [None])[0] if isinstance(ids, list) else ids
         if first is not None and first >= 0:  # some write -1 for none
             fields[token] = first
+    return {**_DEFAULTS, **fields}
+
+
+def config_from_llama(values: Mapping[str, Any], name: str = "config.json") -> MoRConfig:
+    """The vanilla model that a Llama's `config.json` describes.
+
+    Raises:
+        CheckpointError: it is no Llama, or one that computes something that we do not.
+    """
+    kind, classes = values.get("model_type"), values.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama" or classes != ["LlamaForCausalLM"]:
+        raise CheckpointError(
+            f"{name} describes a model of type {kind!r} ({', '.join(map(str, classes))}): only "
+            "'llama' (LlamaForCausalLM) can be read."
+        )
     try:
         return MoRConfig(
-            **{**_DEFAULTS, **fields},
+            **llama_fields(values, name),
             num_prelude_layers=0,
             num_block_layers=values.get("num_hidden_layers", 32),
             num_coda_layers=0,
@@ -250,25 +255,11 @@ def convert_llama(
         CheckpointError, ConfigError: as `from_llama`; or `out` exists or cannot be written.
         CapacityError: the disk is full.
     """
-    target = Path(out)
-    if target.exists():
-        raise CheckpointError(f"{target} exists: choose a new folder, or remove it first.")
+    if Path(out).exists():  # said before anything is read
+        raise CheckpointError(f"{out} exists: choose a new folder, or remove it first.")
     checkpoint = read_llama(source)
     model = _built(checkpoint, init, sharing, seed, dtype, fields)
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.source}: its tokenizer has {tokenizer.vocab_size} entries, its model "
-            f"only {model.config.vocab_size}: they do not belong together."
-        )
-    try:
-        with staged_folder(target) as staged:
-            write_model(model, staged, tokenizer)
-            if checkpoint.generation:
-                text = json.dumps(dict(checkpoint.generation), indent=2) + "\n"
-                (staged / GENERATION).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise storage_error(target, error, CheckpointError) from error
+    save_new(model, out, checkpoint.tokenizer, checkpoint.generation)
     return model
 
 

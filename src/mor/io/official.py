@@ -13,13 +13,19 @@ first name, or under every name.
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mor.config import read_yaml
 from mor.errors import CheckpointError, ConfigError
-from mor.model.config import LLAMA_FIELDS, MoRConfig
+from mor.io.checkpoint import save_new
+from mor.io.llama import llama_fields
+from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
+from mor.io.weights import read_json, read_weights
+from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
 from mor.model.sharing import block_schedule
 
@@ -63,11 +69,49 @@ def from_official(
     return model
 
 
+def convert_official(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    config: Path | str | None = None,
+    llama_config: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+) -> MoRModel:
+    """A published checkpoint, written to a new folder, or not at all.
+
+    Args:
+        folder: holds the weights, safetensors or `pytorch_model.bin`, whole or in shards.
+        config: its YAML; None: the only one in the folder.
+        llama_config: its Llama's `config.json`; None: the one in the folder.
+        tokenizer: `tokenizer.json` or its folder; None: the one in the folder, if any.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a parameter does not fit.
+        ConfigError: the configuration asks for something that has no counterpart here.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no folder: give the one that holds the weights.")
+    found = [Path(config)] if config is not None else sorted(source.glob("*.y*ml"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"{source} holds {names} as YAML: say which with config=FILE.")
+    llama = Path(llama_config) if llama_config is not None else source / "config.json"
+    if not llama.is_file():
+        raise CheckpointError(f"{llama} is missing: give the Llama's config.json, llama_config=.")
+    words: Tokenizer | None = None
+    if tokenizer is not None or (source / TOKENIZER_FILE).is_file():
+        words = Tokenizer.load(source if tokenizer is None else tokenizer)
+    model = from_official(read_weights(source), read_json(llama), read_yaml(found[0]))
+    save_new(model, out, words)
+    return model.eval()
+
+
 def config_from_official(
     state: Mapping[str, Tensor], llama_config: Mapping[str, Any], cfg: Mapping[str, Any]
 ) -> MoRConfig:
     """Our config of a reference checkpoint; layer counts are read off its parameters."""
-    shape = {f: llama_config[f] for f in LLAMA_FIELDS if llama_config.get(f) is not None}
+    shape = llama_fields(llama_config)
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         shape["tie_word_embeddings"] = False  # whatever the Llama config says

@@ -158,9 +158,9 @@ class SamplingParams:
         """Source of the uniforms of completion `index`: one `.random()` for each sampled token."""
         return random.Random(None if self.seed is None else self.seed + index)
 
-    def end_ids(self, eos_token_id: int | None) -> frozenset[int]:
-        """Tokens that end this request at a model with this `eos_token_id`."""
-        eos = () if eos_token_id is None or self.ignore_eos else (eos_token_id,)
+    def end_ids(self, *eos_token_ids: int | None) -> frozenset[int]:
+        """Tokens that end this request at a model with these ends of text."""
+        eos = () if self.ignore_eos else (i for i in eos_token_ids if i is not None)
         return frozenset((*self.stop_token_ids, *eos))
 
     def forbidden_ids(self, eos_token_id: int | None, num_tokens: int) -> Sequence[int]:

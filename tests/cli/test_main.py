@@ -17,7 +17,7 @@ def test_help_lists_every_verb(mor: Mor, args: list[str]) -> None:
     status, out, err = mor(*args)
     assert (status, err) == (0, "")
     for verb, (_, what) in VERBS.items():
-        assert f"  {verb:<10}{what}\n" in out
+        assert f"  {verb:<11}{what}\n" in out
 
 
 def test_version(mor: Mor) -> None:

@@ -19,6 +19,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "demo": ("mor.cli.demo", "train an MoR model and its plain twin, and compare them"),
         "data": ("mor.cli.data", "turn text into tokenised shards"),
         "train": ("mor.cli.train", "pre-train a model, or continue"),
+        "experiment": ("mor.cli.experiment", "a grid of trainings, one table and one plot"),
         "generate": ("mor.cli.generate", "continue a prompt, coloured by recursion count"),
         "eval": ("mor.cli.eval", "loss under both selection rules, depth histogram"),
         "convert": ("mor.cli.convert", "checkpoints of other programs in, ours out"),
@@ -30,7 +31,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 def usage() -> str:
     """Text of `mor --help`."""
-    rows = "\n".join(f"  {verb:<10}{what}" for verb, (_, what) in VERBS.items())
+    rows = "\n".join(f"  {verb:<11}{what}" for verb, (_, what) in VERBS.items())
     return (
         "usage: mor VERB ...\n\nMixture-of-Recursions language models.\n\nverbs:\n"
         f"{rows}\n\nexamples:\n  mor demo\n  mor train configs/smoke.yaml --out runs/smoke\n"

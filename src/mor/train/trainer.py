@@ -41,13 +41,13 @@ Outcome = Literal["finished", "stopped"]
 
 _EVAL_ROWS = 8  # sequences that an evaluation runs at a time
 
-# What a resumed run may change without becoming another run.
-_FREE = frozenset(
+FREE = frozenset(
     (
         *("eval_every", "save_every", "keep_checkpoints", "device", "verify_data"),
         *("spike_threshold", "tensorboard"),
     )
 )
+"""What a resumed run may change without becoming another run."""
 
 
 class Trainer:
@@ -214,7 +214,7 @@ class Trainer:
         self._watch.check(self.step + 1, float(loss), float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        presence = capacities
+        presence = None
         if isinstance(model.router, TokenChoice):
             shares = torch.stack(fractions).mean(0)
             presence = presence_of(model.config, shares.tolist())
@@ -227,7 +227,7 @@ class Trainer:
             "loss": float(loss),
             "lr": rate,
             "grad_norm": float(norm),
-            "flops": self._watch.count(presence),
+            "flops": self._watch.count(self.step - 1, presence),
             **{name: float(value) for name, value in aux.items()},
         }
 
@@ -293,7 +293,7 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         plain = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
-        return {k: v for k, v in plain.items() if k not in _FREE}
+        return {k: v for k, v in plain.items() if k not in FREE}
 
     def _resume(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)

@@ -17,6 +17,7 @@ from mor.io.checkpoint import newest_step
 from mor.model.config import MoRConfig
 from mor.model.cost import training_flops
 from mor.train.config import TrainConfig
+from mor.train.course import step_flops
 
 _WINDOW = 100  # latest losses that a new one is compared with
 _LEAST = 20  # losses before the rule may speak
@@ -79,11 +80,17 @@ class Watch:
         config = self.config
         return f"{back}; try a lower lr (now {config.lr:g}) or clip (now {config.clip:g})"
 
-    def count(self, presence: Sequence[float] | None) -> float:
-        """FLOPs of the run, a step included whose tokens are there as `presence` (R,) says."""
+    def count(self, step: int, presence: Sequence[float] | None = None) -> float:
+        """FLOPs of the run, those of optimizer step `step` (from 0) included.
+
+        Args:
+            presence: (R,) share of tokens at each depth, where the step has measured it.
+        """
         config = self.config
-        per_token = training_flops(self.model, config.sequence_length, presence)
-        self._step_flops = per_token * config.tokens_per_step
+        self._step_flops = step_flops(config, self.model, step)
+        if presence is not None:
+            per_token = training_flops(self.model, config.sequence_length, presence)
+            self._step_flops = per_token * config.tokens_per_step
         self._flops += self._step_flops
         return self._flops
 

@@ -1,0 +1,87 @@
+"""`mor experiment`: a grid of training runs, one table and one plot."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mor.bench.experiment import Cell, Experiment
+from mor.bench.results import collect, planned, rows, write
+from mor.cli.table import print_table
+from mor.cli.terminal import console, err_console, parser
+from mor.cli.train import watched
+from mor.errors import MorError
+from mor.io.storage import storage_error
+from mor.train.trainer import Trainer
+
+HELP = "Run a grid of trainings, and compare them in one table and one plot."
+
+EXAMPLES = (
+    "mor experiment configs/experiments/smoke.yaml --plan",
+    "mor experiment configs/experiments/smoke.yaml --out runs/smoke-experiment",
+    "mor experiment configs/experiments/table3_cpu.yaml --data data/english",
+)
+
+
+def run(args: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    p = parser("experiment", HELP, EXAMPLES)
+    p.add_argument("spec", help="YAML file: variants, sizes, budgets and seeds")
+    p.add_argument("--out", default=None, help="folder; default runs/<spec's name>")
+    p.add_argument("--data", default=None, help="corpus folder, instead of the spec's")
+    p.add_argument("--plan", action="store_true", help="list the runs, and do nothing")
+    options = p.parse_args(args)
+    changes = {} if options.data is None else {"data": options.data}
+    experiment = Experiment.read(Path(options.spec), **changes)
+    out = Path(options.out or Path("runs") / experiment.name)
+    screen = console()
+    if options.plan:
+        header = ("run", "steps", "parameters, no embedding", "training FLOPs")
+        print_table(screen, header, planned(experiment.cells))
+        return 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    experiment = experiment.prepare(out)
+    command = " ".join(["mor experiment", *args])
+    return _run_all(screen, experiment, out, command)
+
+
+def _run_all(screen: Console, experiment: Experiment, out: Path, command: str) -> int:
+    """Train what is not done; a run that fails does not stop the others."""
+    cells, failures = experiment.cells, dict[str, str]()
+    states = [cell.state(out / "runs" / cell.name) for cell in cells]  # a changed spec shows here
+    done = states.count("done")
+    if done:
+        screen.print(f"{done} of {len(cells)} runs are done.")
+    for number, (cell, state) in enumerate(zip(cells, states, strict=True), start=1):
+        if state == "done":
+            continue
+        screen.print(f"[{number}/{len(cells)}] {cell.name}", markup=False)
+        try:
+            finished = _train(screen, cell, out / "runs" / cell.name)
+        except (MorError, RuntimeError, OSError) as error:  # torch raises RuntimeErrors
+            failures[cell.name] = f"failed: {error}"
+            err_console().print(f"{cell.name} failed: {error}", markup=False)
+            finished = True
+        gc.collect()  # the model and its optimizer
+        write(experiment, out, command, failures)
+        if not finished:
+            screen.print("stopped and saved; the same command goes on from here.")
+            return 0
+    complete = write(experiment, out, command, failures)
+    header, lines = rows(collect(experiment, out, failures))
+    print_table(screen, header, lines, left=(0, 1))
+    screen.print(f"{out}: results.md, results.json, plot.svg. Next: `mor report {out}/runs/*`.")
+    return 0 if complete else 1
+
+
+def _train(screen: Console, cell: Cell, folder: Path) -> bool:
+    """Train or resume one run; False if the user asked to stop."""
+    with watched(screen, cell.config) as (on_step, should_stop):
+        trainer = Trainer(
+            cell.config, folder, resume="auto", on_step=on_step, should_stop=should_stop
+        )
+        return trainer.run() == "finished"

@@ -46,6 +46,19 @@ def test_options_override_the_file(mor: Mor, tiny: TinyRun, tmp_path: Path) -> N
     assert rows(run)[-1]["lr"] == pytest.approx(1e-3)
 
 
+def test_budget_and_mixture_from_the_command_line(mor: Mor, tiny: TinyRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mixture = f"[{{path: {tiny.corpus}, weight: 2}}, {{path: {tiny.corpus}}}]"
+    options = ("--budget", "2 steps", "--data", mixture, "--lr", "1e-3")
+    assert mor("train", tiny.config, "--out", run, *options).status == 0
+    assert [row["step"] for row in rows(run)] == [1, 2]
+    assert mor("eval", run, "--max-windows", 4).out.startswith(
+        f"{run} on {tiny.corpus} + {tiny.corpus} (valid)\n4 windows of "
+    )
+    message = one_sentence(mor("train", tiny.config, "--out", run, "--budget", "2"), status=1)
+    assert "budget=2 must be an amount with a unit, such as '300 steps'" in message
+
+
 def test_a_finished_run_is_left_alone(mor: Mor, tiny: TinyRun) -> None:
     before = (tiny.run / "metrics.jsonl").read_bytes()
     called = mor("train", tiny.config, "--out", tiny.run, "--resume", "auto")

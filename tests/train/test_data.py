@@ -285,12 +285,12 @@ def test_a_far_batch_costs_one_permutation(tmp_path: Path, monkeypatch: pytest.M
     batches = Batches(counting_shards(tmp_path, [100]), sequence_length=9, batch_size=11, seed=5)
     batches.at(10**12)
     batches.at(10**12)
-    assert seeds == [(5, 10**12)]
+    assert seeds == [(5, 10**12, 0)]
     batches = Batches(counting_shards(tmp_path, [100]), sequence_length=9, batch_size=10, seed=5)
     seeds.clear()
     assert batches.num_windows == 11
     batches.at(1)  # its last nine windows are of the next epoch
-    assert seeds == [(5, 0), (5, 1)]
+    assert seeds == [(5, 0, 0), (5, 1, 0)]
 
 
 @pytest.mark.parametrize(

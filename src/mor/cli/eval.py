@@ -35,8 +35,9 @@ from mor.io.tokenizer import Tokenizer
 from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice
 from mor.train.config import STDLIB, TrainConfig
-from mor.train.data import TokenShards, sequential_windows, spread_windows
+from mor.train.data import TokenShards, sequential_windows
 from mor.train.metrics import calibrate
+from mor.train.mixture import quotas, spread_mixture
 from mor.train.shards import INDEX_FILE
 from mor.train.sources import Document, SourceDocuments
 from mor.train.stdlib import stdlib_documents
@@ -159,18 +160,22 @@ def _open_text(options: Any, model: MoRModel, tokenizer: Tokenizer) -> tuple[_Te
     length = options.sequence_length or min(settings.sequence_length if settings else limit, limit)
     check_length(model, length)
     own = settings.data if settings else None
-    data = options.data or own
+    if options.data is None and settings is not None and own != STDLIB:
+        corpora = [(Path(path), weight) for path, weight in settings.corpora]
+        return _corpora(corpora, length, options, model, tokenizer), length
+    data: str | None = options.data or (STDLIB if own == STDLIB else None)
     if data is None:
         raise ConfigError(
             f"{options.model} is no training run, so there is no text that belongs to it: give "
             "--data, a corpus or a text file."
         )
     if data == STDLIB and own == STDLIB:
-        return _corpus(run_folder / "data", length, options, model, tokenizer), length
+        corpora = [(run_folder / "data", 1.0)]
+        return _corpora(corpora, length, options, model, tokenizer), length
     if data == STDLIB:
         return _documents(STDLIB, stdlib_documents, length, options, tokenizer), length
     if (Path(data) / INDEX_FILE).is_file():
-        return _corpus(Path(data), length, options, model, tokenizer), length
+        return _corpora([(Path(data), 1.0)], length, options, model, tokenizer), length
     documents = SourceDocuments([Path(data)])
     return _documents(str(data), lambda: documents, length, options, tokenizer), length
 
@@ -184,26 +189,40 @@ def _run_settings(model: str) -> tuple[Path, TrainConfig | None]:
     return run_folder, load_train_config(file) if known else None
 
 
-def _corpus(
-    folder: Path, length: int, options: Any, model: MoRModel, tokenizer: Tokenizer
+def _corpora(
+    corpora: Sequence[tuple[Path, float]],
+    length: int,
+    options: Any,
+    model: MoRModel,
+    tokenizer: Tokenizer,
 ) -> _Text:
-    valid = TokenShards.open(folder, "valid")
-    check_vocabulary(model, valid.vocab_size, str(folder))
-    if Tokenizer.load(folder).to_json() != tokenizer.to_json():
-        raise DataError(
-            f"{folder}: made with another tokenizer than the model's: give the text itself, or "
-            f"build it again with `mor data build --tokenizer {resolve(options.model)}`."
-        )
-    available = (valid.num_tokens - 1) // length
+    """The held-out text of a corpus, or of several with their weights, one after another."""
+    paths, weights = [path for path, _ in corpora], [weight for _, weight in corpora]
+    valid = [TokenShards.open(path, "valid") for path in paths]
+    for path, shards in zip(paths, valid, strict=True):
+        check_vocabulary(model, shards.vocab_size, str(path))
+        if Tokenizer.load(path).to_json() != tokenizer.to_json():
+            raise DataError(
+                f"{path}: made with another tokenizer than the model's: give the text itself, or "
+                f"build it again with `mor data build --tokenizer {resolve(options.model)}`."
+            )
+    counts = [(shards.num_tokens - 1) // length for shards in valid]
+    if options.max_windows:
+        wanted = quotas(weights, max(options.max_windows, len(weights)))
+        counts = [min(pair) for pair in zip(counts, wanted, strict=True)]
+
+    def windows() -> Iterator[Window]:
+        for shards, count in zip(valid, counts, strict=True):
+            yield from sequential_windows(shards, length, max(1, count))
 
     def calibration() -> Iterator[Window]:
-        train = TokenShards.open(folder, "train", verify=False)
-        return iter(spread_windows(train, length, options.calibrate).numpy())
+        train = [TokenShards.open(path, "train", verify=False) for path in paths]
+        return iter(spread_mixture(train, weights, length, options.calibrate).numpy())
 
     return _Text(
-        name=f"{folder} (valid)",
-        windows=lambda: sequential_windows(valid, length, options.max_windows),
-        num_windows=min(available, options.max_windows or available),
+        name=f"{' + '.join(map(str, paths))} (valid)",
+        windows=windows,
+        num_windows=sum(counts),
         calibration=calibration,
     )
 

@@ -25,6 +25,7 @@ _TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = MappingProxyType(
         Path | None: ((Path, NoneType), "a path"),
         str | None: ((str, NoneType), "text"),
         str: ((str,), "text"),
+        str | list[dict[str, Any]]: ((str, list), "text, or a list of paths with weights"),
         bool: ((bool,), "true or false"),
         int: ((int,), "an integer"),
         int | None: ((int, NoneType), "an integer"),
@@ -51,8 +52,8 @@ class TrainConfig:
     the checkpoint must be vanilla and gives its layers to the new model as `init` says."""
     init: Initialisation = "stepwise"
     """Which of a vanilla checkpoint's layers the block starts from."""
-    data: str = STDLIB
-    """Folder made by `mor data build`, or `stdlib`."""
+    data: str | list[dict[str, Any]] = STDLIB
+    """Folder made by `mor data build`, or `stdlib`, or a mixture: [{path: .., weight: ..}, ..]."""
     verify_data: bool = True
     """Compare the shards' checksums before the first step."""
     sequence_length: int = 2048
@@ -147,6 +148,8 @@ class TrainConfig:
                 f"warmup_fraction={self.warmup_fraction} and cooldown_fraction="
                 f"{self.cooldown_fraction} are more than the whole run: their sum must be <= 1."
             )
+        if not isinstance(self.data, str):
+            _check_mixture(self.data)
         if self.budget is not None:
             Budget.parse(self.budget)
         if self.eval_windows == 0:
@@ -186,6 +189,13 @@ class TrainConfig:
         return cls(**values)
 
     @property
+    def corpora(self) -> list[tuple[str, float]]:
+        """The corpora to read, or `stdlib`, each with its weight."""
+        if isinstance(self.data, str):
+            return [(self.data, 1.0)]
+        return [(part["path"], float(part.get("weight", 1))) for part in self.data]
+
+    @property
     def micro_size(self) -> int:
         """Sequences per forward pass."""
         return self.micro_batch_size or self.batch_size
@@ -217,3 +227,23 @@ class TrainConfig:
                 f"sequence_length={self.sequence_length} is more than the model's "
                 f"max_position_embeddings={config.max_position_embeddings}: change one of them."
             )
+
+
+def _check_mixture(parts: list[Any]) -> None:
+    """Raise ConfigError if `data` is no list of paths with weights."""
+    form = "a mixture is a list such as [{path: data/web, weight: 2}, {path: data/books}]"
+    if not parts:
+        raise ConfigError(f"data=[] names no corpus: {form}.")
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("path"), str):
+            raise ConfigError(f"data holds {part!r}, which has no path: {form}.")
+        for key in part:
+            if key not in ("path", "weight"):
+                hint = nearest(str(key), ("path", "weight"))
+                raise ConfigError(f"data holds {part!r}: field {key!r} is unknown: {hint}")
+        weight = part.get("weight", 1)
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
+            raise ConfigError(f"data: weight={weight!r} of {part['path']} must be above 0.")
+    if any(part["path"] == STDLIB for part in parts):
+        raise ConfigError(f"data: {STDLIB!r} cannot be mixed: build a corpus of it first.")

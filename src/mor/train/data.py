@@ -5,7 +5,7 @@
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,20 @@ def spread_windows(shards: TokenShards, sequence_length: int, num_windows: int) 
     return torch.from_numpy(np.stack(rows))
 
 
+def stack_rows(
+    row: Callable[[int], npt.NDArray[np.int64]], index: int, batch_size: int
+) -> torch.Tensor:
+    """Batch number `index` of an endless order of sequences: int64 (B, T + 1).
+
+    Raises:
+        DataError: `index` is negative.
+    """
+    if index < 0:
+        raise DataError(f"batch {index}: batches are numbered from 0.")
+    rows = [row(index * batch_size + i) for i in range(batch_size)]
+    return torch.from_numpy(np.stack(rows))
+
+
 class Batches:
     """Batches in an order that only the seed and the batch number decide.
 
@@ -203,6 +217,7 @@ class Batches:
         batch_size: int,
         seed: int,
         shuffle: bool = True,
+        stream: int = 0,
     ) -> None:
         """Cuts `shards` into windows.
 
@@ -211,6 +226,7 @@ class Batches:
             batch_size: B, sequences in a batch.
             seed: of the order, not negative.
             shuffle: False reads the windows in the order of the text in every epoch.
+            stream: another number gives another order from the same seed.
 
         Raises:
             ConfigError: a number is out of its range.
@@ -224,7 +240,7 @@ class Batches:
         self._shards = shards
         self._sequence_length = sequence_length
         self._batch_size = batch_size
-        self._seed = seed
+        self._seed, self._stream = seed, stream
         self._shuffle = shuffle
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None  # epoch, its permutation
 
@@ -241,14 +257,12 @@ class Batches:
         Raises:
             DataError: `index` is negative.
         """
-        if index < 0:
-            raise DataError(f"batch {index}: batches are numbered from 0.")
-        length = self._sequence_length + 1
-        batch = np.empty((self._batch_size, length), np.int64)
-        for row in range(self._batch_size):
-            window = self._window_at(index * self._batch_size + row)
-            batch[row] = self._shards.window(window * self._sequence_length, length)
-        return torch.from_numpy(batch)
+        return stack_rows(self.row, index, self._batch_size)
+
+    def row(self, position: int) -> npt.NDArray[np.int64]:
+        """The sequence at `position` of the endless order: int64 (T + 1,)."""
+        window = self._window_at(position)
+        return self._shards.window(window * self._sequence_length, self._sequence_length + 1)
 
     def _window_at(self, position: int) -> int:
         """Which window is the one at `position` in the endless sequence of epochs."""
@@ -256,6 +270,6 @@ class Batches:
         if not self._shuffle:
             return offset
         if self._order is None or self._order[0] != epoch:
-            generator = np.random.default_rng((self._seed, epoch))
+            generator = np.random.default_rng((self._seed, epoch, self._stream))
             self._order = (epoch, generator.permutation(self.num_windows))
         return int(self._order[1][offset])

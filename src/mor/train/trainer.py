@@ -23,8 +23,8 @@ from mor.model.router import ExpertChoice, TokenChoice
 from mor.train.config import STDLIB, TrainConfig
 from mor.train.corpus import build_from_documents
 from mor.train.course import is_over, resolve_budget, total_steps
-from mor.train.data import Batches, TokenShards, spread_windows
 from mor.train.metrics import MetricsFile, calibrate, evaluate
+from mor.train.mixture import TrainingData
 from mor.train.optim import (
     balancing_at,
     build_optimizer,
@@ -85,22 +85,12 @@ class Trainer:
         self._on_step, self._should_stop = on_step, should_stop
         checkpoint = _checkpoint_to_resume(out, resume)
         self.device = _device(config.device)
-        corpus = _prepare_data(config, out)
-        train = TokenShards.open(corpus, "train", verify=config.verify_data)
-        valid = TokenShards.open(corpus, "valid", verify=config.verify_data)
-        self.tokenizer = Tokenizer.load(corpus)
-        self._batches = Batches(
-            train,
-            sequence_length=config.sequence_length,
-            batch_size=config.micro_size,
-            seed=config.seed,
-        )
-        length, rows = config.sequence_length, _EVAL_ROWS
-        self._eval_batches = spread_windows(valid, length, config.eval_windows).split(rows)
-        num = config.calibration_windows
-        self._calibration = spread_windows(train, length, num).split(rows) if num else ()
+        data = TrainingData.open(config, _prepare_data(config, out), config.micro_size)
+        self.tokenizer, self._batches = data.tokenizer, data.batches
+        self._eval_batches = data.valid.split(_EVAL_ROWS)
+        self._calibration = () if data.calibration is None else data.calibration.split(_EVAL_ROWS)
         torch.manual_seed(config.seed)
-        self.model = self._build_model(train, checkpoint).to(self.device)
+        self.model = self._build_model(data, checkpoint).to(self.device)
         self.config = config = resolve_budget(config, self.model.config)
         self.optimizer = build_optimizer(self.model, config)
         self.step = 0
@@ -256,7 +246,7 @@ class Trainer:
         except OSError as error:
             raise storage_error(out, error, CheckpointError) from error
 
-    def _build_model(self, shards: TokenShards, checkpoint: Path | None) -> MoRModel:
+    def _build_model(self, data: TrainingData, checkpoint: Path | None) -> MoRModel:
         config = self.config
         if checkpoint is not None:
             return load(checkpoint)
@@ -269,16 +259,16 @@ class Trainer:
             config.check_length(model.config)
         else:
             width = self.tokenizer.vocab_size if donor is None else donor.config.vocab_size
-            values = {"eos_token_id": shards.eos_id, "vocab_size": width, **config.model}
+            values = {"eos_token_id": data.eos_id, "vocab_size": width, **config.model}
             built = dataclasses.replace(config, model=values).model_config()
             if donor is None:
                 model = MoRModel(built)
             else:
                 model = from_donor(donor, built, config.init, config.seed)
-        if shards.vocab_size > model.config.vocab_size:
+        if data.vocab_size > model.config.vocab_size:
             raise ConfigError(
-                f"vocab_size={model.config.vocab_size} is less than the {shards.vocab_size} "
-                f"entries of the tokenizer in {shards.path}: raise it, or leave it out."
+                f"vocab_size={model.config.vocab_size} is less than the {data.vocab_size} "
+                f"entries of the tokenizer in {config.corpora[0][0]}: raise it, or leave it out."
             )
         return model
 
@@ -341,12 +331,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _prepare_data(config: TrainConfig, out: Path) -> Path:
-    """The corpus folder; the standard library's is built inside the run's folder."""
+def _prepare_data(config: TrainConfig, out: Path) -> list[tuple[Path, float]]:
+    """The corpora with their weights; the standard library's is built inside the run's folder."""
     if config.data != STDLIB:
-        return Path(config.data)
+        return [(Path(path), weight) for path, weight in config.corpora]
     corpus = out / "data"
     if not (corpus / "index.json").is_file():
         vocab_size = int(config.model.get("vocab_size") or 4096)
         build_from_documents(stdlib_documents(), corpus, train_tokenizer=vocab_size)
-    return corpus
+    return [(corpus, 1.0)]

@@ -13,12 +13,13 @@ from syntax import read_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("transformers", "pyarrow", "fastapi", "lm_eval", "matplotlib", "zstandard")
+SERVER = "mor.serve."  # its modules are written with FastAPI; whoever serves imports them
 PROMISED = frozenset(("MoRConfig", "MoRModel", "load", "save"))
 # Runs in a fresh interpreter. `Watch` also sees an import of an extra that is not installed here.
 IMPORT_EVERYTHING = """
 import importlib, json, sys, traceback
 
-modules, extras = json.loads(sys.argv[1])
+modules, extras, server = json.loads(sys.argv[1])
 asked = []
 
 class Watch:
@@ -28,12 +29,15 @@ class Watch:
             while frame.f_globals.get("__name__", "").startswith("importlib"):
                 frame = frame.f_back
             module = frame.f_globals.get("__name__", "")
-            if module.split(".")[0] == "mor":
+            if module.split(".")[0] == "mor" and not module.startswith(server):
                 asked.append(f"{module} imports {name}")
 
 sys.meta_path.insert(0, Watch())
 failed = {}
-for module in modules:
+loaded = None
+for module in sorted(modules, key=lambda module: module.startswith(server)):
+    if module.startswith(server) and loaded is None:
+        loaded = [name for name in extras if name in sys.modules]
     try:
         importlib.import_module(module)
     except BaseException:
@@ -43,7 +47,7 @@ names = list(getattr(mor, "__all__", []))
 print(json.dumps({
     "failed": failed,
     "asked": asked,
-    "loaded": [name for name in extras if name in sys.modules],
+    "loaded": loaded,
     "all": names,
     "missing": [name for name in names if not hasattr(mor, name)],
 }))
@@ -55,7 +59,7 @@ def report() -> dict[str, Any]:
     """Import every module of mor in one fresh interpreter and report what happened."""
     modules = [source.module for source in read_sources(ROOT, "src/mor")]
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    argument = json.dumps([[m for m in modules if not m.endswith("__main__")], EXTRAS])
+    argument = json.dumps([[m for m in modules if not m.endswith("__main__")], EXTRAS, SERVER])
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_EVERYTHING, argument],
         env=os.environ | {"PYTHONPATH": path},

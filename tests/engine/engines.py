@@ -147,8 +147,23 @@ def check_same(got: Completion, want: Completion, tolerance: float = 1e-6) -> No
     assert got.finish_reason == want.finish_reason
     check_close(got.logprobs, want.logprobs, tolerance)
     check_close(got.prompt_logprobs, want.prompt_logprobs, tolerance)
-    assert [list(top) for top in got.top_logprobs] == [list(top) for top in want.top_logprobs]
-    for top, other in zip(got.top_logprobs, want.top_logprobs, strict=True):
+    check_same_tops(got.top_logprobs, want.top_logprobs, tolerance)
+    assert [top is None for top in got.prompt_top_logprobs] == (
+        [top is None for top in want.prompt_top_logprobs]
+    )
+    check_same_tops(
+        [top or {} for top in got.prompt_top_logprobs],
+        [top or {} for top in want.prompt_top_logprobs],
+        tolerance,
+    )
+
+
+def check_same_tops(
+    got: Sequence[dict[int, float]], want: Sequence[dict[int, float]], tolerance: float
+) -> None:
+    """The likeliest tokens in each place, in order."""
+    assert [list(top) for top in got] == [list(top) for top in want]
+    for top, other in zip(got, want, strict=True):
         check_close(list(top.values()), list(other.values()), tolerance)
 
 

@@ -197,3 +197,15 @@ def test_saving_below_a_file_is_refused(tokenizer: Tokenizer, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         tokenizer.save(tmp_path / "file" / "folder")
+
+
+def test_bytes_of_tokens_join_to_the_text() -> None:
+    text = "naïve café 猫😀\x00\x7f\xad and so on"
+    tokenizer = Tokenizer.train([text], 280)
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    every = {tokenizer.token_bytes(i) for i in range(1, 257)}
+    assert every == {bytes([byte]) for byte in range(256)}
+    assert tokenizer.token_bytes(0) == b"<|endoftext|>"
+    assert tokenizer.token_bytes(10**6) == b""
+    assert tokenizer.special_tokens == {"<|endoftext|>": 0}

@@ -21,6 +21,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "train": ("mor.cli.train", "pre-train a model, or continue"),
         "experiment": ("mor.cli.experiment", "a grid of trainings, one table and one plot"),
         "generate": ("mor.cli.generate", "continue a prompt, coloured by recursion count"),
+        "serve": ("mor.cli.serve", "an OpenAI-compatible server"),
         "eval": ("mor.cli.eval", "loss under both selection rules, depth histogram"),
         "convert": ("mor.cli.convert", "checkpoints of other programs in, ours out"),
         "info": ("mor.cli.info", "parameters, FLOPs and KV bytes, next to the vanilla twin"),

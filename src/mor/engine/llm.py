@@ -309,9 +309,8 @@ class LLM:
         }
         result = self.runner.finish(chunks, sampling)
         self.scheduler.finished(chunks)
-        for i, scores in result.prompt_logprobs.items():
-            first = chunks[i].start + 1
-            chunks[i].sequence.prompt_logprobs[first : first + len(scores)] = scores
+        for i, (scores, likeliest) in result.prompt_logprobs.items():
+            chunks[i].sequence.note_prompt(chunks[i].start + 1, scores, likeliest)
         sampled = result.sampled
         for i, token, logprob, top in zip(
             *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True
@@ -359,6 +358,8 @@ class LLM:
             text=delta,
             logprob=track.logprobs[-1],
             recursion_count=track.counts[-1],
+            top_logprobs=track.top_logprobs[-1] if track.top_logprobs else {},
+            prompt=track.completion("") if len(track.tokens) == track.num_prompt + 1 else None,
             finish_reason=track.finish_reason,
             completions=completions,
         )

@@ -63,6 +63,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     """In flight, in order of position."""
     is_running: bool = False
@@ -101,12 +102,21 @@ class Sequence:
         """Only sequences with the same recursion limits can share what was computed."""
         return self.least, self.most
 
+    def note_prompt(
+        self, first: int, scores: list[float], likeliest: list[dict[int, float]]
+    ) -> None:
+        """Log-probabilities of the prompt's tokens from `first` on, and of the likeliest there."""
+        self.prompt_logprobs[first : first + len(scores)] = scores
+        if self.params.reports_prompt_top:
+            self.prompt_top_logprobs[first - 1 : first - 1 + len(scores)] = likeliest
+
     def completion(self, text: str) -> Completion:
         """What the caller gets, now or in the end."""
         output = self.output
         return Completion(
             prompt_token_ids=self.tokens[: self.num_prompt],
             prompt_recursion_counts=self.counts[: self.num_prompt],
+            num_cached_tokens=self.num_cached,
             index=self.index,
             text=text,
             token_ids=output,
@@ -114,6 +124,9 @@ class Sequence:
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            prompt_top_logprobs=(
+                [None, *self.prompt_top_logprobs] if self.params.reports_prompt_top else []
+            ),
             finish_reason=self.finish_reason,
         )
 
@@ -139,6 +152,10 @@ class TokenEvent:
     logprob: float
     recursion_count: int
     """Passes of the position that produced the token."""
+    top_logprobs: dict[int, float] = field(default_factory=dict)
+    """The likeliest tokens in its place, as many as were asked for."""
+    prompt: Completion | None = None
+    """With the first token of a completion: what came of its prompt (counts, log-probabilities)."""
     finish_reason: FinishReason | None = None
     completions: list[Completion] | None = None
     """All of the request's completions, with the last token of the last one."""

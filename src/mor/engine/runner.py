@@ -18,7 +18,7 @@ from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache
 from mor.engine.pages import PageTable
 from mor.engine.request import Chunk
-from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample
+from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample, score
 from mor.engine.scheduler import AdvancePlan, EnterPlan
 from mor.engine.stack import Application, Kernels, layers_of
 from mor.model.mor import MoRModel
@@ -33,8 +33,11 @@ class Finished:
     """What came out of a finish phase."""
 
     sampled: Sampled
-    prompt_logprobs: dict[int, list[float]] = field(default_factory=dict)
-    """By the chunk's place in the plan: log-probability of the token after each of its tokens."""
+    prompt_logprobs: dict[int, tuple[list[float], list[dict[int, float]]]] = field(
+        default_factory=dict
+    )
+    """By the chunk's place in the plan: log-probabilities of the token after each of its tokens,
+    and of the likeliest ones there."""
 
 
 class Runner:
@@ -164,13 +167,12 @@ class Runner:
             h = h * self._gate.index_select(0, rows)
         return self._start.index_select(0, rows) + h
 
-    def _score(self, chunk: Chunk, states: Tensor) -> list[float]:
+    def _score(self, chunk: Chunk, states: Tensor) -> tuple[list[float], list[dict[int, float]]]:
         sequence = chunk.sequence
         stop = min(chunk.start + len(chunk), sequence.num_prompt - 1)
         following = self._ints(sequence.tokens[chunk.start + 1 : stop + 1])
         logits = self._readout(states[: len(following)])
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.log_softmax(-1).gather(1, following[:, None])[:, 0].tolist()
+        return score(logits, following, sequence.params.logprobs)
 
     def _first_decision(
         self, chunks: list[Chunk], x: Tensor, rows: Tensor, positions: Tensor

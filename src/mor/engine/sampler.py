@@ -59,15 +59,30 @@ def sample(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Sampled
     return Sampled(
         tokens=[int(line[0]) for line in table],
         logprobs=[line[1] for line in table],
-        top_logprobs=[_top(line[2:], row) for line, row in zip(table, rows, strict=True)],
+        top_logprobs=[
+            _top(line[2:], row.params.logprobs) for line, row in zip(table, rows, strict=True)
+        ],
     )
+
+
+def score(
+    logits: Float[Tensor, "n v"], tokens: Int[Tensor, " n"], num_top: int | None
+) -> tuple[list[float], list[dict[int, float]]]:
+    """Log-probabilities of given tokens, and `num_top` of the likeliest ones in their places."""
+    logprobs = _wide(logits).log_softmax(-1)
+    columns = [logprobs.gather(1, tokens[:, None])]
+    if num_top:
+        likeliest = logprobs.topk(min(MAX_LOGPROBS, logits.shape[1]))
+        columns += [likeliest.indices, likeliest.values]
+    table = torch.cat([column.double() for column in columns], dim=1).tolist()
+    return [line[0] for line in table], [_top(line[1:], num_top) for line in table]
 
 
 def _table(
     logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow], num_top: int
 ) -> Float[Tensor, "n columns"]:
     """In float64, which holds every id: token, its logprob, likeliest ids, their logprobs."""
-    logits = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+    logits = _wide(logits.detach())
     logprobs = logits.log_softmax(-1)
     tokens = _argmax(logits)
     others = [number for number, row in enumerate(rows) if not is_plain(row)]
@@ -82,10 +97,14 @@ def _table(
     return torch.cat([column.double() for column in columns], dim=1)
 
 
-def _top(line: list[float], row: SamplingRow) -> dict[int, float]:
+def _wide(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _top(line: list[float], num_top: int | None) -> dict[int, float]:
     half = len(line) // 2
     best = sorted(zip(line[:half], line[half:], strict=True), key=lambda pair: (-pair[1], pair[0]))
-    return {int(token): logprob for token, logprob in best[: row.params.logprobs or 0]}
+    return {int(token): logprob for token, logprob in best[: num_top or 0]}
 
 
 def is_plain(row: SamplingRow) -> bool:

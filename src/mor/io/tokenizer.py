@@ -5,6 +5,7 @@ only ever text: a document that spells out `<|endoftext|>` is encoded letter by 
 end-of-text id marks nothing but the end of a document.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ _COMPANIONS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja
 
 # What the model families that we read call the end of a text, the first one present counts.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how other vocabularies name a byte
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -42,6 +44,9 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
+        # A vocabulary of bytes has a letter for each of them; that of the blank is Ġ.
+        is_bytes = backend.token_to_id("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}") is not None
+        self._byte_values = _byte_values() if is_bytes else {}
         self._vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
         self.companions = dict(companions or {})
         """Texts of the files that lie beside it, by name; the chat template is in one of them."""
@@ -182,6 +187,23 @@ class Tokenizer:
         """The text of `ids`, special tokens spelled out; broken UTF-8 becomes U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, part of a character as they may be."""
+        name = self._backend.id_to_token(token_id)
+        if name is None:
+            return b""
+        if self._byte_values and all(letter in self._byte_values for letter in name):
+            return bytes(self._byte_values[letter] for letter in name)
+        if _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(name[3:5])
+        return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that `encode` never gives, by how they are spelled."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token: as many pieces as ids, which joined are `decode(ids)`.
 
@@ -202,6 +224,15 @@ class Tokenizer:
             context, told = told, end
             known = self.decode(ids[context:told])
         return pieces
+
+
+def _byte_values() -> dict[str, int]:
+    """The byte of each letter of a byte-level vocabulary: printable ones stand for themselves, the
+    others for what follows U+0100, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(0x100) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
 def _refuse_surrogates(texts: Sequence[str]) -> None:

@@ -268,6 +268,9 @@ def _advance(
             every = model.readout(states).double().log_softmax(-1)
             following = enumerate(done.prompt_token_ids[1:])
             done.prompt_logprobs = [None, *(float(every[i, token]) for i, token in following)]
+            if params.logprobs is not None:
+                top = [likeliest(each, params.logprobs) for each in every[:-1]]
+                done.prompt_top_logprobs = [None, *top]
     token = pick(
         logits,
         params,

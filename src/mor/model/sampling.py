@@ -101,7 +101,7 @@ class SamplingParams:
     logprobs: int | None = None
     """Report so many of the likeliest tokens beside each chosen one; None reports nothing."""
     prompt_logprobs: bool = False
-    """Report the log-probability of each token of the prompt."""
+    """Report the log-probability of each token of the prompt, and the likeliest with `logprobs`."""
     recursions: int | None = None
     """Every token, those of the prompt too, takes exactly so many passes of the block."""
     max_recursions: int | None = None
@@ -152,6 +152,11 @@ class SamplingParams:
             if not good:
                 raise RequestError(f"{name}={getattr(self, name)!r} must be {range_}.")
 
+    @property
+    def reports_prompt_top(self) -> bool:
+        """Whether the likeliest tokens in the place of each prompt token are reported."""
+        return self.prompt_logprobs and self.logprobs is not None
+
     # -- the rules that all generators share ------------------------------------------------------
 
     def random_numbers(self, index: int) -> random.Random:
@@ -179,6 +184,8 @@ class Completion:
     prompt_token_ids: list[int]
     prompt_recursion_counts: list[int] = field(default_factory=list)
     """Passes of the block that each prompt token took."""
+    num_cached_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt that the generator did not have to compute again."""
     index: int = 0
     """Number among the n completions of its prompt."""
     text: str = ""
@@ -194,6 +201,8 @@ class Completion:
     empty without `SamplingParams.logprobs`."""
     prompt_logprobs: list[float | None] = field(default_factory=list)
     """Log-probability of each prompt token, None for the first; empty if not asked for."""
+    prompt_top_logprobs: list[dict[int, float] | None] = field(default_factory=list)
+    """The likeliest tokens in the place of each prompt token; None for the first."""
     finish_reason: FinishReason | None = None
 
 

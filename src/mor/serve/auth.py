@@ -1,0 +1,58 @@
+"""Who may come in: every route but `/health` asks for the key, where there is one."""
+
+import base64
+import binascii
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mor.serve.errors import HTTPError
+
+_OPEN = frozenset(("/health",))
+_PAGES = ("/page/",)  # a browser logs in with HTTP Basic, and the key as its password
+_PAGE_ROUTES = frozenset(("/", "/depths"))
+
+
+class Auth:
+    """ASGI middleware that lets nobody pass without one of the keys."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or not self._keys or scope["path"] in _OPEN:
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        is_page = path in _PAGE_ROUTES or path.startswith(_PAGES)
+        given = _given(Headers(scope=scope).get("authorization", ""), is_page)
+        # Every key is compared, in time that does not depend on where they differ.
+        if sum(hmac.compare_digest(given, key) for key in self._keys):
+            await self._app(scope, receive, send)
+            return
+        challenge = 'Basic realm="mor", charset="UTF-8"' if is_page else "Bearer"
+        error = HTTPError(
+            401,
+            "this server asks for a key: send the header `Authorization: Bearer KEY`.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": challenge},
+        )
+        await error.response(scope, receive, send)
+
+
+def _given(header: str, is_page: bool) -> bytes:
+    """The key that came with a request; empty, which is no key, without one."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode("latin-1")  # the bytes that were sent
+    if scheme.lower() == "basic" and is_page:
+        try:
+            _, _, password = base64.b64decode(value, validate=True).partition(b":")
+        except (binascii.Error, ValueError):
+            return b""
+        return password
+    return b""

@@ -1,0 +1,55 @@
+"""`EngineState`: who runs, and which pages are held at which depth, at one moment."""
+
+from dataclasses import dataclass
+
+from mor.engine.llm import LLM
+from mor.engine.pages import PageTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """A look at the engine between two ticks; taken in its thread."""
+
+    running: int
+    waiting: int
+    tokens_by_depth: list[int]
+    """Tokens generated so far by their recursion count, from 0 to R."""
+    pages_by_depth: list[int]
+    """(R,) pages that running sequences hold at each depth; only the first where depths share."""
+    pages_outer: int
+    """Pages that they hold for prelude and coda."""
+    pages_used: int
+    """Pages that are not free; what no sequence holds, the prefix cache does."""
+    pages_total: int
+    page_bytes: int
+    preemptions: int
+
+    @classmethod
+    def of(cls, llm: LLM) -> "EngineState":
+        """The state now."""
+        running = llm.scheduler.running
+        depths: list[list[PageTable]] = [[] for _ in range(llm.model_config.num_recursions)]
+        for sequence in running:
+            for depth, table in zip(depths, sequence.depths, strict=False):
+                depth.append(table)
+        return cls(
+            running=len(running),
+            waiting=len(llm.scheduler.waiting),
+            tokens_by_depth=list(llm.stats.depth_histogram),
+            pages_by_depth=[_distinct(tables) for tables in depths],
+            pages_outer=_distinct([s.outer for s in running if s.outer is not None]),
+            pages_used=llm.pool.num_pages - llm.pool.num_free,
+            pages_total=llm.pool.num_pages,
+            page_bytes=llm.cache.page_bytes,
+            preemptions=llm.scheduler.num_preemptions,
+        )
+
+    @property
+    def pages_cached(self) -> int:
+        """Pages that only the prefix cache holds."""
+        return self.pages_used - self.pages_outer - sum(self.pages_by_depth)
+
+
+def _distinct(tables: list[PageTable]) -> int:
+    """Pages of these tables; one that several share counts once."""
+    return len({page for table in tables for page in table.pages})

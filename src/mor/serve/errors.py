@@ -1,0 +1,117 @@
+"""Errors as clients see them: OpenAI's shape, one clear sentence, never a stack trace."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.responses import Response
+
+from mor.errors import CapacityError, MorError
+from mor.serve.protocol import ErrorDetail, ErrorResponse
+
+_TYPES = (  # by status, as OpenAI names them
+    (401, "authentication_error"),
+    (404, "not_found_error"),
+    (429, "rate_limit_error"),
+)
+_LONGEST_MESSAGE = 1000
+
+
+class HTTPError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP status.
+        message: one sentence, cause and cure.
+        param: the field that is wrong.
+        code: a short name for programs.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> ErrorResponse:
+        """What the client reads."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return ErrorResponse(
+            error=ErrorDetail(
+                message=shortened(str(self)),
+                type=dict(_TYPES).get(self.status, kind),
+                param=self.param,
+                code=self.code,
+            )
+        )
+
+    @property
+    def response(self) -> Response:
+        """The whole answer."""
+        return answer(self.body.model_dump(), self.status, self.headers)
+
+
+def answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON; what is no Unicode text (half of a surrogate pair) becomes a question mark."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = text.encode("utf-8", "replace")
+    return Response(data, status, dict(headers or {}), media_type="application/json")
+
+
+def shortened(text: str) -> str:
+    """At most a thousand characters of it."""
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}.."
+
+
+def refused(error: MorError) -> HTTPError:
+    """An error of the engine: what it cannot serve is the request's fault."""
+    code = "capacity_exceeded" if isinstance(error, CapacityError) else None
+    return HTTPError(400, str(error), code=code)
+
+
+def invalid(errors: Sequence[Mapping[str, Any]]) -> HTTPError:
+    """What is wrong with a body, from pydantic's list: the first field, and all it says of it."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return HTTPError(400, f"the body is not valid JSON: {_reason(first)}.")
+    name, kind = _field(first), first["type"]
+    if not name:
+        return HTTPError(400, _sentence(first))
+    if kind == "extra_forbidden":
+        message = f"{name} is not a field that this server supports: leave it out."
+        return HTTPError(400, message, param=name, code="unsupported_field")
+    if kind == "missing":
+        return HTTPError(400, f"{name} is missing: the request needs it.", param=name)
+    about = dict.fromkeys(_sentence(e) for e in errors if _field(e).startswith(name.split(".")[0]))
+    return HTTPError(400, f"{name}: {' '.join(about)}", param=name)
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    """Path of the field, e.g. messages.0.content; without the branches of unions."""
+    path = [part for part in error["loc"][1:] if not _is_branch(part)]
+    return shortened(".".join(map(str, path)))
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether pydantic names a union's branch here, such as `list[str]`."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "function-after"))
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return text if text.endswith(".") else f"{text}."
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    return str(error.get("ctx", {}).get("error", error["msg"]))

@@ -1,0 +1,369 @@
+"""What clients send and get: OpenAI's shapes, with recursion counts.
+
+A field that is not listed here is refused by name: nothing that a client asks for is ignored.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mor.model.sampling import MAX_LOGPROBS
+
+FinishReason = Literal["stop", "length", "abort"]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Absent = Field(default=None, exclude_if=lambda value: value is None)
+"""Not sent where there is nothing to say; other fields are null then, as OpenAI's are."""
+MAX_N = 128
+MAX_STOPS = 64
+
+
+class Request(BaseModel):
+    """Base of what comes in: unknown fields are errors, and types must be right as they are."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Answer(BaseModel):
+    """Base of what goes out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Request):
+    """How to stream."""
+
+    include_usage: bool = False
+    """A last chunk, without choices, that holds the usage."""
+
+
+class SamplingRequest(Request):
+    """Fields that `/v1/completions` and `/v1/chat/completions` share."""
+
+    model: str | None = None
+    """The served model's name; may be left out."""
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[Number, Field(ge=0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    """0 and -1 keep all tokens."""
+    min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
+    ignore_eos: bool = False
+    """Go on after the end of the text."""
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Nothing ends the request before so many tokens."""
+    max_recursions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """No token takes more passes of the block."""
+    num_recursions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Every token takes exactly so many passes."""
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> "SamplingRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true.")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the request."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+Prompts = str | list[str] | list[TokenId] | list[list[TokenId]]
+
+
+class CompletionRequest(SamplingRequest):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompts
+    """A text, several texts, token ids, or several lists of token ids."""
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
+    """null: what fits the model. 0 with `echo` scores a prompt."""
+    echo: bool = False
+    """Give the prompt back, in front of the text; with `logprobs` its log-probabilities, too."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Likeliest tokens to report in each place, beside the chosen one."""
+
+
+class TextPart(Request):
+    """A part of a message's content; only texts can be read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Request):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class ChatRequest(SamplingRequest):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """null: what fits the model."""
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """The older name of `max_completion_tokens`."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true.")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens mean the same: give one.")
+        return self
+
+
+class TokenizeRequest(Request):
+    """Body of `POST /tokenize`: a text, or messages as the chat template writes them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages, one of them.")
+        return self
+
+
+class DetokenizeRequest(Request):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+# -- answers ------------------------------------------------------------------------------------
+
+
+class ErrorDetail(Answer):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    """The field that is wrong."""
+    code: str | None = None
+
+
+class ErrorResponse(Answer):
+    """Body of every error."""
+
+    error: ErrorDetail
+
+
+class Usage(Answer):
+    """What a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    mean_recursions: float | None
+    """Of the generated tokens; null where there are none."""
+    flops_saved: float
+    """Share of the FLOPs of prompt and output that routing spared, against full depth."""
+
+
+class CompletionLogprobs(Answer):
+    """Log-probabilities, one entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """One completion, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    token_ids: list[int]
+    recursion_counts: list[int]
+    """Passes that went into each of `token_ids`."""
+    prompt_token_ids: list[int] | None = Absent
+    """With `echo`."""
+    prompt_recursion_counts: list[int] | None = Absent
+    """With `echo`: passes that each token of the prompt took."""
+
+
+class CompletionResponse(Answer):
+    """Answer of `/v1/completions`, or a chunk of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(Answer):
+    """A likely token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A chosen token, and the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+
+
+class ChatMessage(Answer):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(Answer):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+    token_ids: list[int]
+    recursion_counts: list[int]
+
+
+class ChatResponse(Answer):
+    """Answer of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(Answer):
+    """What a chunk adds to the model's turn."""
+
+    role: Literal["assistant"] | None = Absent
+    content: str | None = Absent
+
+
+class ChatChunkChoice(Answer):
+    """What a chunk adds to one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    token_ids: list[int]
+    recursion_counts: list[int]
+
+
+class ChatChunk(Answer):
+    """A chunk of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(Answer):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "mor"
+    max_model_len: int
+    num_recursions: int
+
+
+class ModelList(Answer):
+    """Answer of `/v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeResponse(Answer):
+    """Answer of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = Absent
+
+
+class DetokenizeResponse(Answer):
+    """Answer of `/detokenize`."""
+
+    prompt: str
+
+
+class VersionResponse(Answer):
+    """Answer of `/version`."""
+
+    version: str
+
+
+class DepthsResponse(Answer):
+    """Answer of `/depths`: the engine at this moment."""
+
+    model: str
+    num_recursions: int
+    tokens_by_depth: list[int]
+    """Tokens generated so far by their recursion count, from 0 to num_recursions."""
+    kv_pages_by_depth: list[int]
+    """Pages that running requests hold at each depth of the block."""
+    kv_pages_outer: int
+    """Pages that they hold for the layers around the block."""
+    kv_pages_cached: int
+    """Further pages, which only the prefix cache holds."""
+    kv_pages_total: int
+    tokens_per_s: float
+    """Over the last seconds."""
+    running: int
+    waiting: int

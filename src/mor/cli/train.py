@@ -19,6 +19,7 @@ from mor.cli.terminal import console, parser
 from mor.config import merge, read_yaml
 from mor.errors import ConfigError, nearest
 from mor.train.config import TrainConfig
+from mor.train.parallel import is_first
 from mor.train.trainer import Row, Trainer
 
 HELP = "Pre-train a model, or continue."
@@ -29,6 +30,7 @@ EXAMPLES = (
     "mor train configs/360m-mor3.yaml --data data/web --micro_batch_size 16 --precision bf16",
     "mor train configs/smoke.yaml --out runs/r4 --model.num_recursions 4 --lr 1e-3",
     "mor train configs/smoke.yaml --out runs/short --budget '1e13 flops'",
+    "torchrun --nproc-per-node 8 --no-python mor train configs/360m-mor3.yaml --parallel fsdp",
 )
 
 _STOPPING = b"\nstopping after this step; saving ...\n"
@@ -41,16 +43,19 @@ def run(args: Sequence[str]) -> int:
     config = load_train_config(options.config, overrides)
     out = Path(options.out or Path("runs") / Path(options.config).stem)
     screen = console()
+    screen.quiet = not is_first()
     with watched(screen, config) as (on_step, should_stop):
         trainer = Trainer(
             config, out, resume=options.resume, on_step=on_step, should_stop=should_stop
         )
         if trainer.finished:
             screen.print(f"{out} is finished: {trainer.step} of {trainer.step} steps.")
+            trainer.world.leave()
             return 0
         if trainer.step:
             screen.print(f"resuming {out} after step {trainer.step}.")
         outcome = trainer.run()
+        trainer.world.leave()
     if outcome == "stopped":
         screen.print(
             f"stopped and saved after step {trainer.step} of {trainer.total_steps:.0f}; continue "
@@ -140,11 +145,12 @@ def watched(screen: Console, config: TrainConfig) -> Generator[tuple[Any, Any], 
             raise KeyboardInterrupt
         asked[0] = True
         # A signal may come in the middle of a print or of an import, where rich cannot print.
-        os.write(2, _STOPPING if screen.is_terminal else _STOPPING.lstrip())
+        if not screen.quiet:
+            os.write(2, _STOPPING if screen.is_terminal else _STOPPING.lstrip())
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not screen.quiet:
             with Live(console=screen, refresh_per_second=4, transient=False) as live:
                 yield (lambda row: live.update(_line(row, config, live.console))), lambda: asked[0]
         else:

@@ -18,6 +18,8 @@ STDLIB = "stdlib"
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["trapezoid", "cosine"]
 Precision = Literal["fp32", "bf16"]
+Parallel = Literal["auto", "none", "ddp", "fsdp"]
+FsdpReshard = Literal["auto", "recursion", "step"]
 
 _TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = MappingProxyType(
     {
@@ -61,7 +63,7 @@ class TrainConfig:
     batch_size: int = 1024
     """Sequences per optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; None: the whole batch at once."""
+    """Sequences per forward pass of one process; None: its whole part of the batch at once."""
     steps: int = 10_000
     """Optimizer steps."""
     budget: str | None = None
@@ -117,6 +119,12 @@ class TrainConfig:
     """`auto`, `cpu`, `cuda`."""
     precision: Precision = "fp32"
     """`bf16`: autocast; weights and optimizer stay in fp32."""
+    parallel: Parallel = "auto"
+    """How the processes of torchrun share the work: `ddp` keeps whole weights on each, `fsdp` a
+    part; `auto` is ddp, and none for one process."""
+    fsdp_reshard: FsdpReshard = "auto"
+    """When fsdp frees the shared block's gathered weights: after each `recursion` or each `step`;
+    auto: recursion, but step for token choice."""
 
     def __post_init__(self) -> None:
         if isinstance(self.init_from, str):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mor.io.tokenizer import Tokenizer
 from mor.model.mor import MoRModel
 
 STATE = "training_state.pt"
+SHARDS = "optimizer"
+"""Folder of the optimizer's tensors where many processes each wrote a part of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +54,63 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def map_tensors(
+    tree: Any, change: Callable[[str, torch.Tensor], torch.Tensor], at: str = ""
+) -> Any:
+    """Plain data with its tensors replaced; `change` gets each tensor's place in the data."""
+    if isinstance(tree, torch.Tensor):
+        return change(at, tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, change, f"{at}/{key}") for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(v, change, f"{at}/{i}") for i, v in enumerate(tree))
+    return tree
+
+
+def take_out_tensors(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """An optimizer's state with its tensors described only (`meta`), and the tensors by place.
+
+    Single numbers stay where they are.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def describe(at: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 0:
+            return tensor
+        tensors[at] = tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return map_tensors(tree, describe), tensors
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def save_step(
-    run: Path, model: MoRModel, state: TrainState, tokenizer: Tokenizer, keep: int
+    run: Path,
+    model: MoRModel,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    keep: int,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write `checkpoints/step-N`, which appears complete or not at all; then drop old ones.
 
     Args:
         keep: newest checkpoints to keep; 0 keeps all.
+        write_more: puts more files into the folder before it appears.
 
     Raises:
         CapacityError: the disk is full; earlier checkpoints are still there.
         CheckpointError: the place cannot be written.
     """
-    target = run / "checkpoints" / f"step-{state.step:08d}"
+    target = step_folder(run, state.step)
     if not target.exists():
         try:
             with staged_folder(target) as staged:
+                write_more(staged)
                 write_model(model, staged, tokenizer)
                 plain = {f.name: getattr(state, f.name) for f in fields(state)}
                 plain["settings"] = json.dumps(state.settings)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mor.config import dump_yaml
-from mor.errors import CapacityError, CheckpointError, ConfigError
+from mor.errors import CapacityError, CheckpointError, ConfigError, MorError
 from mor.io.checkpoint import load, newest_step, resolve
 from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -32,7 +32,8 @@ from mor.train.optim import (
     learning_rate,
     set_learning_rate,
 )
-from mor.train.state import TrainState, read_state, rng_state, save_step, set_rng_state
+from mor.train.parallel import World
+from mor.train.state import TrainState, read_state, rng_state, set_rng_state
 from mor.train.stdlib import stdlib_documents
 from mor.train.watch import TensorBoard, Watch, summary_writer
 
@@ -44,7 +45,7 @@ _EVAL_ROWS = 8  # sequences that an evaluation runs at a time
 FREE = frozenset(
     (
         *("eval_every", "save_every", "keep_checkpoints", "device", "verify_data"),
-        *("spike_threshold", "tensorboard"),
+        *("spike_threshold", "tensorboard", "parallel", "fsdp_reshard"),
     )
 )
 """What a resumed run may change without becoming another run."""
@@ -83,15 +84,14 @@ class Trainer:
             summary_writer()
         self.config, self.out = config, out
         self._on_step, self._should_stop = on_step, should_stop
-        checkpoint = _checkpoint_to_resume(out, resume)
-        self.device = _device(config.device)
-        data = TrainingData.open(config, _prepare_data(config, out), config.micro_size)
-        self.tokenizer, self._batches = data.tokenizer, data.batches
-        self._eval_batches = data.valid.split(_EVAL_ROWS)
-        self._calibration = () if data.calibration is None else data.calibration.split(_EVAL_ROWS)
-        torch.manual_seed(config.seed)
-        self.model = self._build_model(data, checkpoint).to(self.device)
-        self.config = config = resolve_budget(config, self.model.config)
+        self.world = World.join(config.parallel, _device(config.device))
+        self.device = self.world.device
+        checkpoint = self.world.first(lambda: _checkpoint_to_resume(out, resume))
+        corpora = self.world.first(lambda: _prepare_data(config, out))
+        with self.world.together():
+            self.model = self._open(corpora, checkpoint).to(self.device)
+            self.config = config = resolve_budget(config, self.model.config)
+        self._spread = self.world.spread(self.model, config)
         self.optimizer = build_optimizer(self.model, config)
         self.step = 0
         """Optimizer steps done."""
@@ -101,9 +101,21 @@ class Trainer:
         self.metrics = MetricsFile(out / "metrics.jsonl")
         if checkpoint is not None:
             self._resume(checkpoint)
-        self._open_folder()
+        self.world.first(self._open_folder)
         self._watch = Watch(config, self.model.config, out, self.device, self.metrics.rows())
-        self._board = TensorBoard(out / "tensorboard", self.step) if config.tensorboard else None
+        board = config.tensorboard and self.world.rank == 0
+        self._board = TensorBoard(out / "tensorboard", self.step) if board else None
+
+    def _open(self, corpora: Sequence[tuple[Path, float]], checkpoint: Path | None) -> MoRModel:
+        """Open the data and build the model; rank 0 checks the data for all."""
+        verify = self.config.verify_data and self.world.rank == 0
+        config = dataclasses.replace(self.config, verify_data=verify)
+        data = TrainingData.open(config, corpora, self.world.micro_size(config))
+        self.tokenizer, self._batches = data.tokenizer, data.batches
+        self._eval_batches = data.valid.split(_EVAL_ROWS)
+        self._calibration = () if data.calibration is None else data.calibration.split(_EVAL_ROWS)
+        torch.manual_seed(config.seed)
+        return self._build_model(data, checkpoint)
 
     @property
     def total_steps(self) -> float:
@@ -116,7 +128,17 @@ class Trainer:
         return is_over(self.step, self.total_steps)
 
     def run(self) -> Outcome:
-        """Train; see the class."""
+        """Train; see the class.
+
+        Raises:
+            ConfigError: the loss is no number any more, or spikes.
+            CapacityError: no memory or disk is left.
+            MorError: another process of the run has ended.
+        """
+        with self.world.contact():
+            return self._run()
+
+    def _run(self) -> Outcome:
         config = self.config
         if self.finished:
             return "finished"
@@ -132,26 +154,30 @@ class Trainer:
                     f"out of memory at step {self.step + 1}: lower micro_batch_size (now "
                     f"{config.micro_size}) or sequence_length (now {config.sequence_length})."
                 ) from error
-            row["step_s"] = time.perf_counter() - step_started
+            row["step_s"], asked = self.world.agree(
+                time.perf_counter() - step_started, self._should_stop()
+            )
             self.elapsed += row["step_s"]
             row["total_steps"] = round(self.total_steps)
             last = self.finished
-            stopping = not last and self._should_stop()
+            stopping = asked and not last
             if last or (config.eval_every and self.step % config.eval_every == 0):
                 row |= self._evaluate()
             seconds = time.perf_counter() - started
             row |= {
                 "seconds": seconds,
                 "tokens_per_s": (row["tokens"] - tokens_before) / seconds,
-                **self._watch.pace(row["step_s"]),
             }
-            self.metrics.append(row)
+            if self.world.rank == 0:
+                row |= self._watch.pace(row["step_s"] * self.world.size)
+                self.metrics.append(row)
             if self._board is not None:
                 self._board.append(row)
             due = config.save_every and self.step % config.save_every == 0
             if last or stopping or due:
                 self.save()
-            self._on_step(row)
+            if self.world.rank == 0:
+                self._on_step(row)
             if stopping:
                 return "stopped"
         return "finished"
@@ -167,7 +193,7 @@ class Trainer:
             settings=self._settings(),
         )
         keep = self.config.keep_checkpoints
-        return save_step(self.out, self.model, state, self.tokenizer, keep)
+        return self.world.save(self.out, self.model, state, self.tokenizer, keep)
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -177,36 +203,40 @@ class Trainer:
         rate = learning_rate(config, self.step, self.total_steps)
         set_learning_rate(self.optimizer, rate)
         balancing = balancing_at(config, self.step)
-        loss, aux = torch.zeros((), device=self.device), dict[str, Tensor]()
-        fractions: list[Tensor] = []
-        for micro in range(config.num_micro_batches):
-            index = self.step * config.num_micro_batches + micro
+        sums: dict[str, Tensor] = {}
+        mine = self.world.micro_batches(config, self.step)
+        for index in mine:
             batch = self._batches.at(index).to(self.device)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=config.precision == "bf16"
-            ):
-                out = model(
-                    batch[:, :-1], targets=batch[:, 1:], capacities=capacities, return_logits=False
-                )
-            assert out.loss is not None
-            assert out.total_loss is not None
-            total = out.total_loss
-            if balancing < 1 and "balancing_loss" in out.aux_losses:
-                weight = (1 - balancing) * model.config.balancing_coeff
-                total = total - weight * out.aux_losses["balancing_loss"]
-            (total / config.num_micro_batches).backward()
-            loss += out.loss.detach() / config.num_micro_batches
-            for name, value in out.aux_losses.items():
-                aux[name] = aux.get(name, 0) + value.detach() / config.num_micro_batches
+            torch.manual_seed((config.seed * 2**32 + index) % 2**63)  # for a random router
+            with self._spread.micro_batch(last=index == mine[-1]):
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+                ):
+                    out = self._spread(batch[:, :-1], batch[:, 1:], capacities)
+                assert out.loss is not None
+                assert out.total_loss is not None
+                total = out.total_loss
+                if balancing < 1 and "balancing_loss" in out.aux_losses:
+                    weight = (1 - balancing) * model.config.balancing_coeff
+                    total = total - weight * out.aux_losses["balancing_loss"]
+                (total / len(mine)).backward()
+            seen = {"loss": out.loss, **out.aux_losses}
             if isinstance(model.router, TokenChoice):
-                fractions.append(model.router.fractions(out.recursion_counts.reshape(-1)))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-        self._watch.check(self.step + 1, float(loss), float(norm))
+                seen["shares"] = model.router.fractions(out.recursion_counts.reshape(-1))
+            for name, value in seen.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(mine)
+        means = self.world.mean(sums)
+        shares = means.pop("shares", None)
+        norm = self.world.clip(model, config.clip or math.inf)
+        try:
+            self._watch.check(self.step + 1, float(means["loss"]), float(norm))
+        except MorError as error:
+            self.world.refuse(error)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         presence = None
         if isinstance(model.router, TokenChoice):
-            shares = torch.stack(fractions).mean(0)
+            assert shares is not None
             presence = presence_of(model.config, shares.tolist())
             if model.config.balancing == "loss_free":
                 model.router.update_bias(shares, balancing)
@@ -214,16 +244,16 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": self.step * config.tokens_per_step,
-            "loss": float(loss),
             "lr": rate,
             "grad_norm": float(norm),
             "flops": self._watch.count(self.step - 1, presence),
-            **{name: float(value) for name, value in aux.items()},
+            **{name: float(value) for name, value in means.items()},
         }
 
     def _evaluate(self) -> Row:
         self._calibrate()
-        result = evaluate(self.model, self._eval_batches).as_dict()
+        whole = self.world.whole(self.model)
+        result = self.world.first(lambda: evaluate(whole, self._eval_batches).as_dict())
         tokens = result.pop("tokens")
         return {**result, "eval_tokens": tokens}
 
@@ -232,7 +262,8 @@ class Trainer:
         if self._calibrated == self.step or not self._calibration:
             return
         if isinstance(self.model.router, ExpertChoice):
-            self.model.set_thresholds(calibrate(self.model, self._calibration))
+            whole = self.world.whole(self.model)
+            self.model.set_thresholds(self.world.first(lambda: calibrate(whole, self._calibration)))
         self._calibrated = self.step
 
     # -- setting up -----------------------------------------------------------------------------
@@ -286,6 +317,15 @@ class Trainer:
         return {k: v for k, v in plain.items() if k not in FREE}
 
     def _resume(self, checkpoint: Path) -> None:
+        with self.world.together():
+            state = self._state_of(checkpoint)
+        with self.world.together():
+            optimizer = self.world.optimizer_state(checkpoint, state.optimizer)
+        self.optimizer.load_state_dict(optimizer)
+        set_rng_state(state.rng)
+        self.step, self.elapsed = state.step, state.elapsed
+
+    def _state_of(self, checkpoint: Path) -> TrainState:
         state = read_state(checkpoint)
         ours = self._settings()
         for key, value in state.settings.items():
@@ -294,9 +334,7 @@ class Trainer:
                     f"cannot resume {checkpoint}: it was trained with {key}={value!r}, now "
                     f"{key}={ours[key]!r}; give the old value, or start a new run with init_from."
                 )
-        self.optimizer.load_state_dict(state.optimizer)
-        set_rng_state(state.rng)
-        self.step, self.elapsed = state.step, state.elapsed
+        return state
 
 
 def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:

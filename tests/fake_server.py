@@ -106,7 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._stranger():
             return
         if self.path == "/v1/models":
-            card = {"id": "fake", "vocab_size": self.fake.vocab_size}
+            card = {
+                "id": "fake",
+                "vocab_size": self.fake.vocab_size,
+                "num_recursions": self.fake.num_recursions,
+            }
             self._json(200, {"object": "list", "data": [card]})
         else:
             self._error(404, f"there is no {self.path}.")
@@ -120,8 +124,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.fake.asked.append((self.path, body))
         if self.fake.refuse is not None:
             self._error(*self.fake.refuse)
-        elif self.path.endswith("/chat/completions") and not self.fake.has_chat:
-            self._error(400, "the model has no chat template.")
+        elif "messages" in body and not self.fake.has_chat:
+            self._error(400, "the model has no chat template: use /v1/completions.")
+        elif self.path == "/tokenize":
+            self._json(200, {"count": 1, "tokens": [1]})
         else:
             self._stream(body)
 

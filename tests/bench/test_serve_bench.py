@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fake_server import Fake, serving
+from mor import Tokenizer, save
 from mor.bench.serve import (
     Ask,
     Outcome,
@@ -21,8 +22,10 @@ from mor.bench.serve import (
     read,
     summarise,
 )
+from mor.bench.serve_offline import serving as serving_model
 from mor.cli.main import main
 from mor.errors import ConfigError, DataError, RequestError
+from tiny import tiny_model
 
 
 def event(**choice: Any) -> bytes:
@@ -260,3 +263,46 @@ def test_an_infinite_rate_is_json(bench: Call) -> None:
     record = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert record["request_rate"] == "inf"
     assert math.isfinite(record["duration"])
+
+
+# -- against the engine alone -----------------------------------------------------------------
+
+
+def test_http_against_the_engine(bench: Call, tmp_path: Path) -> None:
+    save(tiny_model("expert", vocab_size=300), tmp_path / "m", Tokenizer.train(["a b c"], 300))
+    sizes = ("--random-input-len", 8, "--random-output-len", 6, "--max-concurrency", 3)
+    options = ("--against", "offline", "--rounds", 2, "--dtype", "float64", *sizes)
+    status, out, err = bench(tmp_path / "m", *options)
+    assert status == 0, err
+    *table, line = out.splitlines()
+    record = json.loads(line)
+    assert record["same_texts"] == 1
+    assert (record["streams"], record["load"]["rounds"]) == (3, 2)
+    ratio = record["load"]["ratio"]
+    assert record["http_cost"] == pytest.approx(1 - 1 / ratio)
+    assert record["ttft_ms"] > 0
+    assert record["ttft_ratio_min"] <= record["ttft_ratio"] <= record["ttft_ratio_max"]
+    assert any(row.startswith("tokens/s, 3 streams") for row in table)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--against", "offlin"), "did you mean 'offline'?"),
+        (("--against=offline", "--max-concurrency", "0"), "streams=0 must be at least 1"),
+        (("--against=offline", "--goodput", "ttft:1"), "unknown option --goodput"),
+    ],
+)
+def test_a_comparison_that_cannot_be(
+    bench: Call, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    save(tiny_model("vanilla"), tmp_path / "m")
+    status, out, err = bench(tmp_path / "m", *options)
+    assert (status != 0, out) == (True, "")
+    assert message in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"does not start: .*nowhere"):
+        serving_model(tmp_path / "nowhere", []).__enter__()

@@ -70,9 +70,13 @@ def test_the_openai_client_hears_of_it(server: Running) -> None:
 def test_a_browser_may_log_in_to_the_page_only(server: Running) -> None:
     with httpx.Client(base_url=server.url) as browser:
         assert browser.get("/depths", headers=basic(KEY)).status_code == 200
-        assert browser.get("/", headers=basic(KEY)).status_code in (200, 404)
+        assert browser.get("/", headers=basic(KEY)).status_code == 200
         assert browser.get("/depths", headers=basic("wrong")).status_code == 401
         assert browser.get("/v1/models", headers=basic(KEY)).status_code == 401
+        ours = {"X-Requested-With": "depth-page"}  # what the page asks for itself
+        assert browser.get("/v1/models", headers=basic(KEY) | ours).status_code == 200
+        assert browser.get("/v1/models", headers=basic("wrong") | ours).status_code == 401
+        assert browser.get("/v1/models", headers=ours).status_code == 401
 
 
 def test_health_is_open_and_tells_nothing(server: Running) -> None:

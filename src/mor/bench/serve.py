@@ -84,6 +84,8 @@ class Answer:
     itl: list[float]
     prompt_tokens: int
     output_tokens: int
+    token_ids: list[int]
+    """Empty where the server does not tell them."""
     recursions: list[int]
 
     @property
@@ -194,6 +196,7 @@ def read(outcome: Outcome) -> Answer:
     if outcome.error:
         raise RequestError(outcome.error)
     times: list[float] = []
+    token_ids: list[int] = []
     recursions: list[int] = []
     counted = 0
     usage: dict[str, Any] = {}
@@ -206,6 +209,7 @@ def read(outcome: Outcome) -> Answer:
                 continue
             counted += len(ids) or 1
             times.append(at)
+            token_ids.extend(ids)
             recursions.extend(choice.get("recursion_counts") or ())
     if not times:
         raise RequestError("the server sent no token.")
@@ -215,6 +219,7 @@ def read(outcome: Outcome) -> Answer:
         itl=[later - earlier for earlier, later in pairwise(times)],
         prompt_tokens=usage.get("prompt_tokens", 0),
         output_tokens=usage.get("completion_tokens", counted),
+        token_ids=token_ids,
         recursions=recursions,
     )
 

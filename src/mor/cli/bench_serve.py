@@ -10,11 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mor.bench import serve
+from mor.bench import serve, serve_offline
 from mor.bench.timing import machine
 from mor.cli.table import print_table
 from mor.cli.terminal import Parser, console, err_console, parser
-from mor.errors import ConfigError, DataError, RequestError, nearest
+from mor.errors import ConfigError, DataError, nearest
+from mor.io.checkpoint import resolve
 from mor.io.tokenizer import Tokenizer
 from mor.serve.client import Client
 
@@ -22,8 +23,14 @@ EXAMPLES = (
     "mor bench serve --port 8000 --num-prompts 64 --max-concurrency 32 --ignore-eos",
     "mor bench serve --base-url http://10.0.0.2:8000 --request-rate 4 --goodput ttft:500 tpot:50",
     "mor bench serve --dataset-name custom --dataset-path prompts.jsonl --save-result",
+    "mor bench serve runs/smoke --against offline  # what HTTP costs; --help has its options",
 )
 HELP = "Send requests to an OpenAI-compatible server; measure latency, throughput and goodput."
+HELP_OFFLINE = "Start a server, and measure its streams against the engine alone, in turns."
+EXAMPLES_OFFLINE = (
+    "mor bench serve runs/smoke --against offline",
+    "mor bench serve runs/smoke --against offline --quantization int8 --rounds 9 --json",
+)
 _DATASETS = ("random", "custom")
 _NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -37,6 +44,8 @@ _NAMES: Mapping[str, str] = MappingProxyType(
 
 def run(args: Sequence[str]) -> int:
     """Entry point; returns the exit status."""
+    if any(arg.partition("=")[0] == "--against" for arg in args):
+        return _against_offline(args)
     options = _parse(args)
     percentiles, metrics = _percentiles(options), _metrics(options)
     goodput = _goodput(options.goodput)
@@ -97,6 +106,57 @@ def _parse(args: Sequence[str]) -> Any:
     return p.parse_args(list(args))
 
 
+def _against_offline(args: Sequence[str]) -> int:
+    p = parser("bench serve", HELP_OFFLINE, EXAMPLES_OFFLINE)
+    p.add_argument("model", metavar="MODEL", help="folder of a checkpoint or run")
+    p.add_argument("--against", required=True, help="offline, the one choice there is")
+    p.add_argument("--max-concurrency", type=int, default=32, help="streams at once")
+    p.add_argument("--random-input-len", type=int, default=128, help="tokens of each prompt")
+    p.add_argument("--random-output-len", type=int, default=128, help="tokens to generate")
+    p.add_argument("--rounds", type=int, default=5, help="pairs of timed runs")
+    p.add_argument("--seed", type=int, default=0, help="of the prompts")
+    p.add_argument("--dtype", default=None, help="of the weights")
+    p.add_argument("--quantization", default=None, help="int8")
+    p.add_argument("--json", action="store_true", help="print one JSON line, no table")
+    options = p.parse_args(list(args))
+    if options.against != "offline":
+        hint = nearest(options.against, ("offline",))
+        raise ConfigError(f"--against {options.against!r} is unknown: {hint}")
+    plan = serve_offline.Versus(
+        model=resolve(options.model),
+        streams=options.max_concurrency,
+        prompt=options.random_input_len,
+        output=options.random_output_len,
+        rounds=options.rounds,
+        seed=options.seed,
+        dtype=options.dtype,
+        quantization=options.quantization,
+    )
+    with err_console().status("") as status:
+        found = serve_offline.measure(plan, lambda what: status.update(f"measuring {what} ..."))
+    record = {"bench": "serve", "machine": machine(), **found}
+    if not options.json:
+        rows = [
+            (
+                f"tokens/s, {plan.streams} streams",
+                f"{found['http_tokens_per_s']:.1f}",
+                f"{found['offline_tokens_per_s']:.1f}",
+                f"cost {found['http_cost']:.1%}",
+                f"{serve_offline.MOST_COST:.0%}",
+            ),
+            (
+                "ms to the first token, idle",
+                f"{found['ttft_ms']:.2f}",
+                f"{found['prefill_ms']:.2f}",
+                f"{found['ttft_ratio']:.3f} x",
+                f"{serve_offline.MOST_WAIT:g} x",
+            ),
+        ]
+        print_table(console(), ("", "HTTP", "engine alone", "median of pairs", "bar"), rows)
+    console().print(json.dumps(record), soft_wrap=True, markup=False)
+    return 0
+
+
 def _add_prompts(p: Parser) -> None:
     p.add_argument("--num-prompts", type=int, default=100, help="requests to send")
     p.add_argument("--dataset-name", default="random", help=f"one of: {', '.join(_DATASETS)}")
@@ -119,7 +179,7 @@ async def _measure(
     client: Client, options: Any, traffic: serve.Traffic
 ) -> tuple[list[serve.Outcome], float]:
     """The run itself, after one request that shows that the server answers."""
-    card = await _card(client, options.model)
+    card = await client.card(options.model)
     given = ("max_recursions", "num_recursions")
     extra = {name: getattr(options, name) for name in given if getattr(options, name) is not None}
     extra |= {"ignore_eos": True} if options.ignore_eos else {}
@@ -129,20 +189,6 @@ async def _measure(
     serve.read(first[0])
     with err_console().status(f"{len(requests)} requests to {client.url} ..."):
         return await serve.drive(client, requests, traffic)
-
-
-async def _card(client: Client, model: str | None) -> Mapping[str, Any]:
-    """What the server says of the model."""
-    answer = await client.get("/v1/models")
-    try:
-        cards = {card["id"]: card for card in answer["data"]}
-    except (KeyError, TypeError) as error:
-        raise RequestError(f"{client.url}/v1/models lists no models as OpenAI does.") from error
-    if not cards:
-        raise RequestError(f"{client.url} serves no model.")
-    if model is not None and model not in cards:
-        raise ConfigError(f"--model {model!r} is not served there: {nearest(model, cards)}")
-    return cards[model] if model is not None else next(iter(cards.values()))
 
 
 def _asks(options: Any, card: Mapping[str, Any]) -> list[serve.Ask]:

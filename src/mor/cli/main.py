@@ -23,6 +23,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "report": ("mor.cli.report", "curves of training runs, laid over each other on one page"),
         "generate": ("mor.cli.generate", "continue a prompt, coloured by recursion count"),
         "serve": ("mor.cli.serve", "an OpenAI-compatible server"),
+        "chat": ("mor.cli.chat", "talk with a model, or with one behind a server"),
         "eval": ("mor.cli.eval", "loss under both selection rules, depth histogram"),
         "convert": ("mor.cli.convert", "checkpoints of other programs in, ours out"),
         "info": ("mor.cli.info", "parameters, FLOPs and KV bytes, next to the vanilla twin"),

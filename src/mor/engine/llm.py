@@ -4,7 +4,7 @@ import copy
 import itertools
 import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from mor.engine.config import EngineConfig
@@ -148,7 +148,7 @@ class LLM:
                     self.abort(name)
         return [completion for name in names for completion in done[name]]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TokenEvent]:
         """The tokens of one request as they come; closing the iterator aborts the request."""
         name = self.add_request(prompt, params)
         inbox = self._inboxes[name] = deque[TokenEvent]()  # other streams' steps fill it, too

@@ -13,6 +13,7 @@ from mor.serve.errors import HTTPError
 _OPEN = frozenset(("/health",))
 _PAGES = ("/page/",)  # a browser logs in with HTTP Basic, and the key as its password
 _PAGE_ROUTES = frozenset(("/", "/depths"))
+_PAGE_HEADER = ("x-requested-with", "depth-page")  # a foreign site's script could not send it
 
 
 class Auth:
@@ -27,9 +28,10 @@ class Auth:
         if scope["type"] != "http" or not self._keys or scope["path"] in _OPEN:
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
-        is_page = path in _PAGE_ROUTES or path.startswith(_PAGES)
-        given = _given(Headers(scope=scope).get("authorization", ""), is_page)
+        path, headers = scope["path"], Headers(scope=scope)
+        name, value = _PAGE_HEADER
+        is_page = path in _PAGE_ROUTES or path.startswith(_PAGES) or headers.get(name) == value
+        given = _given(headers.get("authorization", ""), is_page)
         # Every key is compared, in time that does not depend on where they differ.
         if sum(hmac.compare_digest(given, key) for key in self._keys):
             await self._app(scope, receive, send)

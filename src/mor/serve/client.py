@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from mor.errors import CapacityError, ConfigError, MorError, RequestError
+from mor.errors import CapacityError, ConfigError, MorError, RequestError, nearest
 
 _CONNECT_S = 10.0
 _BUSY = (429, 503)
@@ -77,6 +77,24 @@ class Client:
         """The JSON value that the server answers; errors as for `get`."""
         async with self._exchange("POST", path, body) as parts:
             return self._json(b"".join([part async for part in parts]))
+
+    async def card(self, model: str | None = None) -> Mapping[str, Any]:
+        """What the server says of a model; None takes the first that it serves.
+
+        Raises:
+            RequestError: as for `get`, or it does not list its models as OpenAI does.
+            ConfigError: it does not serve this model.
+        """
+        answer = await self.get("/v1/models")
+        try:
+            cards = {str(card["id"]): card for card in answer["data"]}
+        except (KeyError, TypeError) as error:
+            raise RequestError(f"{self.url}/v1/models lists no models as OpenAI does.") from error
+        if not cards:
+            raise RequestError(f"{self.url} serves no model.")
+        if model is not None and model not in cards:
+            raise ConfigError(f"model {model!r} is not served there: {nearest(model, cards)}")
+        return cards[model] if model is not None else next(iter(cards.values()))
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes]:
         """The data of each server-sent event up to `[DONE]`, as JSON that is not read yet.

@@ -319,6 +319,7 @@ class ModelCard(Answer):
     owned_by: str = "mor"
     max_model_len: int
     num_recursions: int
+    vocab_size: int
 
 
 class ModelList(Answer):

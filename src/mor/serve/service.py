@@ -77,6 +77,7 @@ class Service:
             created=self.created,
             max_model_len=self.max_model_len,
             num_recursions=self.model.num_recursions,
+            vocab_size=self.model.vocab_size,
         )
 
     def check_model(self, name: str | None) -> None:

@@ -1,0 +1,280 @@
+"""`mor chat`: talk with a model in the terminal, its tokens coloured by recursion count."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from rich.console import Console
+
+from mor.bench.palette import MAX_RECURSIONS
+from mor.cli.colour import coloured_text, depth_legend
+from mor.cli.partners import Dials, LocalPartner, Partner, RemotePartner, Turn, template_of
+from mor.cli.terminal import console, err_console, fail, parser
+from mor.errors import ConfigError, MorError, nearest
+
+EXAMPLES = (
+    "mor chat runs/smoke",
+    "mor chat runs/smoke --quantization int8 --depth 2",
+    "MOR_API_KEY=secret mor chat http://127.0.0.1:8000 --system 'Answer in one sentence.'",
+    "echo 'Once upon a time' | mor chat runs/smoke",
+)
+HELP = (
+    "Talk with a model: a checkpoint's folder, or the address of an OpenAI-compatible server. "
+    "Ctrl-C ends an answer, Ctrl-D or /quit the talk."
+)
+COMMANDS = (
+    "/reset             forget what was said",
+    "/depth N           at most N recursions per token; /depth alone lets the router decide",
+    "/temperature X     0 takes the likeliest token",
+    "/help              this list",
+    "/quit              leave; so does Ctrl-D",
+)
+KEY = "MOR_API_KEY"
+_ONLY_LOCAL = ("device", "dtype", "quantization")
+_ONLY_REMOTE = ("api_key", "model")
+
+
+def run(args: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    options = _parse(args)
+    dials = Dials(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if dials.max_tokens < 1:
+        raise ConfigError(f"--max-tokens={dials.max_tokens} must be at least 1.")
+    partner = _partner(options)
+    chat = _Chat(partner, dials, options.system)
+    if options.depth is not None:
+        dials.max_recursions = chat.depth(str(options.depth))
+    chat.temperature(str(options.temperature))
+    chat.greet()
+    chat.loop()
+    return 0
+
+
+def _parse(args: Sequence[str]) -> Any:
+    p = parser("chat", HELP, EXAMPLES)
+    p.add_argument(
+        "partner", metavar="MODEL|URL", help="folder of a checkpoint or run, or http://.."
+    )
+    p.add_argument("--system", default=None, metavar="TEXT", help="what the model is told first")
+    p.add_argument("--max-tokens", type=int, default=256, help="of an answer")
+    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    p.add_argument("--top-p", type=float, default=1.0, help="keep tokens of this probability")
+    p.add_argument("--seed", type=int | None, default=None, help="the same seed, the same answers")
+    p.add_argument("--depth", type=int | None, default=None, help="recursions of a token at most")
+    p.add_argument("--api-key", default=None, help=f"for a URL; default: {KEY} of the environment")
+    p.add_argument("--model", default=None, help="for a URL: name to ask for; default: the first")
+    p.add_argument("--device", default=None, help="for a folder: auto, cpu or cuda")
+    p.add_argument("--dtype", default=None, help="for a folder: float32, bfloat16, ..")
+    p.add_argument("--quantization", default=None, help="for a folder: int8")
+    return p.parse_args(list(args))
+
+
+def _partner(options: Any) -> Partner:
+    is_remote = "://" in options.partner
+    for name in _ONLY_LOCAL if is_remote else _ONLY_REMOTE:
+        if getattr(options, name) is not None:
+            what = "a folder, not a URL" if is_remote else "a URL, not a folder"
+            raise ConfigError(f"--{name.replace('_', '-')} is for {what}: leave it out.")
+    if is_remote:
+        from mor.serve.client import Client
+
+        key = options.api_key or os.environ.get(KEY)
+        return RemotePartner(Client.of(options.partner, key), options.model)
+    from mor.cli.generate import open_model
+    from mor.engine.config import EngineConfig
+    from mor.engine.llm import LLM
+
+    model, tokenizer = open_model(options.partner, options.device or "auto")
+    config = EngineConfig(max_sequences=1, dtype=options.dtype, quantization=options.quantization)
+    with err_console().status("starting the engine (once, compiling its kernels takes a while)"):
+        llm = LLM(model, config, tokenizer=tokenizer)
+    return LocalPartner(options.partner, llm, tokenizer, template_of(tokenizer))
+
+
+class _Chat:
+    """The talk: what was said, and how the next answer is made."""
+
+    def __init__(self, partner: Partner, dials: Dials, system: str | None) -> None:
+        self._partner, self._dials = partner, dials
+        self._screen = console()
+        self._opening = [] if system is None else [Turn("system", system)]
+        self._turns = list(self._opening)
+        self._commands: Mapping[str, Callable[[str], None]] = MappingProxyType(
+            {
+                "reset": self._reset,
+                "depth": self._set_depth,
+                "temperature": self._set_temperature,
+                "help": self._help,
+            }
+        )
+
+    # -- around the talk ------------------------------------------------------------------------
+
+    def greet(self) -> None:
+        """Say whom one talks with; to people only, so that a pipe gets answers alone."""
+        notes = err_console()
+        if not self._partner.has_template:
+            notes.print(
+                f"{self._partner.name} has no chat template: it does not answer, it continues the "
+                "text of the conversation.",
+                style="yellow",
+                markup=False,
+            )
+        if sys.stdin.isatty():
+            notes.print(f"{self._partner.name}; /help lists the commands.", markup=False)
+            if self._screen.is_terminal and 1 < self._partner.num_recursions <= MAX_RECURSIONS:
+                self._screen.print(depth_legend(self._partner.num_recursions))
+
+    def loop(self) -> None:
+        """Until the end of the input, or /quit."""
+        while (line := self._read()) is not None:
+            text = line.strip()
+            if text in ("/quit", "/exit"):
+                return
+            try:
+                if text.startswith("/"):
+                    self._command(*text[1:].partition(" ")[::2])
+                elif text:
+                    self._say(line.removesuffix("\n"))
+            except MorError as error:
+                fail(str(error))
+
+    def _read(self) -> str | None:
+        """A line; None when there are no more."""
+        if not sys.stdin.isatty():
+            return sys.stdin.readline() or None
+        import readline  # noqa: F401  (gives `input` editing and a history)
+
+        while True:
+            try:
+                return input("> ")
+            except EOFError:
+                self._screen.print()
+                return None
+            except KeyboardInterrupt:
+                err_console().print("\n/quit or Ctrl-D leaves.")
+
+    # -- the talk -------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        turns = [*self._turns, Turn("user", text)]
+        answer = _Answer(self._screen, self._partner.num_recursions)
+        try:
+            self._partner.answer(turns, self._dials, answer.add)
+        except KeyboardInterrupt:  # ends the answer; what there is of it was said
+            answer.end("interrupted")
+        else:
+            answer.end()
+        finally:
+            if answer.num_tokens:
+                self._turns = [*turns, Turn("assistant", answer.text)]
+        if self._dials.seed is not None:
+            self._dials = replace(self._dials, seed=self._dials.seed + 1)
+
+    # -- commands -------------------------------------------------------------------------------
+
+    def _command(self, name: str, argument: str) -> None:
+        if name not in self._commands:
+            hint = nearest(name, (*self._commands, "quit"))
+            raise ConfigError(f"/{name} is no command: {hint}")
+        self._commands[name](argument.strip())
+
+    def _help(self, _: str) -> None:
+        err_console().print("\n".join(COMMANDS), markup=False)
+
+    def _reset(self, _: str) -> None:
+        self._turns = list(self._opening)
+        err_console().print("forgotten.")
+
+    def _set_depth(self, argument: str) -> None:
+        self._dials.max_recursions = self.depth(argument)
+        limit = self._dials.max_recursions
+        said = "as the router decides" if limit is None else f"at most {limit} recursions"
+        err_console().print(f"{said}.")
+
+    def _set_temperature(self, argument: str) -> None:
+        self._dials.temperature = self.temperature(argument)
+        err_console().print(f"temperature {self._dials.temperature:g}.")
+
+    def depth(self, argument: str) -> int | None:
+        """The recursions that a text names; None for an empty one.
+
+        Raises:
+            ConfigError: the model cannot take so many.
+        """
+        most = self._partner.num_recursions
+        if not argument:
+            return None
+        if not argument.isdecimal() or not 1 <= int(argument) <= most:
+            raise ConfigError(f"depth {argument!r} must be a number from 1 to {most}.")
+        return int(argument)
+
+    def temperature(self, argument: str) -> float:
+        """The temperature that a text names.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        try:
+            value = float(argument)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"temperature {argument!r} must be a number, 0 or above.")
+        return value
+
+
+class _Answer:
+    """Writes an answer token by token, and a line about it when it ends."""
+
+    def __init__(self, screen: Console, num_recursions: int) -> None:
+        self._screen, self._num_recursions = screen, num_recursions
+        self._coloured = screen.is_terminal and num_recursions <= MAX_RECURSIONS
+        self._parts: list[str] = []
+        self._counts: list[int] = []
+        self._began = time.perf_counter()
+
+    @property
+    def text(self) -> str:
+        """What was said so far."""
+        return "".join(self._parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self._counts)
+
+    def add(self, piece: str, count: int) -> None:
+        """A token."""
+        self._parts.append(piece)
+        self._counts.append(count)
+        if not piece:
+            return
+        if not self._screen.is_terminal:
+            self._screen.file.write(piece)
+            self._screen.file.flush()
+            return
+        shown = max(1, count) if self._coloured else 1
+        text = coloured_text([piece], [shown], self._num_recursions if self._coloured else 1)
+        self._screen.print(text, end="", soft_wrap=True)
+
+    def end(self, note: str = "") -> None:
+        """End the line; on a terminal say how deep and how fast it was."""
+        self._screen.print()
+        if not self._screen.is_terminal or not self._counts:
+            return
+        seconds = time.perf_counter() - self._began
+        words = [f"{len(self._counts)} tokens", f"{len(self._counts) / seconds:.1f} tokens/s"]
+        if self._num_recursions > 1:
+            mean = sum(self._counts) / len(self._counts)
+            words.append(f"{mean:.2f} of {self._num_recursions} recursions on average")
+        self._screen.print(", ".join([*filter(None, [note]), *words]), style="dim", markup=False)

@@ -1,10 +1,8 @@
-"""Plans into tensors: the model's stages over the lanes of a tick, and what the routers decide.
+"""Plans into tensors: the model's stages over the lanes of a tick.
 
-Hidden states of tokens in flight live in one buffer; a chunk knows its rows there. Shape letters:
-N lanes, E width, V vocabulary.
+Shape letters: N lanes, E width, V vocabulary.
 """
 
-import copy
 import time
 from dataclasses import dataclass, field
 
@@ -21,9 +19,8 @@ from mor.engine.request import Chunk
 from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample, score
 from mor.engine.scheduler import AdvancePlan, EnterPlan
 from mor.engine.stack import Application, Kernels, layers_of
+from mor.engine.states import rows_of, states_for
 from mor.model.mor import MoRModel
-from mor.model.packing import Packing
-from mor.model.router import ExpertChoice, RecursionLimits, RoutingRecord, TokenChoice
 from mor.model.sharing import block_schedule
 from mor.ops.paged import Lanes
 
@@ -41,7 +38,7 @@ class Finished:
 
 
 class Runner:
-    """Owns hidden states and keys and values; knows nothing of requests beyond their chunks."""
+    """Runs what the scheduler has planned; knows nothing of requests beyond their chunks."""
 
     def __init__(
         self, model: MoRModel, config: EngineConfig, cache: KVCache, kernels: Kernels, num_rows: int
@@ -56,10 +53,7 @@ class Runner:
         self._norm = model.norm
         self._embedding = model.embed_tokens.weight.detach()
         self._head = model.lm_head.weight.detach()
-        # Routers compute in the engine's dtype; a copy, since the model stays its owner's.
-        self._router = copy.deepcopy(model.router)
-        if self._router is not None:
-            self._router.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.states = states_for(model, kernels, num_rows, self.dtype, self.device)
         outer = layers_of(model.prelude) + layers_of(model.coda)
         apps = [Application(layer=m, home=i, writes=True) for i, m in enumerate(outer)]
         num = len(model.prelude)
@@ -68,15 +62,6 @@ class Runner:
         self.block = kernels.stack(_block(model))
         # Depths that share keys and values see all earlier tokens, so positions are the entries.
         self._shared = model.config.kv_strategy == "shared"
-        rows = (num_rows, model.config.hidden_size)
-        self._hidden = torch.zeros(rows, dtype=self.dtype, device=self.device)
-        token_choice = isinstance(self._router, TokenChoice)
-        self._start = torch.zeros_like(self._hidden) if token_choice else None  # x0
-        self._gate = torch.zeros(num_rows, 1, dtype=self.dtype, device=self.device)
-        if isinstance(self._router, ExpertChoice):
-            each = map(self._router.threshold, range(model.config.num_recursions))
-            self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=self.device)
-        self._target = [0] * num_rows  # token choice: recursion count of each row's token
 
     # -- phases ---------------------------------------------------------------------------------
 
@@ -87,14 +72,11 @@ class Runner:
         if not plan.chunks:
             return []
         ids = [t for c in plan.chunks for t in c.sequence.tokens[c.start : c.start + len(c)]]
-        positions = [p for c in plan.chunks for p in range(c.start, c.start + len(c))]
         began = time.perf_counter()
         x = F.embedding(self._ints(ids), self._embedding).to(self.dtype)
         if self._prelude is not None:
             x = self._prelude.run(x, self._outer_lanes(plan.chunks))
-        rows = self._ints([row for c in plan.chunks for row in c.rows])
-        self._hidden.index_copy_(0, rows, x)
-        goes_on = self._first_decision(plan.chunks, x, rows, self._ints(positions))
+        goes_on = self.states.enter(plan.chunks, x)
         self.compute_seconds += time.perf_counter() - began
         return goes_on
 
@@ -102,18 +84,11 @@ class Runner:
     def advance(self, plan: AdvancePlan) -> list[bool]:
         """One pass of the block over all present tokens; for each, whether it is sent on."""
         lanes = self._block_lanes(plan)
-        numbers = [c.rows[i] for c in plan.chunks for i in c.present]
+        rows = [c.rows[i] for c in plan.chunks for i in c.present]
+        depths = [c.depth + 1 for c in plan.chunks for _ in c.present]
         began = time.perf_counter()
-        rows = self._ints(numbers)
-        h = self._hidden.index_select(0, rows)
-        expert = isinstance(self._router, ExpertChoice)
-        update = self.block.run(h.clone() if expert else h, lanes)
-        if expert and self.model_config.gating == "weighted":
-            update = torch.addcmul(h, update, self._gate.index_select(0, rows))
-        elif expert:
-            update = update.add_(h)
-        self._hidden.index_copy_(0, rows, update)
-        goes_on = self._next_decision(plan, update, rows, lanes, numbers)
+        update = self.block.run(self.states.take(rows), lanes)
+        goes_on = self.states.advance(rows, depths, lanes.positions, update)
         self.compute_seconds += time.perf_counter() - began
         return goes_on
 
@@ -128,7 +103,7 @@ class Runner:
         }
         result = Finished(sampled=Sampled(tokens=[], logprobs=[], top_logprobs=[]))
         if self._coda is not None or sampling or scored:
-            x = self._states([row for c in chunks for row in c.rows])
+            x = self.states.leave(rows_of(chunks))
             if self._coda is not None:
                 x = self._coda.run(x, self._outer_lanes(chunks))
             ends = np.cumsum([len(c) for c in chunks])
@@ -157,61 +132,12 @@ class Runner:
                 return Sampled(tokens=found[0], logprobs=found[1], top_logprobs=[{} for _ in rows])
         return sample(logits, rows)
 
-    def _states(self, numbers: list[int]) -> Float[Tensor, "n e"]:
-        """States after the block."""
-        rows = self._ints(numbers)
-        h = self._hidden.index_select(0, rows)
-        if self._start is None:
-            return h
-        if self.model_config.gating == "weighted":
-            h = h * self._gate.index_select(0, rows)
-        return self._start.index_select(0, rows) + h
-
     def _score(self, chunk: Chunk, states: Tensor) -> tuple[list[float], list[dict[int, float]]]:
         sequence = chunk.sequence
         stop = min(chunk.start + len(chunk), sequence.num_prompt - 1)
         following = self._ints(sequence.tokens[chunk.start + 1 : stop + 1])
         logits = self._readout(states[: len(following)])
         return score(logits, following, sequence.params.logprobs)
-
-    def _first_decision(
-        self, chunks: list[Chunk], x: Tensor, rows: Tensor, positions: Tensor
-    ) -> list[bool]:
-        if isinstance(self._router, ExpertChoice):
-            return self._judge([0] * len(x), x, rows, positions)
-        if isinstance(self._router, TokenChoice):
-            assert self._start is not None
-            limits = [(c.sequence.least, c.sequence.most) for c in chunks for _ in c.rows]
-            least, most = self._ints([a for a, _ in limits]), self._ints([b for _, b in limits])
-            counts, weight = self._router.choose(
-                x, _packing(positions), RoutingRecord(), RecursionLimits(least=least, most=most)
-            )
-            self._start[rows] = x
-            self._gate[rows] = weight.to(self.dtype)
-            for row, count in zip(
-                (r for c in chunks for r in c.rows), counts.tolist(), strict=True
-            ):
-                self._target[row] = count
-        return [True] * len(x)
-
-    def _next_decision(
-        self, plan: AdvancePlan, h: Tensor, rows: Tensor, lanes: Lanes, numbers: list[int]
-    ) -> list[bool]:
-        depths = [c.depth + 1 for c in plan.chunks for _ in c.present]
-        if isinstance(self._router, TokenChoice):
-            return [self._target[n] > depth for n, depth in zip(numbers, depths, strict=True)]
-        if isinstance(self._router, ExpertChoice):
-            last = self.model_config.num_recursions - 1  # who is through has no router any more
-            return self._judge([min(d, last) for d in depths], h, rows, lanes.positions)
-        return [True] * len(depths)
-
-    def _judge(self, depths: list[int], h: Tensor, rows: Tensor, positions: Tensor) -> list[bool]:
-        """Expert choice by threshold, before each token's next pass; notes the gate for it."""
-        assert isinstance(self._router, ExpertChoice)
-        at = self._ints(depths)
-        main, decision = self._router.logits_at(at, h, _packing(positions))
-        self._gate.index_copy_(0, rows, self._router.gate(main)[:, None].to(self.dtype))
-        return (decision >= self._thresholds.to(decision.dtype)[at]).tolist()
 
     # -- lanes ----------------------------------------------------------------------------------
 
@@ -261,13 +187,6 @@ class Runner:
 
     def _int32(self, values: list[int] | np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int32)).to(self.device)
-
-
-def _packing(positions: Tensor) -> Packing:
-    """Some tokens, for routers: they look at positions only."""
-    num = positions.shape[0]
-    flat = torch.arange(num, device=positions.device)
-    return Packing(flat=flat, positions=positions, batch=1, width=num, pad=None)
 
 
 def _block(model: MoRModel) -> list[Application]:

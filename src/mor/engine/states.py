@@ -1,0 +1,273 @@
+"""Hidden states of tokens in flight: what a pass of the block does to them, and who goes on.
+
+One row of a buffer for each token; a chunk knows its rows. Between two passes a router judges each
+token: `ExpertStates` by threshold before every pass, `TokenStates` once at the start. `FusedStates`
+is the first of them in one compiled call.
+
+Shape letters: N tokens, E width.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mor.engine.request import Chunk
+from mor.engine.stack import CpuKernels, Kernels
+from mor.model.mor import MoRModel
+from mor.model.packing import Packing
+from mor.model.router import (
+    ExpertChoice,
+    LinearRouter,
+    RecursionLimits,
+    RoutingRecord,
+    TokenChoice,
+)
+
+
+class States:
+    """Without a router: every pass replaces a state, and every token takes every pass."""
+
+    def __init__(
+        self, model: MoRModel, num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config = model.config
+        self.hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=dtype, device=device)
+
+    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
+        """Keep what the prelude gave for the tokens of these chunks; who takes the first pass."""
+        self.hidden.index_copy_(0, self._ints(rows_of(chunks)), x)
+        return [True] * len(x)
+
+    def take(self, rows: list[int]) -> Float[Tensor, "n e"]:
+        """A copy of states, for a pass."""
+        return self.hidden.index_select(0, self._ints(rows))
+
+    def advance(
+        self,
+        rows: list[int],
+        depths: list[int],
+        positions: Int[Tensor, " n"],
+        x: Float[Tensor, "n e"],
+    ) -> list[bool]:
+        """Bring states up to date after a pass; who takes another one.
+
+        Args:
+            depths: passes that each token has behind it.
+            x: what the block gave; may be overwritten.
+        """
+        self.hidden.index_copy_(0, self._ints(rows), x)
+        return [True] * len(rows)
+
+    def leave(self, rows: list[int]) -> Float[Tensor, "n e"]:
+        """(N, E) what goes into the coda."""
+        return self.take(rows)
+
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self.hidden.device)
+
+
+class ExpertStates(States):
+    """Expert choice by threshold: before each pass a router says who takes it, and its gate."""
+
+    def __init__(
+        self,
+        model: MoRModel,
+        router: ExpertChoice,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, num_rows, dtype, device)
+        self._router = router
+        self._gate = self.hidden.new_zeros(num_rows)
+        each = map(router.threshold, range(self.config.num_recursions))
+        self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=device)
+
+    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
+        """See `States.enter`."""
+        rows = self._ints(rows_of(chunks))
+        self.hidden.index_copy_(0, rows, x)
+        return self._judge([0] * len(x), x, rows, self._ints(positions_of(chunks)))
+
+    def advance(
+        self,
+        rows: list[int],
+        depths: list[int],
+        positions: Int[Tensor, " n"],
+        x: Float[Tensor, "n e"],
+    ) -> list[bool]:
+        """See `States.advance`."""
+        at = self._ints(rows)
+        before = self.hidden.index_select(0, at)
+        if self.config.gating == "weighted":
+            x = torch.addcmul(before, x, self._gate.index_select(0, at)[:, None])
+        else:
+            x = x.add_(before)
+        self.hidden.index_copy_(0, at, x)
+        return self._judge(depths, x, at, positions)
+
+    def _judge(self, depths: list[int], h: Tensor, rows: Tensor, positions: Tensor) -> list[bool]:
+        at = self._ints(self._next(depths))
+        main, decision = self._router.logits_at(at, h, _packing(positions))
+        self._gate.index_copy_(0, rows, self._router.gate(main).to(self._gate.dtype))
+        return (decision >= self._thresholds.to(decision.dtype)[at]).tolist()
+
+    def _next(self, depths: list[int]) -> list[int]:
+        last = self.config.num_recursions - 1  # who is through has no router any more
+        return [min(depth, last) for depth in depths]
+
+
+class FusedStates(ExpertStates):
+    """Expert choice with linear routers, compiled for CPUs; fp32."""
+
+    def __init__(
+        self,
+        model: MoRModel,
+        router: ExpertChoice,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        from mor.ops import cpu_route
+
+        super().__init__(model, router, num_rows, dtype, device)
+        config, ops = self.config, cpu_route
+        self._ops = ops
+        weights = [r.proj.weight for r in router.routers if isinstance(r, LinearRouter)]
+        self._routers = torch.cat(weights).numpy(), self._thresholds.float().numpy()
+        squash = {"sigmoid": ops.SIGMOID, "tanh": ops.TANH, "none": ops.NONE}
+        assert config.router_activation is not None
+        assert config.router_alpha is not None
+        activation = squash[config.router_activation]
+        self._squash = activation, float(config.router_alpha), 1 / config.router_temperature
+        self._update = ops.ADD_GATED if config.gating == "weighted" else ops.ADD
+        self._memory = self.hidden.numpy(), self._gate.numpy()
+
+    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
+        """See `States.enter`."""
+        return self._route(rows_of(chunks), [0] * len(x), x, self._ops.SET)
+
+    def take(self, rows: list[int]) -> Float[Tensor, "n e"]:
+        """See `States.take`."""
+        out = np.empty((len(rows), self.hidden.shape[1]), np.float32)
+        self._ops.gather(self._memory[0], np.array(rows), out)
+        return torch.from_numpy(out)
+
+    def advance(
+        self,
+        rows: list[int],
+        depths: list[int],
+        positions: Int[Tensor, " n"],
+        x: Float[Tensor, "n e"],
+    ) -> list[bool]:
+        """See `States.advance`."""
+        return self._route(rows, self._next(depths), x, self._update)
+
+    def _route(self, rows: list[int], depths: list[int], x: Tensor, how: int) -> list[bool]:
+        goes_on = np.empty(len(rows), np.bool_)
+        self._ops.route(
+            *(*self._memory, np.array(rows), x.numpy(), how, np.array(depths)),
+            *(self._routers, self._squash, goes_on),
+        )
+        return goes_on.tolist()
+
+
+class TokenStates(States):
+    """Token choice: a router reads the state before the block and fixes the number of passes."""
+
+    def __init__(
+        self,
+        model: MoRModel,
+        router: TokenChoice,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, num_rows, dtype, device)
+        self._router = router
+        self._start = torch.zeros_like(self.hidden)  # x0
+        self._weight = self.hidden.new_zeros(num_rows, 1)
+        self._target = [0] * num_rows  # recursion count of each row's token
+
+    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
+        """See `States.enter`."""
+        numbers = rows_of(chunks)
+        rows = self._ints(numbers)
+        limits = [(c.sequence.least, c.sequence.most) for c in chunks for _ in c.rows]
+        least, most = self._ints([a for a, _ in limits]), self._ints([b for _, b in limits])
+        counts, weight = self._router.choose(
+            x,
+            _packing(self._ints(positions_of(chunks))),
+            RoutingRecord(),
+            RecursionLimits(least=least, most=most),
+        )
+        self.hidden[rows] = self._start[rows] = x
+        self._weight[rows] = weight.to(self._weight.dtype)
+        for row, count in zip(numbers, counts.tolist(), strict=True):
+            self._target[row] = count
+        return [True] * len(x)
+
+    def advance(
+        self,
+        rows: list[int],
+        depths: list[int],
+        positions: Int[Tensor, " n"],
+        x: Float[Tensor, "n e"],
+    ) -> list[bool]:
+        """See `States.advance`."""
+        super().advance(rows, depths, positions, x)
+        return [self._target[row] > depth for row, depth in zip(rows, depths, strict=True)]
+
+    def leave(self, rows: list[int]) -> Float[Tensor, "n e"]:
+        """See `States.leave`: x0 + w * h, or x0 + h."""
+        at, h = self._ints(rows), self.take(rows)
+        if self.config.gating == "weighted":
+            h = h * self._weight.index_select(0, at)
+        return self._start.index_select(0, at) + h
+
+
+def states_for(
+    model: MoRModel, kernels: Kernels, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> States:
+    """The states of a model's tokens."""
+    if model.router is None:
+        return States(model, num_rows, dtype, device)
+    # Routers compute in the engine's dtype; a copy, since the model stays its owner's.
+    router = copy.deepcopy(model.router)
+    router.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    if isinstance(router, TokenChoice):
+        return TokenStates(model, router, num_rows, dtype, device)
+    assert isinstance(router, ExpertChoice)
+    fused = isinstance(kernels, CpuKernels) and _is_linear(router)
+    kind = FusedStates if fused else ExpertStates
+    return kind(model, router, num_rows, dtype, device)
+
+
+def _is_linear(router: nn.Module) -> TypeGuard[ExpertChoice]:
+    return (
+        isinstance(router, ExpertChoice)
+        and not router.aux_routers
+        and all(isinstance(each, LinearRouter) for each in router.routers)
+    )
+
+
+def rows_of(chunks: Sequence[Chunk]) -> list[int]:
+    """Rows of all tokens of these chunks."""
+    return [row for chunk in chunks for row in chunk.rows]
+
+
+def positions_of(chunks: Sequence[Chunk]) -> list[int]:
+    """Positions of all tokens of these chunks in their sequences."""
+    return [p for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk))]
+
+
+def _packing(positions: Tensor) -> Packing:
+    """Some tokens, for routers: they look at positions only."""
+    num = positions.shape[0]
+    flat = torch.arange(num, device=positions.device)
+    return Packing(flat=flat, positions=positions, batch=1, width=num, pad=None)

@@ -52,7 +52,9 @@ def test_one_call_does_what_the_plain_form_does(
     if first_full:
         assert all(entered[0])
     for _ in range(3):
-        depths = torch.randint(1, 4, (NUM,), generator=draw).tolist()  # 3: through, judged by nobody
+        depths = torch.randint(
+            1, 4, (NUM,), generator=draw
+        ).tolist()  # 3: through, judged by nobody
         x = torch.randn(NUM, config.hidden_size, generator=draw)
         positions = torch.arange(NUM)
         goes_on = [states.advance(rows, depths, positions, x.clone()) for states in made]

@@ -28,6 +28,7 @@ from mor.ops.team import claim, counters_for, done, wait
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 """How a packed weight is stored."""
 _CACHED_INPUTS = 256 * 1024  # bytes of input rows that stay in a core's cache while weights pass
+_CUT = 288  # steps of a panel that stay in a core's first cache, 18 KiB
 _PIECES = 2  # of a product for each thread
 _ROWS = 4  # rows of an elementwise operation that make a piece
 _STEPS = 16  # of a layer, at most
@@ -45,36 +46,43 @@ def use_threads(wanted: int) -> int:
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, out_bytes, xs, ws):
+def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, o_bytes, xs, ws):
     """Panels low..high of a product, all rows; weights stream by, input rows stay in the cache."""
     per_step = int8_steps() if kind == INT8 else 1
     steps = (k + per_step - 1) // per_step
     w_bytes = PANEL * (per_step if kind == INT8 else 4 if kind == FLOAT32 else 2)
     panel, most, together = steps * w_bytes, max_rows(), panels_at_once()
     height = max(1, _CACHED_INPUTS // x_bytes // most) * most
+    cut = steps  # of a panel that passes all rows before the next one comes
+    if together == 1 and kind != INT8:  # a panel by itself, and sums that may be split
+        cuts = (steps + _CUT - 1) // _CUT
+        cut = (steps + cuts - 1) // cuts
     for top in range(0, m, height):
         count = min(height, m - top)
         blocks = (count + most - 1) // most  # of equal size: one of two rows runs slowly
         for p in range(low, high, together):
             p2 = min(p + together, high) - 1
-            b = (w + p * panel, w + p2 * panel)
-            ahead = (b[0] + together * panel, b[1] + together * panel)
             d = (ws + 8 * PANEL * p, ws + 8 * PANEL * p2)
-            for j in range(blocks):
-                i = top + j * count // blocks
-                r = top + (j + 1) * count // blocks - i
-                a, s, line = x + i * x_bytes, xs + 4 * i, out + i * out_bytes
-                c = (line + p * 4 * PANEL, line + p2 * 4 * PANEL)
-                if kind == FLOAT32:
-                    block(
-                        "float32", r, add, a, x_bytes, b, w_bytes, ahead, steps, c, out_bytes, s, d
-                    )
-                elif kind == BFLOAT16:
-                    block(
-                        "bfloat16", r, add, a, x_bytes, b, w_bytes, ahead, steps, c, out_bytes, s, d
-                    )
-                else:
-                    block("int8", r, add, a, x_bytes, b, w_bytes, ahead, steps, c, out_bytes, s, d)
+            for k0 in range(0, steps, cut):
+                t, plus = min(cut, steps - k0), add if k0 == 0 else 1
+                b = (w + p * panel + k0 * w_bytes, w + p2 * panel + k0 * w_bytes)
+                skip = t * w_bytes if together == 1 else together * panel
+                ahead = (b[0] + skip, b[1] + skip)
+                for j in range(blocks):
+                    i = top + j * count // blocks
+                    r = top + (j + 1) * count // blocks - i
+                    a, s, line = x + i * x_bytes + 4 * k0, xs + 4 * i, out + i * o_bytes
+                    c = (line + p * 4 * PANEL, line + p2 * 4 * PANEL)
+                    if kind == FLOAT32:
+                        block(
+                            "float32", r, plus, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
+                        )
+                    elif kind == BFLOAT16:
+                        block(
+                            "bfloat16", r, plus, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
+                        )
+                    else:
+                        block("int8", r, add, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d)
 
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))

@@ -177,6 +177,21 @@ def test_exits_wait_for_company_but_not_for_ever(num_shallow: int, wait: int) ->
     assert max(waits) <= 3
 
 
+@pytest.mark.parametrize(("num_shallow", "longest"), [(3, 0), (2, 2)])
+def test_by_default_exits_wait_for_half_of_the_sequences(num_shallow: int, longest: int) -> None:
+    sim = Simulation(recursions=8, router=lambda s, _, depth: depth == 0 or s.order >= num_shallow)
+    for n in range(7):
+        sim.add([n], 40)
+    sim.run()
+    waits = [
+        tick - chunk.left_at - 1
+        for tick, (chunks, others) in enumerate(zip(sim.finishes, sim.others, strict=True), 1)
+        for chunk in chunks
+        if others
+    ]
+    assert max(waits) == longest
+
+
 def test_exits_do_not_wait_if_nothing_else_can_run() -> None:
     sim = Simulation(least_exit_batch=8, longest_exit_wait=1000, router=always)
     sequence = sim.add([1], 10)

@@ -59,8 +59,10 @@ class EngineConfig:
     batching: Batching = "depth"
     """`depth`: a tick mixes tokens of all depths. `sequence`: all tokens of a tick are at the same
     depth and wait for the deepest; the baseline that shows what `depth` gains."""
-    least_exit_batch: int = 1
-    """Tokens that must have left the block before coda and head run, .."""
+    least_exit_batch: int | None = None
+    """Tokens that must have left the block before coda and head run. Their weights are not shared,
+    so that few tokens at a time cost as much as many. None: half of the running sequences, but no
+    more than 16, which is enough to keep the processor busy while weights come .."""
     longest_exit_wait: int = 2
     """.. unless one of them has waited for this many ticks, or nothing else can run."""
     prefix_caching: bool = True
@@ -96,7 +98,7 @@ class EngineConfig:
                 f"max_lanes={self.max_lanes} is below max_sequences={self.max_sequences}: every "
                 "sequence needs a lane; raise the one or lower the other."
             )
-        if self.least_exit_batch > self.max_sequences:
+        if self.least_exit_batch is not None and self.least_exit_batch > self.max_sequences:
             raise ConfigError(
                 f"least_exit_batch={self.least_exit_batch} can never be reached with "
                 f"max_sequences={self.max_sequences}: make it smaller."

@@ -17,6 +17,8 @@ from mor.engine.pages import PagePool, PageTable
 from mor.engine.prefix import PrefixCache
 from mor.engine.request import Chunk, Sequence
 
+_EXITS_AT_ONCE = 16  # tokens for which coda and head compute as long as their weights take to come
+
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
@@ -145,7 +147,8 @@ class Scheduler:
         if not ready or not self._present:
             return ready
         waited = self.tick - min(chunk.left_at for chunk in ready)
-        enough = sum(map(len, ready)) >= self.config.least_exit_batch
+        least = self.config.least_exit_batch or min(_EXITS_AT_ONCE, len(self.running) // 2)
+        enough = sum(map(len, ready)) >= least
         return ready if enough or waited > self.config.longest_exit_wait else []
 
     def finished(self, chunks: list[Chunk]) -> None:

@@ -1,5 +1,6 @@
 """`mor experiment`: a grid of runs that skips, resumes, reports failures and notices changes."""
 
+import fcntl
 import json
 import random
 import re
@@ -213,6 +214,17 @@ def test_a_changed_spec_is_noticed_before_anything_runs(
     message = one_sentence(mor("experiment", changed, "--out", finished), status=1)
     assert f"{finished / 'runs' / NAMES[0]} was trained with lr=0.01" in message
     assert "now says lr=0.02: choose another --out" in message
+    assert content(finished) == before
+
+
+def test_two_at_a_time_in_one_folder_are_refused(mor: Mor, spec: Path, finished: Path) -> None:
+    before = content(finished)
+    with (finished / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = one_sentence(mor("experiment", spec, "--out", finished), status=1)
+    assert message == (
+        f"{finished} is in use by another `mor experiment`: wait for it, or choose another --out."
+    )
     assert content(finished) == before
 
 

@@ -158,8 +158,8 @@ def markdown(experiment: Experiment, found: Sequence[Result], where: Mapping[str
     parts = [
         f"# {experiment.name}",
         experiment.about,
-        f"{len(done)} of {len(found)} runs are done. {where['cpu']}, {where['threads']} threads, "
-        f"GPU {where['gpu']}; torch {where['torch']}, commit {where['commit']}. Command:",
+        f"{len(done)} of {len(found)} runs are done. {where['cpu']}, threads: {where['threads']}, "
+        f"GPU: {where['gpu'] or 'none'}; torch {where['torch']}, commit {where['commit']}:",
         f"    {where['command']}",
         "Validation NLL in nats per token, under both selection rules: `topk` looks ahead, "
         "`threshold` is causal, and the gap is their difference. Means over seeds, with the "

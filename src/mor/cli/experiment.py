@@ -1,7 +1,9 @@
 """`mor experiment`: a grid of training runs, one table and one plot."""
 
+import fcntl
 import gc
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +13,7 @@ from mor.bench.results import collect, planned, rows, write
 from mor.cli.table import print_table
 from mor.cli.terminal import console, err_console, parser
 from mor.cli.train import watched
-from mor.errors import MorError
+from mor.errors import ConfigError, MorError
 from mor.io.storage import storage_error
 from mor.train.trainer import Trainer
 
@@ -44,9 +46,23 @@ def run(args: Sequence[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(out, error) from error
-    experiment = experiment.prepare(out)
     command = " ".join(["mor experiment", *args])
-    return _run_all(screen, experiment, out, command)
+    with _alone(out):
+        return _run_all(screen, experiment.prepare(out), out, command)
+
+
+@contextmanager
+def _alone(out: Path) -> Generator[None, None, None]:
+    """Hold the folder; the system lets go of it however this process ends."""
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{out} is in use by another `mor experiment`: wait for it, or choose another "
+                "--out."
+            ) from error
+        yield
 
 
 def _run_all(screen: Console, experiment: Experiment, out: Path, command: str) -> int:

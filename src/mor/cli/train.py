@@ -167,7 +167,7 @@ def _line(row: Row, config: TrainConfig, screen: Console) -> str:
     left = max(0, row["total_steps"] - row["step"]) * config.tokens_per_step / row["tokens_per_s"]
     return (
         f"step {row['step']}/{row['total_steps']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-        f"{row['tokens_per_s']:,.0f} tokens/s  ETA {_clock(left)}"
+        f"{row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}  ETA {_clock(left)}"
     )
 
 

@@ -47,6 +47,8 @@ class Watch:
             self._losses.append(row["loss"])
             self._flops = row.get("flops") or self._flops
         self._peak: float | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of a run before in this process
 
     def check(self, step: int, loss: float, norm: float) -> None:
         """Look at a step before it changes the weights.
@@ -99,7 +101,8 @@ class Watch:
 
         Model FLOPs utilisation is the cost model's FLOPs per second over the rate of a large matrix
         product in the run's precision, which is measured at the first call. Memory is the
-        allocator's on a GPU and the process's resident set elsewhere.
+        allocator's on a GPU and the process's resident set elsewhere, which earlier runs of the
+        same process may have raised.
         """
         if self._peak is None:
             bf16 = self.config.precision == "bf16"

@@ -48,6 +48,8 @@ BROKEN = (
     (laws.printing, "src/mor/model/a.py", "def f():\n  print(1)", "a.py:2: print outside"),
     (laws.printing, "src/mor/demonstrate.py", "rich.print(1)", "print outside"),
     (laws.import_effects, "src/mor/a.py", "import x\nx.setup()", "a.py:2: a module-level `expr`"),
+    (laws.import_effects, "src/mor/__init__.py", "registration.other()", "py:1: a module-level"),
+    (laws.import_effects, "src/mor/a.py", "registration.watch()", "a.py:1: a module-level `expr`"),
     (laws.import_effects, "src/mor/a.py", "for i in ():\n  pass", "`for` runs at import"),
     (laws.import_effects, "src/mor/a.py", "while False:\n  pass", "`while` runs at import"),
     (laws.import_effects, "src/mor/a.py", "with x:\n  y = 1", "`with` runs at import"),

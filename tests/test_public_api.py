@@ -13,13 +13,15 @@ from syntax import read_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("transformers", "pyarrow", "fastapi", "lm_eval", "matplotlib", "zstandard")
-SERVER = "mor.serve."  # its modules are written with FastAPI; whoever serves imports them
+# Their modules are written with FastAPI and with transformers; whoever uses these imports them.
+WRITTEN_WITH_EXTRAS = ("mor.serve.", "mor.io.hf.")
 PROMISED = frozenset(("MoRConfig", "MoRModel", "load", "save"))
 # Runs in a fresh interpreter. `Watch` also sees an import of an extra that is not installed here.
 IMPORT_EVERYTHING = """
 import importlib, json, sys, traceback
 
-modules, extras, server = json.loads(sys.argv[1])
+modules, extras, written = json.loads(sys.argv[1])
+written = tuple(written)
 asked = []
 
 class Watch:
@@ -29,14 +31,14 @@ class Watch:
             while frame.f_globals.get("__name__", "").startswith("importlib"):
                 frame = frame.f_back
             module = frame.f_globals.get("__name__", "")
-            if module.split(".")[0] == "mor" and not module.startswith(server):
+            if module.split(".")[0] == "mor" and not module.startswith(written):
                 asked.append(f"{module} imports {name}")
 
 sys.meta_path.insert(0, Watch())
 failed = {}
 loaded = None
-for module in sorted(modules, key=lambda module: module.startswith(server)):
-    if module.startswith(server) and loaded is None:
+for module in sorted(modules, key=lambda module: module.startswith(written)):
+    if module.startswith(written) and loaded is None:
         loaded = [name for name in extras if name in sys.modules]
     try:
         importlib.import_module(module)
@@ -59,7 +61,9 @@ def report() -> dict[str, Any]:
     """Import every module of mor in one fresh interpreter and report what happened."""
     modules = [source.module for source in read_sources(ROOT, "src/mor")]
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    argument = json.dumps([[m for m in modules if not m.endswith("__main__")], EXTRAS, SERVER])
+    argument = json.dumps(
+        [[m for m in modules if not m.endswith("__main__")], EXTRAS, WRITTEN_WITH_EXTRAS]
+    )
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_EVERYTHING, argument],
         env=os.environ | {"PYTHONPATH": path},

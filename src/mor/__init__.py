@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from mor import registration
+
 if TYPE_CHECKING:
     from mor import io
     from mor.engine.config import EngineConfig
@@ -77,6 +79,8 @@ _HOMES: Mapping[str, str] = MappingProxyType(
         "SamplingParams": "mor.model.sampling",
     }
 )
+
+registration.watch()
 
 
 def __getattr__(name: str) -> Any:

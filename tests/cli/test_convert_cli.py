@@ -86,3 +86,19 @@ def test_from_official(mor: Mor, tmp_path: Path) -> None:
     assert (called.status, called.err) == (0, "")
     assert "routing token_choice" in called.out
     assert package.load(tmp_path / "out").config.num_recursions == 3
+
+
+def test_to_hf(mor: Mor, llama: Path, tmp_path: Path) -> None:
+    ours, out = tmp_path / "ours", tmp_path / "out"
+    assert mor("convert", "from-llama", llama, "--out", ours).status == 0
+    status, said, err = mor("convert", "to-hf", ours, "--out", out, "--dtype", "bfloat16")
+    assert (status, err) == (0, "")
+    assert "trust_remote_code=True" in said
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (out / "modeling_mor.py").is_file()
+    assert "exists: choose a new folder" in one_sentence(
+        mor("convert", "to-hf", ours, "--out", out), 1
+    )
+    assert "--dtype=fp8 is unknown" in one_sentence(
+        mor("convert", "to-hf", ours, "--out", tmp_path / "new", "--dtype", "fp8"), 1
+    )

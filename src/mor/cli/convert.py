@@ -10,6 +10,7 @@ import torch
 from mor.cli.overrides import model_fields
 from mor.cli.terminal import Parser, console, fail, parser
 from mor.errors import ConfigError, nearest
+from mor.io.hf import export
 from mor.io.llama import convert_llama
 from mor.io.official import convert_official
 from mor.model import cost
@@ -22,12 +23,14 @@ EXAMPLES = (
     "mor convert from-llama SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2",
     "mor convert from-llama models/tinyllama --out models/mor3 --num-recursions 3 --init average",
     "mor convert from-official checkpoints/mor3 --out models/mor3 --config conf/mor3.yaml",
+    "mor convert to-hf runs/mor3 --out exported/mor3 --dtype bfloat16",
 )
 
 SUBVERBS: Mapping[str, str] = MappingProxyType(
     {
         "from-llama": "a Llama, SmolLM or TinyLlama as vanilla, recursive or MoR model",
         "from-official": "a checkpoint of the paper's own code, with its YAML",
+        "to-hf": "ours as a folder that transformers loads where mor is not installed",
     }
 )
 
@@ -48,7 +51,7 @@ def run(args: Sequence[str]) -> int:
         known = nearest(args[0], SUBVERBS)
         message = f"unknown verb 'convert {args[0]}': {known}\n  `mor convert --help` tells more."
         return fail(message, 2)
-    verbs = {"from-llama": _from_llama, "from-official": _from_official}
+    verbs = {"from-llama": _from_llama, "from-official": _from_official, "to-hf": _to_hf}
     return verbs[args[0]](args[1:])
 
 
@@ -83,8 +86,7 @@ def _from_llama(args: Sequence[str]) -> int:
     p.add_argument("--model.FIELD", default=None, metavar="VALUE", help="any field of the model")
     own, fields = model_fields(args)
     options = p.parse_args(own)
-    if options.dtype is not None and options.dtype not in _DTYPES:
-        raise ConfigError(f"--dtype={options.dtype} is unknown: {nearest(options.dtype, _DTYPES)}")
+    dtype = _dtype(options.dtype)
     given = {name: getattr(options, name) for name in _FIELDS if getattr(options, name) is not None}
     model = convert_llama(
         options.source,
@@ -93,7 +95,7 @@ def _from_llama(args: Sequence[str]) -> int:
         init=_chosen("init", options, _INITS),
         sharing=_chosen("sharing", options, _SHARINGS),
         seed=options.seed,
-        dtype=_DTYPES[options.dtype] if options.dtype else None,
+        dtype=dtype,
         **given,
         **fields,
     )
@@ -103,7 +105,7 @@ def _from_llama(args: Sequence[str]) -> int:
 
 
 def _from_official(args: Sequence[str]) -> int:
-    p = parser("convert from-official", "A checkpoint of the paper's own code.", EXAMPLES[3:])
+    p = parser("convert from-official", "A checkpoint of the paper's own code.", EXAMPLES[3:4])
     p.add_argument("source", metavar="DIR", help="folder with its weights")
     p.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
     p.add_argument("--config", default=None, help="its YAML; default: the only one in DIR")
@@ -121,6 +123,24 @@ def _from_official(args: Sequence[str]) -> int:
     )
     _report(options.out, model)
     return 0
+
+
+def _to_hf(args: Sequence[str]) -> int:
+    p = parser("convert to-hf", "A model as a folder for transformers.", EXAMPLES[4:])
+    p.add_argument("source", metavar="MODEL", help="checkpoint or run (its newest checkpoint)")
+    p.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
+    p.add_argument("--dtype", default=None, help="float32, bfloat16, float16; default: the file's")
+    options = p.parse_args(args)
+    export(options.source, options.out, dtype=_dtype(options.dtype))
+    call = f"AutoModelForCausalLM.from_pretrained({options.out!r}, trust_remote_code=True)"
+    console().print(f"{options.out}: `{call}` needs no mor.", markup=False)
+    return 0
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in _DTYPES:
+        raise ConfigError(f"--dtype={name} is unknown: {nearest(name, _DTYPES)}")
+    return _DTYPES[name] if name else None
 
 
 def _add_recursive(p: Parser) -> None:

@@ -1,5 +1,5 @@
 """Models, tokenizers and foreign checkpoints on disk."""
 
-from mor.io import checkpoint, gguf, llama, official, tokenizer
+from mor.io import checkpoint, gguf, hf, llama, official, tokenizer
 
-__all__ = ["checkpoint", "gguf", "llama", "official", "tokenizer"]
+__all__ = ["checkpoint", "gguf", "hf", "llama", "official", "tokenizer"]

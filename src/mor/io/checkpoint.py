@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_co
 MODEL_TYPE = "mor"
 
 # Written for third-party tools; our own fields say the same.
-_DERIVED = ("model_type", "architectures", "num_hidden_layers", "dtype")
+_DERIVED = ("model_type", "architectures", "num_hidden_layers", "dtype", "auto_map")
 
 
 def save(model: MoRModel, path: Path | str, tokenizer: Tokenizer | None = None) -> None:
@@ -147,7 +148,8 @@ def load(
         raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is not complete.")
     try:
         with safe_open(weights, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()  # transformers puts its own name before ours
+            state = {n.removeprefix("model."): file.get_tensor(n) for n in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{weights} is damaged ({error}): use another checkpoint or copy it again."
@@ -176,8 +178,11 @@ def load_config(path: Path | str) -> MoRConfig:
         raise CheckpointError(
             f"{folder / CONFIG} describes a model of type {kind!r}, not {MODEL_TYPE!r}."
         )
+    theirs = set(_DERIVED)
+    if "transformers_version" in values:  # saved by transformers, with many fields of its own
+        theirs |= set(values) - {f.name for f in fields(MoRConfig)}
     try:
-        return MoRConfig.from_dict({k: v for k, v in values.items() if k not in _DERIVED})
+        return MoRConfig.from_dict({k: v for k, v in values.items() if k not in theirs})
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 

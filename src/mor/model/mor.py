@@ -8,6 +8,7 @@ Shape letters: B batch, T time, N packed tokens, R recursions, E width, V vocabu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,7 @@ from mor.model.router import (
     RoutingRecord,
     Selection,
     TokenChoice,
+    num_selected,
 )
 from mor.model.sharing import UNSHARED, Slot, block_schedule
 from mor.ops.cross_entropy import IGNORE, linear_cross_entropy
@@ -60,13 +62,17 @@ class MoRModel(nn.Module):
         config: what to build. Parameters are drawn from N(0, initializer_range).
     """
 
+    layer_type: ClassVar[type[Layer]] = Layer
+    """What the layers are made of; a subclass may bring its own."""
+
     def __init__(self, config: MoRConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.prelude = nn.ModuleList(Layer(config) for _ in range(config.num_prelude_layers))
-        self.block = nn.ModuleList(Layer(config) for _ in range(config.num_block_layers))
-        self.coda = nn.ModuleList(Layer(config) for _ in range(config.num_coda_layers))
+        layer = self.layer_type
+        self.prelude = nn.ModuleList(layer(config) for _ in range(config.num_prelude_layers))
+        self.block = nn.ModuleList(layer(config) for _ in range(config.num_block_layers))
+        self.coda = nn.ModuleList(layer(config) for _ in range(config.num_coda_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialise)
@@ -178,13 +184,13 @@ class MoRModel(nn.Module):
         """Section 3 of the design: h_sel <- h_sel + g * f(h_sel), depth by depth."""
         assert isinstance(self.router, ExpertChoice)
         fractions = self.config.depth_capacities if capacities is None else capacities
-        length = context.packing.width
+        sequences = context.packing
         counts = torch.zeros_like(context.packing.flat)
         h = candidates = x
         for depth in range(self.config.num_recursions):
-            num_selected = max(1, int(fractions[depth] * length))
+            num = num_selected(fractions[depth], sequences)
             choice = self.router.choose(
-                depth, candidates, context.packing, selection, num_selected, record, limits
+                depth, candidates, context.packing, selection, num, record, limits
             )
             if choice.places is not None:
                 candidates = candidates.index_select(0, choice.places)

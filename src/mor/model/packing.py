@@ -92,6 +92,11 @@ class Packing:
             return self.pad // max(self.width, 1)
         return torch.arange(self.num_tokens, device=self.flat.device) // max(self.width, 1)
 
+    @property
+    def lengths(self) -> Int[Tensor, " b"]:
+        """(B,) present tokens of each sequence."""
+        return torch.bincount(self.rows, minlength=self.batch)
+
     def to_rows(self, x: Shaped[Tensor, "n h d"]) -> Shaped[Tensor, "b h w d"]:
         """(N, H, D) heads to (B, H, W, D) for attention; short sequences get zeros at their end.
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mor.model.config import MoRConfig
@@ -94,7 +94,8 @@ class RoutingRecord:
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Unscaled: `sampling_loss`, `balancing_loss`, `router_z_loss`, where the config has them."""
     selected: list[Tensor] = field(default_factory=list)
-    """Expert choice by `topk`: for each depth the (B, k_r) positions, in time order."""
+    """Expert choice by `topk`: for each depth the (B, k_r) positions, in time order; nothing for
+    sequences that differ in length."""
     correct: list[Tensor] = field(default_factory=list)
     """Expert choice by `topk`: for each depth that left tokens out, the share of candidates that
     the threshold rule treats alike."""
@@ -133,6 +134,24 @@ class Choice:
 def _wide(logits: Tensor) -> Tensor:
     """Routing decisions are taken in fp32 or wider, whatever the model computes in."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def num_selected(fraction: float, packing: Packing) -> int | Int[Tensor, " b"]:
+    """k_r: that fraction of a sequence's tokens; (B,) if the sequences differ in length."""
+    if packing.pad is None:
+        return max(1, int(fraction * packing.width))
+    return (fraction * packing.lengths.double()).long().clamp(min=1)
+
+
+def _among_best(
+    score: Float[Tensor, " n"], packing: Packing, num: Int[Tensor, " b"]
+) -> Bool[Tensor, " n"]:
+    """Whether a token is among the `num` best of its sequence."""
+    order = score.argsort(descending=True)
+    order = order[packing.rows[order].argsort(stable=True)]  # by sequence, its best first
+    rows, lengths = packing.rows[order], packing.lengths
+    rank = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[rows]
+    return torch.empty_like(order, dtype=torch.bool).index_copy(0, order, rank < num[rows])
 
 
 class ExpertChoice(nn.Module):
@@ -198,14 +217,15 @@ class ExpertChoice(nn.Module):
         x: Float[Tensor, "n e"],
         packing: Packing,
         selection: Selection,
-        num_selected: int,
+        num_selected: int | Int[Tensor, " b"],
         record: RoutingRecord,
         limits: RecursionLimits | None = None,
     ) -> Choice:
         """Select among the candidates x.
 
         Args:
-            num_selected: k_r of the `topk` rule; the `threshold` rule does not look at it.
+            num_selected: k_r of the `topk` rule, of each sequence if they differ in length; the
+                `threshold` rule does not look at it.
             record: gets the losses and the selection.
             limits: under `threshold`, who goes on or stops at this depth whatever its logit.
         """
@@ -220,11 +240,15 @@ class ExpertChoice(nn.Module):
             chosen, places = packing.take(goes_on)
         else:
             assert limits is None, "topk sends a fixed number of tokens to each depth"
-            rows = gate.detach().view(packing.batch, packing.width)
-            num_selected = min(num_selected, packing.width)
-            index = rows.topk(num_selected, dim=1, sorted=False).indices.sort(dim=1).values
-            chosen, places = packing.take_per_row(index)
-            self._record(depth, main, decision, chosen, places, record)
+            if isinstance(num_selected, int):
+                rows = gate.detach().view(packing.batch, packing.width)
+                num_selected = min(num_selected, packing.width)
+                index = rows.topk(num_selected, dim=1, sorted=False).indices.sort(dim=1).values
+                chosen, places = packing.take_per_row(index)
+                record.selected.append(chosen.positions.view(chosen.batch, chosen.width))
+            else:
+                chosen, places = packing.take(_among_best(gate.detach(), packing, num_selected))
+            self._record(depth, main, decision, places, record)
         if places.shape[0] == packing.num_tokens:
             return Choice(packing=packing, places=None, gate=gate[:, None])
         return Choice(packing=chosen, places=places, gate=gate[places][:, None])
@@ -234,7 +258,6 @@ class ExpertChoice(nn.Module):
         depth: int,
         main: Tensor,
         decision: Tensor,
-        chosen: Packing,
         places: Tensor,
         record: RoutingRecord,
     ) -> None:
@@ -244,7 +267,6 @@ class ExpertChoice(nn.Module):
             record.add_loss("sampling_loss", bce)
         if self.config.z_loss_coeff:
             record.add_loss("router_z_loss", main.square().mean())  # logsumexp over one logit
-        record.selected.append(chosen.positions.view(chosen.batch, chosen.width))
         if len(places) < len(decision):  # else there was nothing to decide
             agrees = (decision >= self.threshold(depth)) == (was_selected > 0)
             record.correct.append(agrees.float().mean().detach())

@@ -1,0 +1,148 @@
+"""`MoRCache`: the ragged key-value cache that `generate` of `transformers` hands around."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from mor.model.attention import WholeSequence
+from mor.model.config import MoRConfig
+from mor.model.packing import Packing
+from mor.model.sharing import Slot
+
+_NOWHERE = 1 << 40  # the position of an entry that is not there
+_GROWTH = 64
+
+
+class MoRCache(Cache):
+    """Keys and values of every (depth, layer); each sequence holds only the tokens that were there.
+
+    Implements `KVAccess`. A slot's tensors are (B, S, G, D), each row filled from the left; with
+    `kv_strategy='shared'` only depth 0 stores, and serves all depths. Gradients do not flow
+    through a cache.
+
+    Shape letters: B batch, T time, W tokens of the longest row, S entries, G key-value heads,
+    D head size.
+    """
+
+    def __init__(self, config: MoRConfig) -> None:
+        super().__init__(layers=[])
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._kept: dict[Slot, tuple[Tensor, Tensor, Tensor]] = {}  # keys, values, positions
+        self._whole: WholeSequence | None = WholeSequence(self.config)  # of the first pass
+        self.positions: Tensor | None = None
+        """(B, tokens so far) position of each token, -1 at padding."""
+        self.recursion_counts: Tensor | None = None
+        """(B, tokens so far) passes that each token took, 0 at padding."""
+
+    # -- the model's side -------------------------------------------------------------------------
+
+    def has_kv(self, slot: Slot) -> bool:
+        """True below depth 0 when depths share their keys and values."""
+        return self.config.kv_strategy == "shared" and slot.depth > 0
+
+    def attend(
+        self, slot: Slot, q: Tensor, k: Tensor | None, v: Tensor | None, packing: Packing
+    ) -> Tensor:
+        """Append k and v, then let each query see the entries up to its own position."""
+        if k is not None and v is not None:
+            self._append(slot, k.detach(), v.detach(), packing)
+        if self._whole is not None:  # nothing was there before: plainly causal
+            return self._whole.attend(slot, q, k, v, packing)
+        keys, values, held = self._kept[Slot(0, slot.layer) if self.has_kv(slot) else slot]
+        where = packing.to_rows(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
+        seen = held[:, None, None, :] <= where[:, None, :, None]
+        seen[..., 0] = True  # true for every token; gives the padding of short rows a finite answer
+        out = F.scaled_dot_product_attention(
+            packing.to_rows(q),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=seen,
+            enable_gqa=q.shape[1] != keys.shape[2],
+        )
+        return packing.from_rows(out)
+
+    def _append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> None:
+        if slot not in self._kept:
+            empty = k.new_empty(packing.batch, 0, *k.shape[1:])
+            nowhere = packing.positions.new_empty(packing.batch, 0)
+            self._kept[slot] = empty, empty, nowhere
+        rows, (keys, values, held) = packing.rows, self._kept[slot]
+        new = torch.bincount(rows, minlength=packing.batch)
+        within = torch.arange(len(rows), device=rows.device) - (new.cumsum(0) - new)[rows]
+        filled = (held != _NOWHERE).sum(1)
+        missing = int((filled + new).max()) - held.shape[1]
+        if missing > 0:
+            room = -(-missing // _GROWTH) * _GROWTH
+            keys, values = (F.pad(x, (0, 0, 0, 0, 0, room)) for x in (keys, values))
+            held = F.pad(held, (0, room), value=_NOWHERE)
+        at = rows, filled[rows] + within
+        # Out of place where a backward pass may still want what was there.
+        put = torch.Tensor.index_put if torch.is_grad_enabled() else torch.Tensor.index_put_
+        self._kept[slot] = put(keys, at, k), put(values, at, v), put(held, at, packing.positions)
+
+    def advance(self, positions: Int[Tensor, "b t"], counts: Int[Tensor, "b t"]) -> None:
+        """Note the tokens of a finished forward pass."""
+        self._whole = None
+        if self.positions is not None and self.recursion_counts is not None:
+            positions = torch.cat((self.positions, positions), dim=1)
+            counts = torch.cat((self.recursion_counts, counts), dim=1)
+        self.positions, self.recursion_counts = positions, counts
+
+    # -- the side of `generate` -------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, padding included."""
+        return 0 if self.positions is None else self.positions.shape[1]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """`get_max_length` under the name of transformers 4."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: shapes depend on what the routers decide."""
+        return False
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " b"]) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        if self.positions is None or self.recursion_counts is None:
+            return
+        for slot, kept in self._kept.items():
+            keys, values, held = (x.index_select(0, beam_idx.to(x.device)) for x in kept)
+            self._kept[slot] = keys, values, held
+        self.positions = self.positions.index_select(0, beam_idx)
+        self.recursion_counts = self.recursion_counts.index_select(0, beam_idx)
+
+    def batch_select_indices(self, indices: Int[Tensor, " b"]) -> None:
+        """Keep these rows."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        if self.positions is not None:
+            rows = torch.arange(self.positions.shape[0], device=self.positions.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def crop(self, num_tokens: int) -> None:
+        """Drop the last `-num_tokens` tokens; if it is positive, keep so many."""
+        if self.positions is None or self.recursion_counts is None:
+            return
+        left = num_tokens if num_tokens > 0 else self.get_seq_length() + num_tokens
+        self.positions = self.positions[:, :left]
+        self.recursion_counts = self.recursion_counts[:, :left]
+        last = self.positions.max(1, keepdim=True).values
+        for slot, (keys, values, held) in self._kept.items():
+            self._kept[slot] = keys, values, held.masked_fill(held > last, _NOWHERE)

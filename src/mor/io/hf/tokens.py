@@ -1,0 +1,101 @@
+"""`Tokens`: which tokens of a batch are no padding, and where they stand.
+
+Only these are computed: padding takes no part in routing, attention or losses, so a padded batch
+gives what its sequences give one by one.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from mor.errors import RequestError
+from mor.io.hf.cache import MoRCache
+from mor.model.config import MoRConfig
+from mor.model.packing import Packing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Which of (B, T) new tokens are present, and where they stand."""
+
+    present: Bool[Tensor, "b t"]
+    positions: Int[Tensor, "b t"]
+    """-1 at padding."""
+    packing: Packing
+
+    @classmethod
+    def find(
+        cls,
+        given: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: MoRCache | None,
+    ) -> "Tokens":
+        """Read them off what `transformers` passes.
+
+        Args:
+            given: (B, T) ids or (B, T, E) embeddings.
+            mask: (B, tokens in the cache + T), 0 at padding.
+            positions: (B, T) or (1, T).
+
+        Raises:
+            RequestError: the mask does not fit, or hides every token.
+        """
+        batch, time = shape = given.shape[:2]
+        device = given.device
+        seen = cache.get_seq_length() if cache is not None else 0
+        if mask is not None and tuple(mask.shape) != (batch, seen + time):
+            raise RequestError(
+                f"attention_mask has shape {tuple(mask.shape)}; {seen} tokens in the cache and "
+                f"{time} new ones in {batch} sequences need ({batch}, {seen + time})."
+            )
+        if positions is not None:
+            positions = positions.to(device).expand(batch, time)
+        elif mask is not None:
+            positions = (mask.long().cumsum(1) - 1)[:, seen:]
+        else:
+            positions = torch.arange(time, device=device).expand(batch, time)
+            if cache is not None and cache.positions is not None:
+                positions = positions + cache.positions.max(1, keepdim=True).values + 1
+        present = torch.ones(shape, dtype=torch.bool, device=device)
+        if mask is not None:
+            present = mask[:, seen:].bool()
+        kept, _ = Packing.full(batch, time, device).take(present.reshape(-1))
+        if not kept.num_tokens:
+            raise RequestError("attention_mask lets no token through: it is 0 everywhere.")
+        flat = torch.arange(kept.num_tokens, device=device)
+        packing = replace(kept, flat=flat, positions=positions[present])
+        return cls(present=present, positions=positions.masked_fill(~present, -1), packing=packing)
+
+    def check(self, config: MoRConfig) -> None:
+        """Check the positions.
+
+        Raises:
+            RequestError: the model does not have one of them, or they do not rise.
+        """
+        positions, rows = self.packing.positions, self.packing.rows
+        if int(positions.max()) >= config.max_position_embeddings:
+            raise RequestError(
+                f"a token at position {int(positions.max())} does not fit this model: it takes "
+                f"max_position_embeddings={config.max_position_embeddings} tokens."
+            )
+        if not bool(((positions.diff() > 0) | (rows.diff() > 0)).all()):
+            raise RequestError(
+                "position_ids must rise along each sequence: give packed sequences as rows of "
+                "their own, with padding and an attention_mask."
+            )
+
+    def packed(self, values: Shaped[Tensor, "b t *e"]) -> Shaped[Tensor, "n *e"]:
+        """The values of the present tokens."""
+        return values[self.present]
+
+    def padded(self, values: Shaped[Tensor, "n *e"]) -> Shaped[Tensor, "b t *e"]:
+        """The inverse of `packed`; zeros elsewhere."""
+        shape = (*self.present.shape, *values.shape[1:])
+        if values.shape[0] == self.present.numel():
+            return values.view(shape)
+        places = self.present.reshape(-1).nonzero()[:, 0]
+        whole = values.new_zeros(self.present.numel(), *values.shape[1:])
+        return whole.index_copy(0, places, values).view(shape)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from calling import MAIN, TinyRun, environment, invoke
+from rich.console import Console
 
 from conftest import untrained
-from fake_server import Fake, serving
+from fake_server import TOKENS, Fake, serving
 from mor import LLM, SamplingParams, Tokenizer, save
+from mor.cli.colour import coloured_text
 from mor.cli.partners import Turn, pieces, plain
 from mor.engine.request import TokenEvent
 
@@ -218,6 +220,26 @@ def test_a_dial_that_the_model_has_not(talk: Talk, fake: Fake, args: tuple[objec
     status, out, err = talk(["a"], fake.url, *args)
     assert (status, out) == (1, [])
     assert "must be" in err or "did you mean 'fake'?" in err
+
+
+def test_tokens_have_the_colours_of_their_depth(
+    talk: Talk, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminal() -> Console:
+        return Console(
+            force_terminal=True, color_system="truecolor", highlight=False, file=io.StringIO()
+        )
+
+    screen, expected = terminal(), terminal()
+    monkeypatch.setattr("mor.cli.chat.console", lambda: screen)
+    assert talk(["go"], fake.url, "--max-tokens", 6)[0] == 0
+    for piece, count in zip(TOKENS, (1, 2, 3, 1, 2, 3), strict=True):
+        expected.print(coloured_text([piece], [count], 3), end="")
+    shown = screen.file.getvalue()
+    first, about = shown.splitlines()
+    assert first == expected.file.getvalue()
+    assert "6 tokens, " in about
+    assert "2.00 of 3 recursions on average" in about
 
 
 # -- parts ------------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ def test_a_reload_brings_prompt_and_settings_back(visit: Visit) -> None:
 def test_an_error_is_one_sentence(visit: Visit) -> None:
     visit.start(prompt=PROMPT, length=9999)
     said = visit.wait("max_tokens is 9999")
+    assert said.startswith("The prompt has ")
     assert "shorten the prompt" in said
     assert "error" in visit.page.get_attribute("#status", "class")
     assert visit.complaints == [
@@ -265,6 +266,19 @@ def test_a_server_that_is_gone_is_told(visit: Visit) -> None:
     assert said == "The server cannot be reached: is it still running?"
     assert visit.complaints == ["Failed to load resource: net::ERR_FAILED"]
     visit.complaints.clear()
+
+
+def test_another_model_is_met(visit: Visit) -> None:
+    def answer(route: Any) -> None:
+        state = route.fetch().json()
+        route.fulfill(json={**state, "model": "other", "num_recursions": 1})
+
+    visit.page.route("**/depths", answer)
+    visit.run(prompt=PROMPT, length=3)
+    visit.page.get_by_text("one pass for every token").wait_for()
+    assert visit.page.text_content("#model b") == "other"
+    assert visit.page.is_disabled("#recursions")
+    assert visit.page.is_disabled("#compare")
 
 
 def test_thousands_of_tokens_reach_the_page_once_a_frame(visit: Visit) -> None:

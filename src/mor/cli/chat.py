@@ -198,7 +198,8 @@ class _Chat:
     def _set_depth(self, argument: str) -> None:
         self._dials.max_recursions = self.depth(argument)
         limit = self._dials.max_recursions
-        said = "as the router decides" if limit is None else f"at most {limit} recursions"
+        plural = "" if limit == 1 else "s"
+        said = "as the router decides" if limit is None else f"at most {limit} recursion{plural}"
         err_console().print(f"{said}.")
 
     def _set_temperature(self, argument: str) -> None:

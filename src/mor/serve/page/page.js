@@ -11,7 +11,7 @@ const $ = (id) => document.getElementById(id);
 const form = $("form");
 const fields = ["prompt", "temperature", "length", "seed", "compare", "numbers"];
 const tip = new Tip($("tip"));
-let server = null; // what /depths said first
+let server = null; // what /depths said of the model
 let running = null; // the AbortController of the run in progress
 let limit = Infinity; // recursions that somebody chose; what the slider shows once R is known
 let panes = [];
@@ -56,7 +56,7 @@ function showSettings() {
 }
 
 function say(text, isError = false) {
-  $("status").textContent = text;
+  $("status").textContent = text.charAt(0).toUpperCase() + text.slice(1);
   $("status").classList.toggle("error", isError);
 }
 
@@ -161,8 +161,8 @@ async function look() {
     schedule();
     return;
   }
-  if (!server) {
-    meet(state);
+  if (server?.model !== state.model || server.num_recursions !== state.num_recursions) {
+    meet(state); // the first time, or another model is served there now
     if ($("status").classList.contains("error")) say("");
   }
   showServer(state);
@@ -177,7 +177,7 @@ function schedule(after) {
   );
 }
 
-/** The first word from the server: which model it is. */
+/** Which model it is. */
 function meet(state) {
   server = state;
   const most = state.num_recursions;

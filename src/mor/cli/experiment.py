@@ -48,7 +48,9 @@ def run(args: Sequence[str]) -> int:
         raise storage_error(out, error) from error
     command = " ".join(["mor experiment", *args])
     with _alone(out):
-        return _run_all(screen, experiment.prepare(out), out, command)
+        with screen.status("preparing the text ..."):
+            experiment = experiment.prepare(out)
+        return _run_all(screen, experiment, out, command)
 
 
 @contextmanager

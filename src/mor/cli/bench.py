@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from mor.bench.data_share import measure as measure_reading
 from mor.bench.timing import gemm_gflops, machine
 from mor.bench.train import compare, comparisons
 from mor.cli.table import print_table
@@ -88,6 +89,7 @@ def _train(options: Any) -> tuple[dict[str, Any], Tables]:
     for comparison in chosen:
         err_console().print(f"measuring {comparison.name} ...")
         results.append(compare(comparison, rounds=options.rounds or 7))
+        results[-1] |= {"reading": measure_reading(comparison, rounds=3)}
     columns = ("", "time ratio", "FLOP ratio", "time / FLOPs", "bar", "memory ratio", "bar")
     rows = [
         (
@@ -103,7 +105,18 @@ def _train(options: Any) -> tuple[dict[str, Any], Tables]:
         )
         for comparison, result in zip(chosen, results, strict=True)
     ]
-    return {"comparisons": {r["name"]: r for r in results}}, [(columns, rows)]
+    header = ("reading shards", "step", "of a corpus", "of a mixture", "bar")
+    reading = [
+        (
+            result["name"],
+            f"{result['reading']['step_s'] * 1e3:,.0f} ms",
+            *(f"{share:.3%}" for share in result["reading"]["data_share"].values()),
+            f"{result['reading']['data_bar']:.0%}",
+        )
+        for result in results
+    ]
+    record = {"comparisons": {r["name"]: r for r in results}}
+    return record, [(columns, rows), (header, reading)]
 
 
 def _plan(options: Any, sequences: int) -> Any:

@@ -50,6 +50,21 @@ def test_a_run_is_evaluated_on_its_own_corpus(mor: Mor, tiny: TinyRun) -> None:
     assert named["nll_topk"] == found["nll_topk"]
 
 
+def test_a_run_that_masks_documents_is_evaluated_so(
+    mor: Mor, tiny: TinyRun, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--steps", 1, "--mask_documents", "true")
+    assert mor("train", tiny.config, "--out", run, *options).status == 0
+    shards = TokenShards.open(tiny.corpus, "valid")
+    windows = [torch.from_numpy(w)[None] for w in sequential_windows(shards, 32)]
+    masked = evaluate(load(run), windows, shards.eos_id).nll_threshold
+    assert abs(masked - evaluate(load(run), windows).nll_threshold) > 1e-5
+    found = as_json(mor, run, "--by-token", 1, "--calibrate", 2)
+    assert found["windows"] == len(windows)
+    assert as_json(mor, run)["nll_threshold"] == pytest.approx(masked, abs=1e-6)
+
+
 def test_bytes_are_those_of_the_text(mor: Mor, tiny: TinyRun) -> None:
     file = tiny.text / "03.txt"
     text = file.read_text(encoding="utf-8")

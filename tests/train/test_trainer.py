@@ -156,18 +156,6 @@ def test_balancing_sees_the_fractions_of_the_whole_step(
     assert [strength for _, strength in updates[4]] == [0.1, 0.2]  # of a warm-up of ten steps
 
 
-def test_balancing_warms_up(corpus: Path, tmp_path: Path) -> None:
-    """At the start of a long warm-up a run is as one without balancing, but not at its end."""
-    final = {}
-    for name, warmup, coeff in (("none", 0, 0.0), ("long", 10**9, 10.0), ("over", 1, 10.0)):
-        values = runs.settings(corpus, "token", steps=6, balancing_warmup_steps=warmup)
-        values["model"] = {**values["model"], "balancing_coeff": coeff}
-        runs.train(values, tmp_path / name)
-        final[name] = [row["loss"] for row in runs.rows(tmp_path / name)]
-    assert final["long"] == pytest.approx(final["none"], abs=1e-4)
-    assert final["over"] != pytest.approx(final["none"], abs=1e-2)
-
-
 def test_starting_from_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
     """The same model goes on; a recursive one starts from a vanilla one's layers."""
     plain = {**runs.MODEL, **runs.KINDS["vanilla"], "num_block_layers": 2}

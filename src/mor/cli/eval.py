@@ -70,17 +70,18 @@ def run(args: Sequence[str]) -> int:
     options = _parse(args)
     model, tokenizer = open_model(options.model, options.device)
     text, length = _open_text(options, model, tokenizer)
+    end = _document_end(options.model, tokenizer)
     if options.calibrate:
         if not isinstance(model.router, ExpertChoice):
             raise ConfigError(
                 f"--calibrate={options.calibrate} needs a model with routing='expert_choice'; "
                 f"this one has routing={model.config.routing!r} and no thresholds."
             )
-        model.set_thresholds(calibrate(model, list(batched(text.calibration()))))
-    loss = evaluate_windows(model, tokenizer, _watched(text, "evaluating"))
+        model.set_thresholds(calibrate(model, list(batched(text.calibration())), end))
+    loss = evaluate_windows(model, tokenizer, _watched(text, "evaluating"), end)
     tokens: list[TokenDepth] | None = None
     if options.by_token:
-        tokens = tokens_by_depth(model, tokenizer, _watched(text, "depth by token"))
+        tokens = tokens_by_depth(model, tokenizer, _watched(text, "depth by token"), end)
     cost: WeightCost | None = None
     if options.quantization or options.dtype:
         rounded = EngineConfig(
@@ -187,6 +188,12 @@ def _run_settings(model: str) -> tuple[Path, TrainConfig | None]:
     file = run_folder / "config.yaml"
     known = checkpoint.parent.name == "checkpoints" and file.is_file()
     return run_folder, load_train_config(file) if known else None
+
+
+def _document_end(model: str, tokenizer: Tokenizer) -> int | None:
+    """The id at which attention stops, if the model was trained so."""
+    settings = _run_settings(model)[1]
+    return tokenizer.eos_id if settings is not None and settings.mask_documents else None
 
 
 def _corpora(

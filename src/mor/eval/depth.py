@@ -55,12 +55,16 @@ def recursion_counts(model: MoRModel, token_ids: Sequence[int]) -> list[int]:
 
 @torch.no_grad()
 def tokens_by_depth(
-    model: MoRModel, tokenizer: Tokenizer, batches: Iterable[Tensor]
+    model: MoRModel,
+    tokenizer: Tokenizer,
+    batches: Iterable[Tensor],
+    document_end: int | None = None,
 ) -> list[TokenDepth]:
     """Every token that occurs, with its mean recursion count; the deepest first.
 
     Args:
         batches: (B, T + 1) windows, of which the T inputs count, as in `mor.train.metrics`.
+        document_end: id at which attention stops; None: it spans documents.
     """
     was_training = model.training
     model.eval()
@@ -69,7 +73,7 @@ def tokens_by_depth(
     occurrences = torch.zeros_like(passes)
     for batch in batches:
         inputs = batch[:, :-1].to(device)
-        _, counts, _ = model.hidden_states(inputs, "threshold")
+        _, counts, _ = model.hidden_states(inputs, "threshold", document_end=document_end)
         ids = inputs.reshape(-1).cpu()
         passes.index_add_(0, ids, counts.cpu())
         occurrences += torch.bincount(ids, minlength=len(occurrences))

@@ -117,14 +117,22 @@ def batched(windows: Iterable[Window], batch_tokens: int = _BATCH_TOKENS) -> Ite
         yield torch.from_numpy(np.stack([first, *more]))
 
 
-def evaluate_windows(model: MoRModel, tokenizer: Tokenizer, batches: Iterable[Tensor]) -> TextLoss:
+def evaluate_windows(
+    model: MoRModel,
+    tokenizer: Tokenizer,
+    batches: Iterable[Tensor],
+    document_end: int | None = None,
+) -> TextLoss:
     """Loss on batches of (B, T + 1) windows that follow each other in the text.
+
+    Args:
+        document_end: id at which attention stops; None: it spans documents.
 
     Raises:
         DataError: there are no windows.
     """
     counter = _ByteCounter(tokenizer)
-    evaluation = evaluate(model, map(counter.see, batches))
+    evaluation = evaluate(model, map(counter.see, batches), document_end)
     return TextLoss(
         evaluation=evaluation, num_bytes=counter.finish(), num_windows=counter.num_windows
     )

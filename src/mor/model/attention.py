@@ -89,8 +89,14 @@ class WholeSequence:
     depth 0's keys and values, which belong to all tokens.
     """
 
-    def __init__(self, config: MoRConfig) -> None:
+    def __init__(self, config: MoRConfig, documents: Int[Tensor, " bt"] | None = None) -> None:
+        """Args:
+        config: of the model.
+        documents: (B * T,) number of each token's document, see `number_documents`: a query
+            sees no other document's keys. None: it sees its whole sequence.
+        """
         self._shared = config.kv_strategy == "shared"
+        self._documents = documents
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (B, G, T, D) keys, values
 
     def has_kv(self, slot: Slot) -> bool:
@@ -104,14 +110,57 @@ class WholeSequence:
         queries = packing.to_rows(q)
         if k is None or v is None:
             keys, values = self._kept[slot.layer]
-            return packing.from_rows(_attend_at(queries, keys, values, packing))
+            return packing.from_rows(_attend_at(queries, keys, values, packing, self._documents))
         keys, values = packing.to_rows(k), packing.to_rows(v)
         if self._shared and slot.depth == 0:
             self._kept[slot.layer] = keys, values
+        if self._documents is not None:
+            return _attend_inside(q, k, v, self._documents[packing.flat])
         out = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
         )
         return packing.from_rows(out)
+
+
+def number_documents(ids: Int[Tensor, "b t"], end: int) -> Int[Tensor, " bt"]:
+    """Number of each token's document, rising through the batch.
+
+    A document ends with the id `end`; each row of the batch begins a new one.
+    """
+    begins = (ids == end).roll(1, dims=1)
+    begins[:, 0] = True
+    return begins.reshape(-1).cumsum(0)
+
+
+def _attend_inside(
+    q: Float[Tensor, "n h d"],
+    k: Float[Tensor, "n g d"],
+    v: Float[Tensor, "n g d"],
+    documents: Int[Tensor, " n"],
+) -> Float[Tensor, "n h d"]:
+    """Causal attention of packed tokens, each among those of its own document.
+
+    Documents are runs of the packed tokens. Those whose lengths have the same next power of two go
+    together, padded at their end, where no causal query looks: no mask, no (T, T) anything.
+    """
+    lengths = torch.unique_consecutive(documents, return_counts=True)[1]
+    starts = lengths.cumsum(0) - lengths
+    widths = starts.new_tensor([1 << (length - 1).bit_length() for length in lengths.tolist()])
+    outs, places = list[Tensor](), list[Tensor]()
+    for width in widths.unique().tolist():
+        mine = widths == width
+        within = torch.arange(width, device=q.device)
+        rows = starts[mine, None] + within  # (documents, width)
+        there = within < lengths[mine, None]
+        q_rows, k_rows, v_rows = (
+            x[rows.clamp(max=x.shape[0] - 1)].transpose(1, 2) for x in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(
+            q_rows, k_rows, v_rows, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outs.append(out.transpose(1, 2)[there])
+        places.append(rows[there])
+    return torch.cat(outs).index_select(0, torch.cat(places).argsort())
 
 
 def _attend_at(
@@ -119,17 +168,22 @@ def _attend_at(
     k: Float[Tensor, "b g t d"],
     v: Float[Tensor, "b g t d"],
     packing: Packing,
+    documents: Int[Tensor, " bt"] | None = None,
 ) -> Float[Tensor, "b h w d"]:
-    """Queries at scattered positions over the keys of all T positions.
+    """Queries at scattered positions over the keys of all T positions, or of their own document.
 
     In chunks of queries, each over the keys up to its last position, so that no (W, T) mask is
     ever whole; a chunk's mask is rebuilt in the backward pass instead of kept.
     """
     positions = packing.to_rows(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
+    owners = None if documents is None else documents.view(packing.batch, -1)  # (B, T)
 
     def chunk(queries: Tensor, keys: Tensor, values: Tensor, where: Tensor) -> Tensor:
         times = torch.arange(keys.shape[2], device=keys.device)
         seen = (times[None, None] <= where[:, :, None])[:, None]  # (B, 1, chunk, keys)
+        if owners is not None:
+            own = owners.gather(1, where)[:, :, None] == owners[:, None, : keys.shape[2]]
+            seen = seen & own[:, None]
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=seen, enable_gqa=queries.shape[1] != keys.shape[1]
         )

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mor.errors import ConfigError, RequestError
-from mor.model.attention import Context, KVAccess, Rope, WholeSequence
+from mor.model.attention import Context, KVAccess, Rope, WholeSequence, number_documents
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer, RMSNorm
 from mor.model.packing import Packing
@@ -240,8 +240,11 @@ class MoRModel(nn.Module):
         input_ids: Int[Tensor, "b t"],
         selection: Selection,
         capacities: Sequence[float] | None = None,
+        document_end: int | None = None,
     ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingRecord]:
         """(B * T, E) states before the final norm, recursion counts, and what the routers did.
+
+        Arguments as those of `forward`.
 
         Raises:
             RequestError: the sequence is longer than `max_position_embeddings`, or empty.
@@ -253,7 +256,8 @@ class MoRModel(nn.Module):
                 f"max_position_embeddings={self.config.max_position_embeddings}."
             )
         packing = Packing.full(batch, time, input_ids.device)
-        context = self.context(packing, WholeSequence(self.config))
+        documents = None if document_end is None else number_documents(input_ids, document_end)
+        context = self.context(packing, WholeSequence(self.config, documents))
         x = self.run_prelude(self.embed_tokens(input_ids.reshape(-1)), context)
         x, counts, record = self.recurse(x, context, selection, capacities)
         return self.run_coda(x, context), counts, record
@@ -266,6 +270,7 @@ class MoRModel(nn.Module):
         targets: Int[Tensor, "b t"] | None = None,
         selection: Selection | None = None,
         capacities: Sequence[float] | None = None,
+        document_end: int | None = None,
         return_logits: bool = True,
     ) -> MoROutput:
         """Logits and, with labels or targets, losses.
@@ -277,13 +282,15 @@ class MoRModel(nn.Module):
             selection: how expert choice selects: `topk` of the whole sequence (looks ahead) or
                 `threshold` (causal). None: `topk` in training mode, `threshold` in evaluation.
             capacities: (R,) instead of the config's, e.g. during capacity warm-up.
+            document_end: id that ends a document: attention then stays inside documents. RoPE
+                sees distances only, so positions need not start anew. None: it spans them.
             return_logits: False never forms all logits: less memory in training.
 
         Raises:
             RequestError: the sequence is too long or empty.
         """
         selection = selection or ("topk" if self.training else "threshold")
-        hidden, counts, record = self.hidden_states(input_ids, selection, capacities)
+        hidden, counts, record = self.hidden_states(input_ids, selection, capacities, document_end)
         hidden = self.norm(hidden)
         logits = self.lm_head(hidden).view(*input_ids.shape, -1) if return_logits else None
         loss = total = None

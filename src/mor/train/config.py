@@ -58,6 +58,8 @@ class TrainConfig:
     """Folder made by `mor data build`, or `stdlib`, or a mixture: [{path: .., weight: ..}, ..]."""
     verify_data: bool = True
     """Compare the shards' checksums before the first step."""
+    mask_documents: bool = False
+    """Attention stays inside documents, in training and in evaluation."""
     sequence_length: int = 2048
     """T, tokens that a sequence predicts."""
     batch_size: int = 1024

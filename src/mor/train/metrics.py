@@ -47,8 +47,13 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: MoRModel, windows: Iterable[Tensor]) -> Evaluation:
+def evaluate(
+    model: MoRModel, windows: Iterable[Tensor], document_end: int | None = None
+) -> Evaluation:
     """Evaluate on batches of windows, each (B, T + 1): inputs `[:, :-1]`, targets `[:, 1:]`.
+
+    Args:
+        document_end: id at which attention stops; None: it spans documents.
 
     Raises:
         DataError: there are no windows.
@@ -64,11 +69,11 @@ def evaluate(model: MoRModel, windows: Iterable[Tensor]) -> Evaluation:
     device = model.embed_tokens.weight.device
     for batch in windows:
         ids, targets = batch[:, :-1].to(device), batch[:, 1:].to(device)
-        nll, counts, _ = _nll(model, ids, targets, "threshold")
+        nll, counts, _ = _nll(model, ids, targets, "threshold", document_end)
         sums["threshold"] += nll
         histogram += torch.bincount(counts.cpu(), minlength=len(histogram))
         if two_rules:
-            nll, counts, correct = _nll(model, ids, targets, "topk")
+            nll, counts, correct = _nll(model, ids, targets, "topk", document_end)
             agreements += correct
             deepest = (counts == model.config.num_recursions).view(ids.shape).any(0)
             reached = deepest if reached is None else reached | deepest
@@ -90,15 +95,17 @@ def evaluate(model: MoRModel, windows: Iterable[Tensor]) -> Evaluation:
 
 
 def _nll(
-    model: MoRModel, ids: Tensor, targets: Tensor, selection: Selection
+    model: MoRModel, ids: Tensor, targets: Tensor, selection: Selection, document_end: int | None
 ) -> tuple[float, Tensor, list[Tensor]]:
-    hidden, counts, record = model.hidden_states(ids, selection)
+    hidden, counts, record = model.hidden_states(ids, selection, document_end=document_end)
     nll = token_nll(model.norm(hidden), model.lm_head.weight, targets.reshape(-1))
     return float(nll.double().sum()), counts, record.correct
 
 
 @torch.no_grad()
-def calibrate(model: MoRModel, windows: Sequence[Tensor]) -> tuple[float, ...]:
+def calibrate(
+    model: MoRModel, windows: Sequence[Tensor], document_end: int | None = None
+) -> tuple[float, ...]:
     """Thresholds under which each depth keeps the share of tokens that its capacity says.
 
     Depth by depth, since who survives the earlier depths decides what the next router sees: tau_r
@@ -106,6 +113,7 @@ def calibrate(model: MoRModel, windows: Sequence[Tensor]) -> tuple[float, ...]:
 
     Args:
         windows: batches of (B, T + 1) tokens, best of training text: thresholds are parameters.
+        document_end: id at which attention stops; None: it spans documents.
 
     Returns:
         (R,) thresholds, not yet set in the model.
@@ -124,7 +132,10 @@ def calibrate(model: MoRModel, windows: Sequence[Tensor]) -> tuple[float, ...]:
         if keep == 1:
             thresholds[depth] = _EVERYBODY if depth else 0.0
         else:
-            passes = (model.hidden_states(w[:, :-1].to(device), "threshold")[2] for w in windows)
+            ids = (window[:, :-1].to(device) for window in windows)
+            passes = (
+                model.hidden_states(i, "threshold", document_end=document_end)[2] for i in ids
+            )
             logits = [p.decisions[depth] for p in passes if len(p.decisions) > depth]
             thresholds[depth] = _split_at(torch.cat(logits), keep) if logits else 0.0
         model.set_thresholds(tuple(thresholds))

@@ -316,11 +316,9 @@ class Spread:
     def __init__(self, model: MoRModel, config: TrainConfig, world: World) -> None:
         self._forward: nn.Module = model
 
-    def __call__(
-        self, inputs: Tensor, targets: Tensor, capacities: tuple[float, ...] | None
-    ) -> MoROutput:
-        """The model's forward pass, without logits."""
-        return self._forward(inputs, targets=targets, capacities=capacities, return_logits=False)
+    def __call__(self, inputs: Tensor, targets: Tensor, **options: Any) -> MoROutput:
+        """The model's forward pass without logits, with its other options."""
+        return self._forward(inputs, targets=targets, return_logits=False, **options)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Generator[None, None, None]:

@@ -112,6 +112,7 @@ class Trainer:
         config = dataclasses.replace(self.config, verify_data=verify)
         data = TrainingData.open(config, corpora, self.world.micro_size(config))
         self.tokenizer, self._batches = data.tokenizer, data.batches
+        self._document_end = data.eos_id if config.mask_documents else None
         self._eval_batches = data.valid.split(_EVAL_ROWS)
         self._calibration = () if data.calibration is None else data.calibration.split(_EVAL_ROWS)
         torch.manual_seed(config.seed)
@@ -212,7 +213,8 @@ class Trainer:
                 with torch.autocast(
                     self.device.type, torch.bfloat16, enabled=config.precision == "bf16"
                 ):
-                    out = self._spread(batch[:, :-1], batch[:, 1:], capacities)
+                    options = {"capacities": capacities, "document_end": self._document_end}
+                    out = self._spread(batch[:, :-1], batch[:, 1:], **options)
                 assert out.loss is not None
                 assert out.total_loss is not None
                 total = out.total_loss
@@ -253,7 +255,8 @@ class Trainer:
     def _evaluate(self) -> Row:
         self._calibrate()
         whole = self.world.whole(self.model)
-        result = self.world.first(lambda: evaluate(whole, self._eval_batches).as_dict())
+        end = self._document_end
+        result = self.world.first(lambda: evaluate(whole, self._eval_batches, end).as_dict())
         tokens = result.pop("tokens")
         return {**result, "eval_tokens": tokens}
 
@@ -263,7 +266,9 @@ class Trainer:
             return
         if isinstance(self.model.router, ExpertChoice):
             whole = self.world.whole(self.model)
-            self.model.set_thresholds(self.world.first(lambda: calibrate(whole, self._calibration)))
+            end = self._document_end
+            fitted = self.world.first(lambda: calibrate(whole, self._calibration, end))
+            self.model.set_thresholds(fitted)
         self._calibrated = self.step
 
     # -- setting up -----------------------------------------------------------------------------

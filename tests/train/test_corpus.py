@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from mor.errors import ConfigError, DataError, MorError
 from mor.io.tokenizer import Tokenizer
-from mor.train import corpus
+from mor.train import corpus, encoding
 from mor.train.corpus import Document, build_corpus, build_from_documents
 from mor.train.data import TokenShards
+from mor.train.held_out import HeldOut
 
 WORDS = ("recursion", "router", "depth", "token", "lane", "page", "block", "capacity")
 TEXTS = [f"{a} {b}\n  {b}{a}: {len(a)}" for a in WORDS for b in WORDS]
@@ -173,8 +174,8 @@ def test_long_documents_have_the_same_tokens_as_in_one_go(
     tokenizer_file: Path, text: str, segment: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_SEGMENT_CHARACTERS", segment)
-        segments = list(corpus._segments(Document("long", text)))
+        patch.setattr(encoding, "_SEGMENT_CHARACTERS", segment)
+        segments = list(encoding._segments(Document("long", text), 0))
     assert "".join(part.text for part in segments) == text
     assert [part.is_last for part in segments] == [False] * (len(segments) - 1) + [True]
     tokenizer = Tokenizer.load(tokenizer_file)
@@ -187,9 +188,9 @@ def test_batches_and_segments_leave_no_trace(
 ) -> None:
     documents = [*DOCUMENTS, Document("long", " ".join(TEXTS))]
     build_from_documents(documents, tmp_path / "whole", tokenizer=tokenizer_file)
-    monkeypatch.setattr(corpus, "_SEGMENT_CHARACTERS", 16)
-    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(corpus, "_BATCH_TEXTS", 7)
+    monkeypatch.setattr(encoding, "_SEGMENT_CHARACTERS", 16)
+    monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "_BATCH_TEXTS", 7)
     seen: list[tuple[int, int]] = []
     build_from_documents(
         documents,
@@ -197,7 +198,7 @@ def test_batches_and_segments_leave_no_trace(
         tokenizer=tokenizer_file,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert len(list(corpus._segments(documents[-1]))) > 10
+    assert len(list(encoding._segments(documents[-1], 0))) > 10
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
     assert len(seen) > 10
     assert seen == sorted(seen)
@@ -219,7 +220,7 @@ def test_both_splits_get_a_document(
 ) -> None:
     names = ["same" if same_name else f"doc{number}" for number in range(num_documents)]
     documents = [Document(name, "text") for name in names]
-    held_out = corpus._HeldOut(fraction, seed)
+    held_out = HeldOut(fraction, seed)
     assert list(held_out.survey(documents)) == ["text"] * num_documents
     splits = [held_out.split_of(number, document) for number, document in enumerate(documents)]
     assert {"train", "valid"} == set(splits)
@@ -229,7 +230,7 @@ def test_the_share_is_about_what_was_asked_and_goes_by_name() -> None:
     documents = [Document(f"file:{number}", "x") for number in range(5000)]
     chosen = []
     for order, seed in ((documents, 0), (documents[::-1], 0), (documents, 1)):
-        held_out = corpus._HeldOut(0.1, seed)
+        held_out = HeldOut(0.1, seed)
         assert sum(1 for _ in held_out.survey(order)) == held_out.num_documents == 5000
         splits = [held_out.split_of(number, document) for number, document in enumerate(order)]
         chosen.append({d.name for d, split in zip(order, splits, strict=True) if split == "valid"})

@@ -181,7 +181,7 @@ def test_zstandard_is_asked_for_only_when_needed(
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.txt.zst", "a.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.txt.zst", "a.zst", "a.arrow"])
 def test_unknown_suffixes_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(DataError, match=rf"{name}: unknown suffix: files named \*\.txt.*rename"):

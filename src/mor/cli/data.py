@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 
@@ -18,12 +19,15 @@ HELP = "Turn text into tokenised shards, and look at them."
 EXAMPLES = (
     "mor data build book.txt notes/ --out data/mine --train-tokenizer 8192",
     "mor data build web.jsonl.zst --out data/web --tokenizer runs/old/data --valid-fraction 0.001",
+    "mor data build rows/*.parquet --valid held-out.jsonl --out data/rows --train-tokenizer 8192",
+    "mor data build hf:HuggingFaceFW/fineweb-edu:sample-10BT --hub-documents 100000 --out data/edu"
+    " --train-tokenizer 16384",
     "mor data info data/mine",
 )
 
 SUBVERBS: Mapping[str, str] = MappingProxyType(
     {
-        "build": "tokenise .txt, .md, .rst, .py, .jsonl, .jsonl.zst files and folders of them",
+        "build": "tokenise text, JSON lines, parquet, Hugging Face datasets, and folders of them",
         "info": "what a corpus holds, its shards compared with their checksums",
     }
 )
@@ -49,9 +53,15 @@ def _usage() -> str:
     )
 
 
-def _build(args: Sequence[str]) -> int:
-    p = parser("data build", "Tokenise text into a corpus, whole or not at all.", EXAMPLES[:2])
-    p.add_argument("sources", nargs="+", metavar="SRC", help="text files, and folders of them")
+def _build_options(args: Sequence[str]) -> Any:
+    p = parser("data build", "Tokenise text into a corpus, whole or not at all.", EXAMPLES[:-1])
+    p.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SRC",
+        help=".txt .md .rst .py .jsonl .jsonl.zst .parquet, folders of them, folders saved by "
+        "Hugging Face's datasets, or hf:OWNER/NAME:CONFIG@SPLIT on its hub",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     p.add_argument("--tokenizer", default=None, metavar="PATH", help="tokenizer.json or its folder")
     p.add_argument(
@@ -62,8 +72,25 @@ def _build(args: Sequence[str]) -> int:
         help="or train one with so many entries on these texts",
     )
     p.add_argument("--valid-fraction", type=float, default=0.01, help="of documents, held out")
+    p.add_argument(
+        "--valid", nargs="+", default=[], metavar="SRC", help="hold out these sources instead"
+    )
+    p.add_argument(
+        "--workers",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="processes that encode; default: one a core, fewer for little text",
+    )
+    p.add_argument(
+        "--hub-documents",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="the most documents to take of a dataset on the hub",
+    )
     p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard")
-    p.add_argument("--text-field", default="text", help="field of a JSON line that holds the text")
+    p.add_argument("--text-field", default="text", help="field or column with the text")
     p.add_argument("--seed", type=int, default=0, help="of the choice of held-out documents")
     p.add_argument("--overwrite", action="store_true", help="replace the corpus in --out")
     options = p.parse_args(args)
@@ -72,14 +99,22 @@ def _build(args: Sequence[str]) -> int:
             "a corpus needs one tokenizer: give either --tokenizer PATH, to use that one, or "
             "--train-tokenizer VOCAB, to train one with so many entries on the texts."
         )
+    return options
+
+
+def _build(args: Sequence[str]) -> int:
+    options = _build_options(args)
     with progress() as bar:
         task = bar.add_task("reading", total=None)
         summary = build_corpus(
-            [Path(source) for source in options.sources],
+            options.sources,
             Path(options.out),
             tokenizer=None if options.tokenizer is None else Path(options.tokenizer),
             train_tokenizer=options.train_tokenizer,
             valid_fraction=options.valid_fraction,
+            valid=options.valid,
+            workers=options.workers,
+            hub_documents=options.hub_documents,
             shard_tokens=options.shard_tokens,
             text_field=options.text_field,
             seed=options.seed,
@@ -98,7 +133,7 @@ def _build(args: Sequence[str]) -> int:
 
 
 def _info(args: Sequence[str]) -> int:
-    p = parser("data info", "What a corpus holds; every shard is read and checked.", EXAMPLES[2:])
+    p = parser("data info", "What a corpus holds; every shard is read and checked.", EXAMPLES[-1:])
     p.add_argument("corpus", metavar="DIR", help="folder that `mor data build` wrote")
     folder = Path(p.parse_args(args).corpus)
     index = CorpusIndex.read(folder)

@@ -7,29 +7,22 @@ the words that the tokenizer learns from.
 """
 
 import hashlib
-import re
-import secrets
-import shutil
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mor.errors import ConfigError, DataError
-from mor.io.storage import storage_error
+from mor.io.storage import write_file
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
-from mor.train.shards import INDEX_FILE, CorpusIndex, ShardWriter
+from mor.train.held_out import HeldOut
+from mor.train.journal import CORPUS_FOLDER, Journal, open_journal
+from mor.train.shards import INDEX_VERSION, CorpusIndex
 from mor.train.sources import Document, SourceDocuments
+from mor.train.writing import Writing, check_out, finish, staged
 
-_BATCH_CHARACTERS = 2**20  # encoded at a time; the library needs some 100 bytes per token
-_BATCH_TEXTS = 2**12
-_SEGMENT_CHARACTERS = 2**18  # a longer text is encoded in parts
-
-# Byte-level pre-tokenizers start a new word at white space after a letter or digit, whatever comes
-# before and after, so a text cut there has the same tokens.
-_CUT = re.compile(r"(?<=[^\W_])\s")
-_CORPUS_FILE = re.compile(r"tokenizer\.json|index\.json|(train|valid)-\d{5,}\.(bin|docs\.npy)")
+_BYTES_PER_WORKER = 2**25  # of sources; less is not worth a process
 
 
 @dataclass(frozen=True)
@@ -48,42 +41,95 @@ class CorpusSummary:
 
 
 def build_corpus(
-    sources: Sequence[Path],
+    sources: Sequence[Path | str],
     out: Path,
     *,
     tokenizer: Path | None = None,
     train_tokenizer: int | None = None,
     valid_fraction: float = 0.01,
+    valid: Sequence[Path | str] = (),
     shard_tokens: int = 100_000_000,
     text_field: str = "text",
+    hub_documents: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    workers: int | None = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
-    """Tokenises text files into the corpus `out`, which appears whole or not at all.
+    """Tokenises files into the corpus `out`, which appears whole or not at all.
+
+    A build that is cut off leaves `out.partial`, from which the same call goes on.
 
     Args:
-        sources: `.txt`, `.md`, `.rst`, `.py` (one document a file), `.jsonl`, `.jsonl.zst` (one a
-            line), and folders, which are searched for such files.
-        text_field: the field of a JSON line that holds the text.
+        sources: text files (one document each), `.jsonl`, `.jsonl.zst`, `.parquet`, folders of
+            them, datasets saved in a folder, and `hf:OWNER/NAME:CONFIG@SPLIT` on the hub.
+        valid: sources to hold out as a whole, in place of a share of the documents.
+        text_field: the field of a JSON line, or the column, that holds the text.
+        hub_documents: the most documents to take of a dataset on the hub; None: all.
+        workers: processes that encode; None: as many as there are cores, fewer for little text.
+            The corpus does not depend on it.
 
-    The other arguments, the result and the errors are those of `build_from_documents`.
+    The rest is as in `build_from_documents`.
 
     Raises:
-        DataError: also for a source that cannot be read, with its file, line and cure.
-        MissingExtraError: a `.jsonl.zst` needs zstandard.
+        DataError: a source cannot be read (with file, line or row), or another build is going on.
+        MissingExtraError: `.jsonl.zst` needs zstandard, tables need pyarrow or datasets.
     """
-    return build_from_documents(
-        SourceDocuments(sources, text_field=text_field),
-        out,
-        tokenizer=tokenizer,
-        train_tokenizer=train_tokenizer,
-        valid_fraction=valid_fraction,
-        shard_tokens=shard_tokens,
-        seed=seed,
-        overwrite=overwrite,
-        progress=progress,
+    _check_options(tokenizer, train_tokenizer, valid_fraction, shard_tokens)
+    _check_positive(workers=workers, hub_documents=hub_documents)
+    out = Path(out).resolve()
+    check_out(out, overwrite)
+    documents = SourceDocuments(
+        sources, text_field=text_field, valid=valid, hub_documents=hub_documents
     )
+    held_out = HeldOut(0.0 if valid else valid_fraction, seed)
+    encoder = None if tokenizer is None else _load_encoder(tokenizer)
+    learned = train_tokenizer if encoder is None else _digest(encoder)
+    plan = [learned, valid_fraction, seed, shard_tokens, text_field, documents.plan()]
+    with open_journal(out, [INDEX_VERSION, *plan]) as journal:
+        encoder = _prepare(journal, documents, held_out, encoder, train_tokenizer)
+        writing = Writing(
+            folder=journal.folder / CORPUS_FOLDER,
+            read=documents.after,
+            encoder=encoder,
+            held_out=held_out,
+            shard_tokens=shard_tokens,
+            workers=workers or _workers_for(documents),
+            progress=progress,
+            journal=journal,
+        )
+        finish(writing.folder, index := writing.run(), out, overwrite)
+    return _summarise(out, index, held_out)
+
+
+def _prepare(
+    journal: Journal,
+    documents: SourceDocuments,
+    held_out: HeldOut,
+    encoder: Tokenizer | None,
+    train_tokenizer: int | None,
+) -> Tokenizer:
+    """All before the second pass, as far as the journal does not say that it is done."""
+    if documents.on_hub:
+        journal.record("fetching", documents.on_hub)
+        documents.fetch(journal.folder / "hub")
+    folder = journal.folder / CORPUS_FOLDER
+    folder.mkdir(exist_ok=True)
+    if "survey" in journal.entries:
+        found = journal.entries["survey"]
+        held_out.restore(found)
+        documents.counts = list(found["counts"])
+        return Tokenizer.load(folder)
+    encoder = _survey(documents, held_out, encoder, train_tokenizer)
+    write_file(folder / TOKENIZER_FILE, encoder.to_json().encode())
+    journal.record("survey", held_out.state() | {"counts": documents.counts})
+    return encoder
+
+
+def _workers_for(documents: SourceDocuments) -> int:
+    """A process for each core, or for each so many bytes of text if they are fewer."""
+    size = sum(file.path.stat().st_size for file in documents.files)
+    return max(1, min(os.cpu_count() or 1, size // _BYTES_PER_WORKER))
 
 
 def build_from_documents(
@@ -119,26 +165,48 @@ def build_from_documents(
     """
     _check_options(tokenizer, train_tokenizer, valid_fraction, shard_tokens)
     out = Path(out).resolve()
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     if isinstance(documents, Iterator):
         documents = list(documents)
 
-    held_out = _HeldOut(valid_fraction, seed)
+    held_out = HeldOut(valid_fraction, seed)
+    encoder = None if tokenizer is None else _load_encoder(tokenizer)
+    encoder = _survey(documents, held_out, encoder, train_tokenizer)
+    with staged(out) as folder:
+        writing = Writing(
+            folder=folder,
+            read=lambda number: documents,
+            encoder=encoder,
+            held_out=held_out,
+            shard_tokens=shard_tokens,
+            progress=progress,
+        )
+        index = writing.run()
+        (folder / TOKENIZER_FILE).write_text(encoder.to_json(), encoding="utf-8")
+        finish(folder, index, out, overwrite)
+    return _summarise(out, index, held_out)
+
+
+def _survey(
+    documents: Iterable[Document],
+    held_out: HeldOut,
+    encoder: Tokenizer | None,
+    train_tokenizer: int | None,
+) -> Tokenizer:
+    """Read all documents once: find what is wrong, what to hold out, and the words to learn."""
     texts = held_out.survey(documents)
-    if train_tokenizer is not None:
+    if encoder is None:
+        assert train_tokenizer is not None
         encoder = Tokenizer.train(texts, train_tokenizer)
     else:
-        assert tokenizer is not None
-        encoder = _load_encoder(tokenizer)
-        deque(texts, maxlen=0)  # only to survey
+        deque(texts, maxlen=0)
     if not held_out.num_documents:
         raise DataError("no document has text: every one is empty, or there is none.")
-    with _staged(out) as folder:
-        index = _write_shards(folder, documents, encoder, held_out, shard_tokens, progress)
-        (folder / TOKENIZER_FILE).write_text(encoder.to_json(), encoding="utf-8")
-        (folder / INDEX_FILE).write_text(index.to_json(), encoding="utf-8")
-        _check_out(out, overwrite)  # again: another build may have ended first
-    return _summarise(out, index, held_out)
+    return encoder
+
+
+def _digest(encoder: Tokenizer) -> str:
+    return hashlib.blake2b(encoder.to_json().encode(), digest_size=16).hexdigest()
 
 
 def _check_options(
@@ -158,6 +226,12 @@ def _check_options(
         raise ConfigError(f"shard_tokens: {shard_tokens} is not a positive number.")
 
 
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: {value} is not a positive number.")
+
+
 def _load_encoder(path: Path) -> Tokenizer:
     encoder = Tokenizer.load(path)
     try:
@@ -167,123 +241,7 @@ def _load_encoder(path: Path) -> Tokenizer:
     return encoder
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    try:
-        names = sorted(path.name for path in out.iterdir())
-    except FileNotFoundError:
-        return
-    except NotADirectoryError as error:
-        raise DataError(f"{out}: is not a folder: choose another for the corpus.") from error
-    except OSError as error:
-        raise storage_error(out, error) from error
-    if names and not overwrite:
-        raise DataError(
-            f"{out}: the folder is not empty: choose another, or set overwrite to replace the "
-            "corpus in it."
-        )
-    for name in names:
-        if not _CORPUS_FILE.fullmatch(name):
-            raise DataError(
-                f"{out}: holds {name}, which is no part of a corpus and would be lost: "
-                "choose another folder."
-            )
-
-
-class _HeldOut:
-    """Decides which documents go to the `valid` split, after a survey of all of them."""
-
-    def __init__(self, fraction: float, seed: int) -> None:
-        self.num_documents = 0
-        self.num_empty = 0
-        self._fraction = fraction
-        self._seed = seed
-        # The documents that stand for their split even if the fraction would leave it empty.
-        self._lowest: tuple[float, int] = (2.0, -1)  # score and number
-        self._highest: tuple[float, int] = (-1.0, -1)
-
-    def survey(self, documents: Iterable[Document]) -> Iterator[str]:
-        """Passes on the texts of `documents` and takes note of them."""
-        for document in documents:
-            if not document.text:
-                self.num_empty += 1
-                continue
-            score = self._score(document)
-            if score < self._lowest[0]:
-                self._lowest = (score, self.num_documents)
-            if score >= self._highest[0]:
-                self._highest = (score, self.num_documents)
-            self.num_documents += 1
-            yield document.text
-
-    def split_of(self, number: int, document: Document) -> str:
-        """`train` or `valid`, where `number` counts the documents with text from 0."""
-        if self._fraction == 0 or number == self._highest[1]:
-            return "train"
-        held_out = number == self._lowest[1] or self._score(document) < self._fraction
-        return "valid" if held_out else "train"
-
-    def _score(self, document: Document) -> float:
-        """Uniform in [0, 1) and the same wherever and whenever the document is seen."""
-        name = f"{self._seed}:{document.name}".encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(name, digest_size=6).digest()) / 2**48
-
-
-@contextmanager
-def _staged(out: Path) -> Generator[Path, None, None]:
-    """A new folder beside `out` that takes its place if all goes well, and else disappears."""
-    token = secrets.token_hex(4)
-    staging = out.with_name(f"{out.name}.tmp-{token}")
-    replaced = out.with_name(f"{out.name}.old-{token}")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        try:
-            if out.exists():
-                out.replace(replaced)
-            staging.replace(out)
-        except BaseException:
-            if replaced.exists() and not out.exists():
-                replaced.replace(out)
-            raise
-    except OSError as error:
-        raise storage_error(out, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_shards(
-    folder: Path,
-    documents: Iterable[Document],
-    encoder: Tokenizer,
-    held_out: _HeldOut,
-    shard_tokens: int,
-    progress: Callable[[int, int], None] | None,
-) -> CorpusIndex:
-    index = CorpusIndex(encoder.vocab_size, encoder.eos_id, {})
-    number = 0
-    with (
-        ShardWriter(folder, "train", index, shard_tokens) as train,
-        ShardWriter(folder, "valid", index, shard_tokens) as valid,
-    ):
-        writers = {"train": train, "valid": valid}
-        for batch in _batched_segments(documents):
-            encoded = encoder.encode_batch([segment.text for segment in batch])
-            for segment, ids in zip(batch, encoded, strict=True):
-                split = held_out.split_of(number, segment.document)
-                writers[split].write(ids, ends_document=segment.is_last)
-                number += segment.is_last
-            if progress is not None:
-                progress(number, held_out.num_documents)
-    if number != held_out.num_documents:
-        raise DataError(
-            f"the sources held {held_out.num_documents} documents and then {number}: "
-            "build again when nothing changes them."
-        )
-    return replace(index, splits={"train": tuple(train.shards), "valid": tuple(valid.shards)})
-
-
-def _summarise(out: Path, index: CorpusIndex, held_out: _HeldOut) -> CorpusSummary:
+def _summarise(out: Path, index: CorpusIndex, held_out: HeldOut) -> CorpusSummary:
     train, valid = index.splits["train"], index.splits["valid"]
     return CorpusSummary(
         path=out,
@@ -295,37 +253,3 @@ def _summarise(out: Path, index: CorpusIndex, held_out: _HeldOut) -> CorpusSumma
         num_shards=len(train) + len(valid),
         num_empty_documents=held_out.num_empty,
     )
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """A part of a document that is encoded in one go."""
-
-    document: Document
-    text: str
-    is_last: bool
-
-
-def _segments(document: Document) -> Iterator[_Segment]:
-    start = 0
-    while cut := _CUT.search(document.text, start + _SEGMENT_CHARACTERS):
-        yield _Segment(document, document.text[start : cut.start()], is_last=False)
-        start = cut.start()
-    yield _Segment(document, document.text[start:], is_last=True)
-
-
-def _batched_segments(documents: Iterable[Document]) -> Iterator[list[_Segment]]:
-    batch: list[_Segment] = []
-    num_characters = 0
-    for document in documents:
-        if not document.text:
-            continue
-        for segment in _segments(document):
-            batch.append(segment)
-            num_characters += len(segment.text)
-            if num_characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_TEXTS:
-                yield batch
-                batch = []
-                num_characters = 0
-    if batch:
-        yield batch

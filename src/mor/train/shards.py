@@ -12,9 +12,10 @@ A corpus is a folder that `mor.train.corpus` writes and `mor.train.data` reads:
 
 import io
 import json
+import os
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from mor.errors import DataError
 
@@ -147,7 +149,45 @@ class ShardWriter:
             with suppress(OSError):  # what is still buffered may not fit either
                 self._file.close()
 
-    def write(self, ids: Sequence[int], ends_document: bool) -> None:
+    @property
+    def num_written(self) -> int:
+        """Tokens of all shards so far."""
+        return sum(shard.num_tokens for shard in self.shards) + self._num_tokens
+
+    def state(self) -> dict[str, Any] | None:
+        """What is on disk when this returns, for `restore`; None inside a document."""
+        if self._inside_document:
+            return None
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"shards": [asdict(shard) for shard in self.shards], "tokens": self._num_tokens}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on after a state; what was written later is forgotten.
+
+        Raises:
+            OSError: the shard cannot be read.
+            DataError: it has fewer tokens than the state says.
+        """
+        self.shards = [Shard(**shard) for shard in state["shards"]]
+        if not state["tokens"]:
+            return
+        path = self._folder / f"{self._name}.bin"
+        tokens = np.fromfile(path, self._dtype, state["tokens"])
+        if len(tokens) < state["tokens"] or tokens[-1] != self._eos_id:
+            raise DataError(
+                f"{path}: not what the journal beside it says: remove {self._folder.parent} and "
+                "build again."
+            )
+        self._file = path.open("r+b")
+        self._file.truncate(tokens.nbytes)
+        self._file.seek(0, io.SEEK_END)
+        ends = np.flatnonzero(tokens[:-1] == self._eos_id)  # an end of text is nowhere else
+        self._starts = array("q", [0, *(ends + 1).tolist()])
+        self._num_tokens, self._crc32 = len(tokens), zlib.crc32(tokens.tobytes())
+
+    def write(self, ids: Sequence[int] | npt.NDArray[Any], ends_document: bool) -> None:
         """Appends a document or a part of one; an end-of-text id follows its end.
 
         Raises:
@@ -157,12 +197,13 @@ class ShardWriter:
             self._file = (self._folder / f"{self._name}.bin").open("wb")
         if not self._inside_document:
             self._starts.append(self._num_tokens)
+        tokens = np.asarray(ids, self._dtype)
         if ends_document:
-            ids = [*ids, self._eos_id]
-        data = np.asarray(ids, self._dtype).tobytes()
+            tokens = np.append(tokens, self._dtype.type(self._eos_id))
+        data = tokens.tobytes()
         self._file.write(data)
         self._crc32 = zlib.crc32(data, self._crc32)
-        self._num_tokens += len(ids)
+        self._num_tokens += len(tokens)
         self._inside_document = not ends_document
         if ends_document and self._num_tokens >= self._shard_tokens:
             self._finish()

@@ -1,4 +1,5 @@
-"""Documents out of text files: `.txt` and its kin, `.jsonl` and `.jsonl.zst`.
+"""Documents out of files: `.txt` and its kin, `.jsonl`, `.jsonl.zst`, `.parquet`; out of folders
+saved by Hugging Face's `datasets`, and out of datasets on its hub.
 
 Every complaint names the file and, where there is one, the line.
 """
@@ -8,14 +9,23 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from mor.errors import DataError, MissingExtraError, nearest
+from mor.errors import DataError, MissingExtraError
+from mor.train.hub import PREFIX, HubDataset, fetch
+from mor.train.tables import (
+    PARQUET_SUFFIX,
+    check_field,
+    check_text,
+    dataset_texts,
+    is_saved_dataset,
+    parquet_texts,
+)
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # one document a file
 LINES_SUFFIX = ".jsonl"  # one document a line
 ZSTD_LINES_SUFFIX = ".jsonl.zst"
-_SUFFIXES = (*TEXT_SUFFIXES, LINES_SUFFIX, ZSTD_LINES_SUFFIX)
+_SUFFIXES = (*TEXT_SUFFIXES, LINES_SUFFIX, ZSTD_LINES_SUFFIX, PARQUET_SUFFIX)
 
 _ZSTD_MAX_WINDOW_BYTES = 2**27  # what `zstd --long=27` packs with
 _ZSTD_CHUNK_BYTES = 2**16  # packed bytes at a time, so that unpacked ones stay few
@@ -28,6 +38,8 @@ class Document:
     name: str
     """Decides whether the document is held out, so it should not change from build to build."""
     text: str
+    split: str | None = None
+    """The split that its source was named for; None: by chance."""
 
     def __post_init__(self) -> None:
         """Checks the text.
@@ -45,10 +57,19 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read and the name of it that does not depend on where its folder lies."""
+    """A file, or a saved dataset's folder, and a name that does not depend on where it lies."""
 
     path: Path
     name: str
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class _OnHub:
+    """A dataset that is not here yet."""
+
+    dataset: HubDataset
+    split: str | None
 
 
 class SourceDocuments:
@@ -58,44 +79,129 @@ class SourceDocuments:
     Blank lines of JSON lines are skipped.
     """
 
-    def __init__(self, sources: Sequence[Path], *, text_field: str = "text") -> None:
+    def __init__(
+        self,
+        sources: Sequence[Path | str],
+        *,
+        text_field: str = "text",
+        valid: Sequence[Path | str] = (),
+        hub_documents: int | None = None,
+    ) -> None:
         """Finds the files; reads none.
 
+        Args:
+            sources: files, folders, and hub datasets as `hf:OWNER/NAME:CONFIG@SPLIT`.
+            text_field: the field or column that holds the text.
+            valid: more of them, whose documents are all held out.
+            hub_documents: the most documents to take of each dataset on the hub.
+
         Raises:
+            ConfigError: `hf:` is followed by no dataset's name.
             DataError: a source does not exist, has an unknown suffix or is a folder without text.
         """
         if not sources:
             raise DataError("sources: none given: name a text file or a folder that holds some.")
-        self.sources = tuple(map(str, sources))
-        self.files: list[SourceFile] = []
-        for source in map(Path, sources):
-            try:
-                self.files += _find_files(source)
-            except OSError as error:
-                raise _unreadable(source, error) from error
+        self.sources = tuple(map(str, (*sources, *valid)))
         self.text_field = text_field
+        self._hub_documents = hub_documents
+        self._places: list[SourceFile | _OnHub] = []
+        for number, source in enumerate(self.sources):
+            split = "valid" if number >= len(sources) else None
+            if source.startswith(PREFIX):
+                self._places.append(_OnHub(HubDataset.parse(source), split))
+                continue
+            try:
+                found = _find_files(Path(source))
+            except OSError as error:
+                raise _unreadable(Path(source), error) from error
+            self._places += [SourceFile(file.path, file.name, split) for file in found]
+        self.counts: list[int] = []
+        """Documents of the files that have been read to their end, from the first file on."""
+
+    @property
+    def files(self) -> list[SourceFile]:
+        """All files, in order; datasets on the hub come in only when they are fetched."""
+        return [place for place in self._places if isinstance(place, SourceFile)]
+
+    @property
+    def on_hub(self) -> list[str]:
+        """Datasets on the hub that are not fetched."""
+        return [str(place.dataset) for place in self._places if isinstance(place, _OnHub)]
+
+    def plan(self) -> list[list[Any]]:
+        """What the sources are, as plain data: another plan means other documents."""
+        plan: list[list[Any]] = []
+        for place in self._places:
+            if isinstance(place, _OnHub):
+                plan.append([str(place.dataset), self._hub_documents, place.split])
+                continue
+            stat = place.path.stat()
+            where = str(place.path.resolve())
+            plan.append([where, place.name, place.split, stat.st_size, stat.st_mtime_ns])
+        return plan
+
+    def fetch(self, folder: Path) -> None:
+        """Stream datasets of the hub into `folder`, and read those files from now on.
+
+        Raises:
+            DataError, MissingExtraError, OSError: see `hub.fetch`.
+        """
+        places: list[SourceFile | _OnHub] = []
+        for number, place in enumerate(self._places):
+            if isinstance(place, SourceFile):
+                places.append(place)
+                continue
+            files = fetch(
+                place.dataset,
+                folder / str(number),
+                text_field=self.text_field,
+                max_documents=self._hub_documents,
+            )
+            name = str(place.dataset)
+            places += [SourceFile(file, f"{name}/{file.name}", place.split) for file in files]
+        self._places = places
 
     def __iter__(self) -> Iterator[Document]:
         """Yields the documents.
 
         Raises:
-            DataError: a file or a line cannot be read, named with the cause and the cure; or no
-                document of all the files has text.
-            MissingExtraError: a `.jsonl.zst` needs zstandard.
+            DataError: a file, a line or a row cannot be read, named with the cause and the cure; or
+                no document of all the files has text.
+            MissingExtraError: a `.jsonl.zst` needs zstandard, tables need pyarrow or datasets.
         """
         any_text = False
-        for file in self.files:
-            for document in _read_documents(file, self.text_field):
-                any_text = any_text or bool(document.text)
-                yield document
+        for document in self.after(0):
+            any_text = any_text or bool(document.text)
+            yield document
         if not any_text:
             raise DataError(
                 f"{', '.join(self.sources)}: no document has text: every one is empty, or there "
                 "is none."
             )
 
+    def after(self, number: int) -> Iterator[Document]:
+        """The documents but for the first ones; files that `counts` knows are skipped unread.
+
+        Raises:
+            DataError, MissingExtraError: see `__iter__`.
+        """
+        for place, file in enumerate(self.files):
+            if place < len(self.counts) and number >= self.counts[place]:
+                number -= self.counts[place]
+                continue
+            count = 0
+            for document in _read_documents(file, self.text_field):
+                count += 1
+                if count > number:
+                    yield document
+            number = max(0, number - count)
+            if place == len(self.counts):
+                self.counts.append(count)
+
 
 def _find_files(source: Path) -> list[SourceFile]:
+    if source.is_dir() and is_saved_dataset(source):
+        return [SourceFile(source, source.name)]
     if source.is_dir():
         files = [
             SourceFile(path, path.relative_to(source).as_posix())
@@ -109,7 +215,10 @@ def _find_files(source: Path) -> list[SourceFile]:
             )
         return files
     if not source.exists():
-        raise DataError(f"{source}: does not exist: check the path.")
+        raise DataError(
+            f"{source}: does not exist: check the path; a dataset of the Hugging Face hub is "
+            "written hf:OWNER/NAME."
+        )
     if not source.name.lower().endswith(_SUFFIXES):
         raise DataError(
             f"{source}: unknown suffix: files named *{', *'.join(_SUFFIXES)} can be read; "
@@ -119,13 +228,18 @@ def _find_files(source: Path) -> list[SourceFile]:
 
 
 def _read_documents(file: SourceFile, text_field: str) -> Iterator[Document]:
-    if file.path.name.lower().endswith(TEXT_SUFFIXES):
-        yield Document(file.name, _read_text(file.path))
-        return
-    for number, line in enumerate(_read_lines(file.path), start=1):
-        if line.strip():
-            text = _text_of_line(line, f"{file.path}, line {number}", text_field)
-            yield Document(f"{file.name}:{number}", text)
+    name = file.path.name.lower()
+    if name.endswith(TEXT_SUFFIXES):
+        yield Document(file.name, _read_text(file.path), file.split)
+    elif file.path.is_dir() or name.endswith(PARQUET_SUFFIX):
+        read = dataset_texts if file.path.is_dir() else parquet_texts
+        for number, text in enumerate(read(file.path, text_field), start=1):
+            yield Document(f"{file.name}:{number}", text, file.split)
+    else:
+        for number, line in enumerate(_read_lines(file.path), start=1):
+            if line.strip():
+                text = _text_of_line(line, f"{file.path}, line {number}", text_field)
+                yield Document(f"{file.name}:{number}", text, file.split)
 
 
 @contextmanager
@@ -205,18 +319,8 @@ def _text_of_line(line: bytes, where: str, text_field: str) -> str:
             f"{where}: holds a value of type {type(record).__name__}: each line must hold one JSON "
             f"object with its text in the field {text_field!r}."
         )
-    if text_field not in record:
-        raise DataError(
-            f"{where}: has no field {text_field!r}: set text_field to the one that holds the "
-            f"text; {nearest(text_field, record)}"
-        )
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: the field {text_field!r} holds a value of type {type(text).__name__}: "
-            "it must hold a string."
-        )
-    return text
+    check_field(where, text_field, record)
+    return check_text(where, text_field, record[text_field])
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

@@ -116,6 +116,9 @@ class TrainingData:
             DataError: one cannot be read, is too small, or has another tokenizer than the first.
         """
         paths, weights = [path for path, _ in corpora], [weight for _, weight in corpora]
+        length = config.sequence_length
+        train = [TokenShards.open(path, "train", verify=config.verify_data) for path in paths]
+        valid = [TokenShards.open(path, "valid", verify=config.verify_data) for path in paths]
         tokenizer = Tokenizer.load(paths[0])
         for path in paths[1:]:
             if Tokenizer.load(path).to_json() != tokenizer.to_json():
@@ -123,9 +126,6 @@ class TrainingData:
                     f"{path}: made with another tokenizer than {paths[0]}: build it again with "
                     f"`mor data build --tokenizer {paths[0]}`."
                 )
-        length = config.sequence_length
-        train = [TokenShards.open(path, "train", verify=config.verify_data) for path in paths]
-        valid = [TokenShards.open(path, "valid", verify=config.verify_data) for path in paths]
         parts = [
             Batches(
                 shards,

@@ -34,7 +34,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("serve") / "model"
     mor.save(network, folder, tokenizer)
-    values = {"chat_template": TEMPLATE, "eos_token": {"content": "<|endoftext|>"}}
+    values = {
+        "chat_template": TEMPLATE,
+        "eos_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",  # for lm-eval, which reads it through this
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     return folder
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(args: Sequence[str]) -> int:
         chat_template=_template(options.chat_template),
     )
     engine = _engine(options)
+    _check_tls(options.ssl_keyfile, options.ssl_certfile)
     with bind(options.host, options.port) as socket:
         with err_console().status("starting the engine (once, compiling its kernels takes long)"):
             llm = LLM(options.model, engine)
@@ -163,6 +165,19 @@ def _template(path: str | None) -> str | None:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template={path} cannot be read: {error}.") from error
+
+
+def _check_tls(keyfile: str | None, certfile: str | None) -> None:
+    if keyfile is None and certfile is None:
+        return
+    try:
+        if certfile is None:
+            raise OSError("there is no certificate")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+    except OSError as error:
+        raise ConfigError(
+            f"--ssl-certfile={certfile} --ssl-keyfile={keyfile} cannot be used: {error}."
+        ) from error
 
 
 def _set_up_logging(level: str) -> None:

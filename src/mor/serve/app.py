@@ -79,7 +79,14 @@ def _api(service: Service, version: str) -> FastAPI:
         yield
         await service.bridge.stop()
 
-    api = FastAPI(title="mor", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
+    api = FastAPI(
+        title="mor",
+        version=version,
+        lifespan=lifespan,
+        docs_url=None,  # these would load scripts of another host
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     _add_errors(api)
     _add_generation(api, service)
     _add_tokens(api, service)

@@ -179,6 +179,7 @@ class Bridge:
             failures = 0
             if events:
                 self._call(self._deliver, events)
+        self._abort(self._metrics.names)
 
     def _obey(self) -> None:
         """Do what has been asked for; wait for it if there is nothing else to do."""

@@ -18,8 +18,10 @@ class EngineState:
     """(R,) pages that running sequences hold at each depth; only the first where depths share."""
     pages_outer: int
     """Pages that they hold for prelude and coda."""
+    pages_cached: int
+    """Further pages, which only the prefix cache holds."""
     pages_used: int
-    """Pages that are not free; what no sequence holds, the prefix cache does."""
+    """Pages that are not free."""
     pages_total: int
     page_bytes: int
     preemptions: int
@@ -28,6 +30,8 @@ class EngineState:
     def of(cls, llm: LLM) -> "EngineState":
         """The state now."""
         running = llm.scheduler.running
+        held = {page for s in running for table in s.tables for page in table.pages}
+        cached = set(llm.prefixes.held_pages()) if llm.prefixes is not None else set[int]()
         depths: list[list[PageTable]] = [[] for _ in range(llm.model_config.num_recursions)]
         for sequence in running:
             for depth, table in zip(depths, sequence.depths, strict=False):
@@ -38,16 +42,12 @@ class EngineState:
             tokens_by_depth=list(llm.stats.depth_histogram),
             pages_by_depth=[_distinct(tables) for tables in depths],
             pages_outer=_distinct([s.outer for s in running if s.outer is not None]),
+            pages_cached=len(cached - held),
             pages_used=llm.pool.num_pages - llm.pool.num_free,
             pages_total=llm.pool.num_pages,
             page_bytes=llm.cache.page_bytes,
             preemptions=llm.scheduler.num_preemptions,
         )
-
-    @property
-    def pages_cached(self) -> int:
-        """Pages that only the prefix cache holds."""
-        return self.pages_used - self.pages_outer - sum(self.pages_by_depth)
 
 
 def _distinct(tables: list[PageTable]) -> int:

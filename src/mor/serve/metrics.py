@@ -6,11 +6,13 @@ Counting happens in the engine's thread, tick by tick.
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mor.engine.llm import LLM
 from mor.engine.request import TokenEvent
+from mor.model.sampling import FinishReason
 from mor.serve.depths import EngineState
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
@@ -65,6 +67,8 @@ class Metrics:
             ("model_name", "finished_reason"),
             registry=self._registry,
         )
+        for reason in get_args(FinishReason):
+            self._success.labels(**self._labels, finished_reason=reason)
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival.", _SECONDS)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens.", _SECONDS)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to end.", _LONG)

@@ -363,6 +363,8 @@ class DepthsResponse(Answer):
     """Pages that they hold for the layers around the block."""
     kv_pages_cached: int
     """Further pages, which only the prefix cache holds."""
+    kv_pages_used: int
+    """The sum of these."""
     kv_pages_total: int
     tokens_per_s: float
     """Over the last seconds."""

@@ -11,6 +11,7 @@ import uvicorn
 
 from mor.errors import ConfigError
 from mor.serve.app import App
+from mor.serve.connection import Connection
 from mor.serve.errors import HTTPError
 
 _log = logging.getLogger("mor.serve")
@@ -29,6 +30,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -83,6 +85,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     listening: socket.socket | None = None
     try:
+        if not 0 <= port < 2**16:
+            raise OverflowError("ports end at 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]

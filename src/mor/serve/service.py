@@ -176,6 +176,7 @@ class Service:
             kv_pages_by_depth=state.pages_by_depth,
             kv_pages_outer=state.pages_outer,
             kv_pages_cached=state.pages_cached,
+            kv_pages_used=state.pages_used,
             kv_pages_total=state.pages_total,
             tokens_per_s=round(self.metrics.tokens_per_s, 2),
             running=state.running,

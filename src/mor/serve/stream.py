@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -43,6 +44,8 @@ class TokenStream(EventSourceResponse):
         """Send the events."""
         try:
             await super().__call__(scope, receive, send)
+        except SendTimeoutError:  # the client does not read: its connection is closed
+            pass
         finally:
             self._bridge.release(self._ticket)
 

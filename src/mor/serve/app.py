@@ -128,7 +128,8 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _events(model: type[CompletionResponse | ChatChunk]) -> dict[str, Any]:
     about = f"With `stream`: events whose data is a {model.__name__}, then `[DONE]`."
-    return {"description": about, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    return {"description": about, "content": {"text/event-stream": {"schema": event}}}
 
 
 _GENERATION_ERRORS = (400, 404, 408, 413, 429, 500, 503, 504)

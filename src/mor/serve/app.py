@@ -185,7 +185,7 @@ def _add_state(api: FastAPI, service: Service) -> None:
         service.bridge.check()
         return Response()
 
-    @api.get("/depths", responses=_errors(503))
+    @api.get("/depths", responses=_errors(503, 504))
     async def depths() -> DepthsResponse:
         """The engine at this moment."""
         return await service.depths()

@@ -154,8 +154,11 @@ class Bridge:
         if self._is_broken:
             self.check()
         self._commands.put(run)
-        async with asyncio.timeout(self._seconds):
-            return await answer
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await answer
+        except TimeoutError as error:
+            raise HTTPError(504, "the engine is busy and does not answer: try later.") from error
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,8 @@ import pytest
 from calling import MAIN, TinyRun, environment, invoke
 from rich.console import Console
 
-from conftest import untrained
 from fake_server import TOKENS, Fake, serving
-from mor import LLM, SamplingParams, Tokenizer, save
+from mor import LLM, SamplingParams
 from mor.cli.colour import coloured_text
 from mor.cli.partners import Turn, pieces, plain
 from mor.engine.request import TokenEvent
@@ -154,11 +154,10 @@ def _until(true: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def talker(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def talker(scattered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with three recursions and a chat template."""
     folder = tmp_path_factory.mktemp("talker") / "model"
-    tokenizer = Tokenizer.load(tiny.corpus)
-    save(untrained(tiny, router_type="random"), folder, tokenizer)
+    shutil.copytree(scattered, folder)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}you:"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return folder

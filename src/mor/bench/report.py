@@ -20,9 +20,10 @@ from mor.bench.palette import (
 )
 from mor.bench.svg import Series, bar_chart, line_chart, percent
 
-__all__ = ["ColouredText", "Section", "Series", "Table", "bar_chart", "line_chart", "page"]
+__all__ = ["ColouredText", "Section", "Series", "Table", "bar_chart", "line_chart", "page", "tabs"]
 
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}<>~]?\d")
+_MOST_TABS = 6
 _BLANKS = ("", "-", "\N{EN DASH}", "\N{EM DASH}", "n/a")
 
 
@@ -128,6 +129,21 @@ class Section:
     note: str = ""
 
 
+def tabs(name: str, panels: Sequence[tuple[str, str]]) -> str:
+    """Ready HTML pieces of which one shows at a time, chosen by its label; at most six.
+
+    No script: the style sheet follows a group of radio buttons called `name`. On paper all show.
+    """
+    assert 0 < len(panels) <= _MOST_TABS, len(panels)
+    labels = "".join(
+        f'<label><input type="radio" name="{escape(name)}"{"" if i else " checked"}>'
+        f" {escape(label)}</label>"
+        for i, (label, _) in enumerate(panels)
+    )
+    bodies = "".join(f"<div>{body}</div>" for _, body in panels)
+    return f'<div class="tabs">{labels}{bodies}</div>'
+
+
 def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) -> str:
     """A whole HTML document; every text but the sections' bodies is escaped."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -167,7 +183,13 @@ def _scheme() -> str:
         f".d{i}{{--shade:var(--d{i});border-bottom-width:{3 * i / last:.2g}px}}"
         for i in range(last + 1)
     )
-    return f"{light}@media screen and (prefers-color-scheme:dark){{{dark}}}{classes}"
+    shown = ",".join(
+        f".tabs:has(label:nth-of-type({i}) :checked)>div:nth-of-type({i})"
+        for i in range(1, _MOST_TABS + 1)
+    )
+    screen = f"@media screen{{.tabs>div{{display:none}}{shown}{{display:block}}}}"
+    chosen = f"@supports selector(:has(*)){{{screen}}}"
+    return f"{light}@media screen and (prefers-color-scheme:dark){{{dark}}}{classes}{chosen}"
 
 
 _STYLE = """
@@ -220,6 +242,10 @@ box-decoration-break:clone}
 .newline::before{content:"\\21b5";font-size:.8em;opacity:.6}
 .tokens .prompt span[data-n],.legend .prompt b{color:var(--soft);
 background:color-mix(in srgb,var(--shade) 40%,var(--paper))}
+.tabs>label{display:inline-block;color:var(--soft);cursor:pointer;
+margin:0 1.1rem .9rem 0;font-size:.9rem}
+.tabs>label:has(:checked){color:var(--ink)}
+.tabs input{accent-color:var(--series-0);margin:0 .25em 0 0;vertical-align:-.08em}
 .prompt::after{content:"";border-left:2px solid var(--ink);margin:0 2px}
 .depth:has(:checked) span[data-n]:not(.newline)::after,
 .depth:has(:checked) .newline::before{font-size:.65em;line-height:0;vertical-align:super;

@@ -20,6 +20,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "data": ("mor.cli.data", "turn text into tokenised shards"),
         "train": ("mor.cli.train", "pre-train a model, or continue"),
         "experiment": ("mor.cli.experiment", "a grid of trainings, one table and one plot"),
+        "report": ("mor.cli.report", "curves of training runs, laid over each other on one page"),
         "generate": ("mor.cli.generate", "continue a prompt, coloured by recursion count"),
         "serve": ("mor.cli.serve", "an OpenAI-compatible server"),
         "chat": ("mor.cli.chat", "talk with a model, or with one behind a server"),

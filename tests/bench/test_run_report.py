@@ -119,6 +119,11 @@ def test_many_runs_stand_below_each_other_with_short_names(tmp_path: Path) -> No
     assert [run.name for run in runs] == [
         f"{v} seed{s}" for v in ("mor", "plain") for s in range(3)
     ]
+    order = [f"{v}_d16_9-steps_seed{s}" for v in ("plain", "mor") for s in range(3)]
+    results = {"runs": [{"name": name} for name in order]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    runs = find_runs([tmp_path])  # as in the experiment's own results
+    assert [run.folder.name for run in runs] == order
     reader = Reader(run_report(runs, ""))
     rows = [i for i, (tag, a) in enumerate(reader.elements) if tag == "th" and a["scope"] == "row"]
     assert [reader.texts[i] for i in rows][:6] == [run.name for run in runs]

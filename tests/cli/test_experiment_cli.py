@@ -291,7 +291,11 @@ def test_a_plan_lists_the_runs_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     status, out, err = plan(mor, spec)
     assert (status, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [[name, "6"] for name in NAMES]
+    _, *lines, total = out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[name, "6"] for name in NAMES]
+    flops = [float(line.split()[3]) for line in lines]
+    assert total.startswith("6 runs, ")
+    assert float(total.split()[2]) == pytest.approx(sum(flops), rel=0.01)
     assert not list(tmp_path.iterdir())
 
 

@@ -244,12 +244,9 @@ def _chart(
 
 def planned(cells: Sequence[Cell]) -> list[list[str]]:
     """A row per cell for people: name, steps, parameters without embedding, FLOPs."""
-    return [
-        [
-            cell.name,
-            cell.budget if Budget.parse(cell.budget).unit == "seconds" else str(cell.config.steps),
-            _count(parameters_non_embedding(cell.model)),
-            _flops(cell.flops),
-        ]
-        for cell in cells
-    ]
+    lines = []
+    for cell in cells:
+        timed = Budget.parse(cell.budget).unit == "seconds"
+        steps, flops = ("", "") if timed else (str(cell.config.steps), _flops(cell.flops))
+        lines.append([cell.name, steps, _count(parameters_non_embedding(cell.model)), flops])
+    return lines

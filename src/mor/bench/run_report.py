@@ -1,5 +1,6 @@
 """One page of curves of several training runs laid over each other; `mor report` writes it."""
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -48,10 +49,21 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """
     found: list[Path] = []
     for folder in folders:
-        inside = sorted(file.parent for file in folder.glob("runs/*/metrics.jsonl"))
+        inside = _inside(folder)
         found += [folder] if (folder / "metrics.jsonl").exists() or not inside else inside
     named = zip(found, _names(found), strict=True)
     return [Run.open(folder, name) for folder, name in named]
+
+
+def _inside(experiment: Path) -> list[Path]:
+    """The runs of an experiment in the order of its results."""
+    found = sorted(file.parent for file in experiment.glob("runs/*/metrics.jsonl"))
+    try:
+        results = json.loads((experiment / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return found
+    order = {result["name"]: i for i, result in enumerate(results["runs"])}
+    return sorted(found, key=lambda folder: order.get(folder.name, len(order)))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

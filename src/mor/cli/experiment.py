@@ -40,7 +40,12 @@ def run(args: Sequence[str]) -> int:
     screen = console()
     if options.plan:
         header = ("run", "steps", "parameters, no embedding", "training FLOPs")
-        print_table(screen, header, planned(experiment.cells))
+        lines = planned(experiment.cells)
+        print_table(screen, header, lines)
+        total = sum(
+            cell.flops for cell, line in zip(experiment.cells, lines, strict=True) if line[3]
+        )
+        screen.print(f"{len(lines)} runs, {total:.3g} training FLOPs, as far as known before.")
         return 0
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,12 @@ import time
 import pytest
 import torch
 
+from mor.bench import steps
+from mor.bench.steps import StepPlan
 from mor.bench.timing import PairedTimes, machine, paired
 from mor.bench.train import Comparison, Stepper, compare, comparisons, saved_bytes
 from mor.cli.main import main
+from mor.errors import ConfigError
 from tiny import tiny_config
 
 
@@ -80,6 +83,49 @@ def test_the_two_comparisons_are_the_promised_ones() -> None:
     assert dropping.a.num_recursions == 3
     assert dropping.b.capacities == (1.0, 1.0, 1.0)
     assert (dropping.batch_size, dropping.sequence_length) == (2, 512)
+
+
+def test_steps_report_what_the_bars_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = StepPlan(preset="demo", models=("mor2", "token3"), rounds=2, batch_size=2, length=32)
+    asked = []
+    monkeypatch.setattr(steps, "peak_bytes", lambda plan, name: asked.append(name) or len(name))
+    record = json.loads(json.dumps(steps.measure(plan)))
+    assert asked == list(record["step_s"]) == ["vanilla", "mor3", "mor2", "token3"]
+    for name in ("mor2", "mor3"):
+        model = record["models"][name]
+        assert model["flops_ratio"] < 1
+        assert model["time_over_flops"] == pytest.approx(model["ratio"] / model["flops_ratio"])
+        assert model["ok"] == (model["ratio"] <= 1.07 * model["flops_ratio"])
+    assert record["models"]["mor2"]["memory_ratio"] == pytest.approx(4 / 7)
+    assert record["models"]["mor2"]["memory_ok"]
+    assert record["gemm_share"] == record["vanilla_gflops"] / record["gemm_peak_gflops"]
+    assert len(record["token_choice"]["token3"]["ratios"]) == 2
+    names, rates, token = steps.tables(record)
+    assert [row[0] for row in names[1]] == ["mor3", "mor2"]
+    assert rates[1][0][-1] == "60%"
+    assert token[1][0][:2] == ("token3", "mor3")
+
+
+def test_forced_token_choice_is_ragged_and_as_deep_as_expert_choice() -> None:
+    plan = StepPlan(preset="demo", batch_size=2, length=48)
+    counts = plan.stepper("token3").model(torch.zeros(2, 48, dtype=torch.long)).recursion_counts
+    assert torch.bincount(counts.reshape(-1)).tolist() == [0, 32, 32, 32]
+    assert (counts[0] > 1).sum() != (counts[1] > 1).sum()
+    assert sum(plan.config("mor3").depth_capacities) == pytest.approx(2)
+    with pytest.raises(ConfigError, match=r"--models 'mor1' is unknown: vanilla, mor2"):
+        plan.config("mor1")
+
+
+@pytest.mark.slow
+def test_peak_memory_falls_with_fewer_tokens_and_with_recomputed_activations() -> None:
+    plan = StepPlan(preset="demo", batch_size=6, length=512)
+    assert steps.peak_bytes(plan, "mor3") < steps.peak_bytes(plan, "vanilla")
+    recompute = [
+        steps.peak_bytes(dataclasses.replace(plan, activation_checkpointing=mode), "mor3")
+        for mode in ("none", "recursion", "full")
+    ]
+    assert recompute == sorted(recompute, reverse=True)
+    assert recompute[2] < 0.9 * recompute[0]
 
 
 def test_machine_names_what_a_record_needs() -> None:

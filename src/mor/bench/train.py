@@ -1,6 +1,6 @@
 """Training steps: does dropping tokens save the time and memory that the cost model promises?
 
-Two comparisons, each paired in one run:
+`mor.bench.steps` compares MoR with vanilla. Two more comparisons here, each paired in one run:
 
 `twin`      the demo's MoR against its vanilla twin: the step's time against the ratio of FLOPs.
 `dropping`  135M, R = 3, expert choice, batch 2 x 512, against the same model with all
@@ -23,6 +23,7 @@ from mor.model.cost import activation_values_per_token, training_flops
 from mor.model.mor import MoRModel
 from mor.train.config import TrainConfig
 from mor.train.optim import build_optimizer
+from mor.train.speed import speed_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +73,18 @@ def comparisons() -> tuple[Comparison, ...]:
 class Stepper:
     """A model, its optimizer and a batch: one call is one optimizer step."""
 
-    def __init__(self, config: MoRConfig, batch_size: int, sequence_length: int) -> None:
+    def __init__(
+        self,
+        config: MoRConfig,
+        batch_size: int,
+        sequence_length: int,
+        settings: TrainConfig | None = None,
+    ) -> None:
         torch.manual_seed(0)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = MoRModel(config).train().to(device)
-        settings = TrainConfig(sequence_length=sequence_length, batch_size=batch_size)
+        settings = settings or TrainConfig(sequence_length=sequence_length, batch_size=batch_size)
+        speed_up(self.model, settings, device)
         self.optimizer = build_optimizer(self.model, settings)
         batch = torch.randint(config.vocab_size, (batch_size, sequence_length + 1))
         self.batch = batch.to(device)
@@ -126,7 +134,7 @@ def compare(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
     times = paired(a.step, b.step, rounds=rounds * comparison.rounds_factor)
     seconds = (statistics.median(times.a), statistics.median(times.b))
     length = comparison.sequence_length
-    flops = [training_flops(c, length, _presence(c, length)) for c in (comparison.a, comparison.b)]
+    flops = [training_flops(c, length, presence(c, length)) for c in (comparison.a, comparison.b)]
     flops_ratio = flops[0] / flops[1]
     memory = a.activation_bytes() / b.activation_bytes()
     values = [activation_values_per_token(c) for c in (comparison.a, comparison.b)]
@@ -152,6 +160,6 @@ def compare(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _presence(config: MoRConfig, length: int) -> tuple[float, ...]:
+def presence(config: MoRConfig, length: int) -> tuple[float, ...]:
     """Shares that `topk` really selects: whole tokens."""
     return tuple(max(1, int(c * length)) / length for c in config.depth_capacities)

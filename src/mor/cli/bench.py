@@ -13,6 +13,7 @@ from mor.cli.terminal import Parser, console, err_console, parser
 from mor.errors import ConfigError, nearest
 
 EXAMPLES = (
+    "mor bench train --rounds 5 --models mor2 token3 --threads 2",
     "mor bench train --json --rounds 9 --only dropping",
     "mor bench throughput --sequences 64 --prompt 128 --output 128",
     "mor bench throughput --sequences 16 --prompt 1536 --output 512 --decode-only --models mor4",
@@ -38,6 +39,11 @@ def run(args: Sequence[str]) -> int:
     p.add_argument(
         "--only", default=None, help=f"train: one of {', '.join(c.name for c in comparisons())}"
     )
+    p.add_argument("--batch", type=int, default=2, help="train: sequences")
+    p.add_argument("--length", type=int, default=512, help="train: tokens of a sequence")
+    p.add_argument("--threads", type=int, default=None, help="train: of torch; default all cores")
+    p.add_argument("--compile", action="store_true", help="train: with torch.compile")
+    p.add_argument("--checkpointing", default="none", help="train: none, recursion or full")
     options = p.parse_args(list(args))
     if options.what not in _WHAT:
         hint = nearest(options.what, (*_WHAT, "serve"))
@@ -61,7 +67,7 @@ Tables = Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]
 def _add_engine_options(p: Parser) -> None:
     p.add_argument("--preset", default="135m", help="shape of the models: 135m, 360m, 730m, 1.7b")
     p.add_argument(
-        "--models", nargs="+", default=["mor2", "mor3", "mor4"], help="beside vanilla: mor2 .."
+        "--models", nargs="+", default=None, help="beside vanilla: mor2 ..; train: token3 .., too"
     )
     p.add_argument("--sequences", type=int, nargs="+", default=[64], help="in flight")
     p.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
@@ -81,6 +87,8 @@ def _add_engine_options(p: Parser) -> None:
 
 
 def _train(options: Any) -> tuple[dict[str, Any], Tables]:
+    if options.only is None:
+        return _steps(options)
     names = [c.name for c in comparisons()]
     if options.only is not None and options.only not in names:
         raise ConfigError(f"--only {options.only!r} is unknown: {nearest(options.only, names)}")
@@ -119,11 +127,35 @@ def _train(options: Any) -> tuple[dict[str, Any], Tables]:
     return record, [(columns, rows), (header, reading)]
 
 
+def _steps(options: Any) -> tuple[dict[str, Any], Tables]:
+    import torch
+
+    from mor.bench import steps
+
+    for name in ("batch", "length", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)} must be at least 1.")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    plan = steps.StepPlan(
+        preset=options.preset,
+        models=tuple(options.models or steps.StepPlan.models),
+        rounds=options.rounds or steps.StepPlan.rounds,
+        batch_size=options.batch,
+        length=options.length,
+        compile=options.compile,
+        activation_checkpointing=options.checkpointing,
+    )
+    _note(f"{', '.join(plan.models)} against vanilla")
+    record = steps.measure(plan)
+    return record, steps.tables(record)
+
+
 def _plan(options: Any, sequences: int) -> Any:
     from mor.bench.throughput import Plan
 
     recursions: list[int] = []
-    for name in options.models:
+    for name in options.models or ("mor2", "mor3", "mor4"):
         digits = name.removeprefix("mor")
         if not digits.isdigit() or int(digits) < 2:
             raise ConfigError(f"--models {name!r} is unknown: mor2, mor3, mor4, ..")

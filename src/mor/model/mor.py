@@ -168,9 +168,14 @@ class MoRModel(nn.Module):
         if limits is not None:
             assert config.sharing == "cycle", "a layer finishes all its passes before the next one"
             return self._repeat(x, limits.most, context), limits.most
+        counts = torch.full_like(context.packing.flat, config.num_recursions)
+        if config.sharing == "cycle":
+            for depth in range(config.num_recursions):
+                x = self.run_block(x, depth, context)
+            return x, counts
         for slot in block_schedule(config.sharing, config.num_block_layers, config.num_recursions):
             x = self.block[slot.layer](x, slot, context)
-        return x, torch.full_like(context.packing.flat, config.num_recursions)
+        return x, counts
 
     def _expert_choice(
         self,

@@ -25,11 +25,11 @@ def _wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _chunk_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token: negative log-likelihood (0 where ignored) and logsumexp."""
+def _chunk_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Per token: negative log-likelihood (0 where ignored)."""
     lse = torch.logsumexp(logits, dim=-1)
     picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets == IGNORE, torch.zeros_like(lse), lse - picked), lse
+    return torch.where(targets == IGNORE, torch.zeros_like(lse), lse - picked)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -46,13 +46,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             logits = _wide_logits(hidden[rows], used)
-            nll, lse = _chunk_nll(logits, targets[rows])
-            total += nll.sum()
             if grad_hidden is None or grad_weight is None:
+                total += _chunk_nll(logits, targets[rows]).sum()
                 continue
-            # d nll / d logits = softmax - one-hot, and nothing for ignored tokens.
-            grads = logits.sub_(lse[:, None]).exp_()
+            # d nll / d logits = softmax - one-hot, and nothing for ignored tokens. The logits are
+            # passed over as few times as possible: one exponential serves loss and gradient.
             index = targets[rows].clamp(min=0)[:, None]
+            most = logits.amax(dim=1, keepdim=True)
+            picked = logits.gather(1, index) - most
+            grads = logits.sub_(most).exp_()
+            sums_exp = grads.sum(dim=1, keepdim=True)
+            nll = (sums_exp.log() - picked)[:, 0]
+            total += nll.masked_fill(targets[rows] == IGNORE, 0).sum()
+            grads.div_(sums_exp)
             grads.scatter_add_(1, index, -torch.ones_like(index, dtype=grads.dtype))
             grads.masked_fill_((targets[rows] == IGNORE)[:, None], 0)
             grads = grads.to(hidden.dtype)
@@ -101,4 +107,4 @@ def token_nll(
     """(N,) negative log-likelihood of each target in nats, 0 where ignored; no gradient."""
     chunks = zip(hidden.split(_CHUNK_TOKENS), targets.split(_CHUNK_TOKENS), strict=True)
     used = weight.to(hidden.dtype)
-    return torch.cat([_chunk_nll(_wide_logits(h, used), t)[0] for h, t in chunks])
+    return torch.cat([_chunk_nll(_wide_logits(h, used), t) for h, t in chunks])

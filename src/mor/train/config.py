@@ -19,6 +19,7 @@ Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["trapezoid", "cosine"]
 Precision = Literal["fp32", "bf16"]
 Parallel = Literal["auto", "none", "ddp", "fsdp"]
+ActivationCheckpointing = Literal["none", "recursion", "full"]
 FsdpReshard = Literal["auto", "recursion", "step"]
 
 _TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = MappingProxyType(
@@ -121,6 +122,11 @@ class TrainConfig:
     """`auto`, `cpu`, `cuda`."""
     precision: Precision = "fp32"
     """`bf16`: autocast; weights and optimizer stay in fp32."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What is computed again in the backward pass instead of kept: each `recursion` of the block,
+    or every layer (`full`), which keeps least."""
+    compile: bool = False
+    """torch.compile for the layers; a C++ compiler (on a GPU triton) must be there."""
     parallel: Parallel = "auto"
     """How the processes of torchrun share the work: `ddp` keeps whole weights on each, `fsdp` a
     part; `auto` is ddp, and none for one process."""

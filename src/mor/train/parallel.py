@@ -27,6 +27,7 @@ from mor.io.tokenizer import Tokenizer
 from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel, MoROutput
 from mor.train.config import TrainConfig
+from mor.train.speed import speed_up
 from mor.train.state import (
     SHARDS,
     TrainState,
@@ -214,7 +215,8 @@ class World:
     # -- the model --------------------------------------------------------------------------------
 
     def spread(self, model: MoRModel, config: TrainConfig) -> "Spread":
-        """Put the model under DDP or FSDP2 in place; build the optimizer afterwards."""
+        """Checkpoint activations, compile, shard, in place; build the optimizer afterwards."""
+        speed_up(model, config, self.device)
         kinds = {"none": Spread, "ddp": _Replicated, "fsdp": _Sharded}
         return kinds[self.kind](model, config, self)
 

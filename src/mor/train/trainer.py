@@ -46,6 +46,7 @@ FREE = frozenset(
     (
         *("eval_every", "save_every", "keep_checkpoints", "device", "verify_data"),
         *("spike_threshold", "tensorboard", "parallel", "fsdp_reshard"),
+        *("activation_checkpointing", "compile"),
     )
 )
 """What a resumed run may change without becoming another run."""

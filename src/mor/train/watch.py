@@ -1,6 +1,7 @@
 """Watching a run: stop when it breaks, say how fast it is, show it in TensorBoard."""
 
 import math
+import re
 import resource
 import statistics
 import sys
@@ -135,6 +136,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the parent's memory if that was more
+        kilobytes = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        if kilobytes is not None:
+            return int(kilobytes[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,76 @@
+"""What makes a step smaller or faster on one device, put around a model from outside.
+
+In a fixed order: a layer is compiled, activation checkpointing surrounds what is compiled, and
+sharding (`parallel`) surrounds both. Checkpointing inside the compiled piece would not stand the
+keys and values that a shared layer leaves behind for later recursions.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mor.errors import ConfigError
+from mor.model.layers import Layer
+from mor.model.mor import MoRModel
+from mor.train.config import TrainConfig
+
+
+def speed_up(model: MoRModel, config: TrainConfig, device: torch.device) -> None:
+    """Apply `activation_checkpointing` and `compile` in place.
+
+    Raises:
+        ConfigError: `activation_checkpointing='recursion'` for a model whose recursions do not
+            follow one another.
+    """
+    layers = [*model.prelude, *model.block, *model.coda]
+    if config.compile and has_compiler(device):
+        for layer in layers:
+            # attention over shared keys and values looks at positions on the host
+            assert isinstance(layer, Layer)
+            part = layer.mlp if model.config.kv_strategy == "shared" else layer
+            vars(part)["forward"] = torch.compile(part.forward, dynamic=True)
+    if config.activation_checkpointing == "full":
+        for layer in layers:
+            vars(layer)["forward"] = recomputed(layer.forward)
+    elif config.activation_checkpointing == "recursion":
+        if model.config.sharing == "sequence":
+            raise ConfigError(
+                "activation_checkpointing='recursion' needs sharing='cycle'; with 'sequence' no "
+                "recursion is a piece of its own: take 'full'."
+            )
+        vars(model)["run_block"] = recomputed(model.run_block)
+
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, which keeps its inputs only and runs again in the backward pass."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can work here; warns in one sentence where it cannot."""
+    if device.type == "cuda":
+        found, needed = importlib.util.find_spec("triton") is not None, "triton"
+    else:
+        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+        needed = "a C++ compiler (g++ or clang++)"
+    if not found:
+        warnings.warn(
+            f"compile: true needs {needed}, which is not there: training goes on without.",
+            stacklevel=2,
+        )
+    return found

@@ -1,0 +1,119 @@
+"""Recomputed and compiled layers give the same losses and gradients; less is kept."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mor.bench.train import saved_bytes
+from mor.errors import ConfigError
+from mor.model.mor import MoRModel
+from mor.train import speed
+from mor.train.config import TrainConfig
+from mor.train.speed import has_compiler, speed_up
+from tiny import KINDS, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def step(model: MoRModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of a batch."""
+    torch.manual_seed(3)
+    ids = torch.randint(61, (2, 25))
+    out = model.train()(ids[:, :-1], targets=ids[:, 1:], return_logits=False)
+    out.total_loss.backward()
+    return out.total_loss.detach(), {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
+
+
+def forward_bytes(model: MoRModel) -> int:
+    ids = torch.zeros(2, 48, dtype=torch.long)
+    return saved_bytes(lambda: model(ids, targets=ids).total_loss, model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["recursion", "full"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_recomputing_changes_nothing_but_memory(kind: str, mode: str) -> None:
+    model, plain = tiny_model(kind), tiny_model(kind)
+    config = TrainConfig(activation_checkpointing=mode)
+    if kind == "sequence" and mode == "recursion":
+        with pytest.raises(ConfigError, match=r"'recursion' needs sharing='cycle'.*take 'full'"):
+            speed_up(model, config, CPU)
+        return
+    speed_up(model, config, CPU)
+    loss, gradients = step(model)
+    expected, others = step(plain)
+    assert loss == expected
+    assert gradients.keys() == others.keys()
+    assert all(torch.equal(value, others[name]) for name, value in gradients.items())
+    assert forward_bytes(model) < 0.85 * forward_bytes(plain)
+
+
+def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("expert")
+    speed_up(model, TrainConfig(activation_checkpointing="full"), CPU)
+    calls = []
+    monkeypatch.setattr(speed, "checkpoint", lambda *args, **kwargs: calls.append(args))
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert calls == []
+
+
+def test_without_a_compiler_training_goes_on_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    model, plain = tiny_model("expert"), tiny_model("expert")
+    with pytest.warns(UserWarning, match=r"^compile: true needs a C\+\+ compiler .* without\.$"):
+        speed_up(model, TrainConfig(compile=True), CPU)
+    assert step(model)[0] == step(plain)[0]
+
+
+COMPILED = """
+import json, sys, torch
+from test_speed import step, CPU
+from mor.train.config import TrainConfig
+from mor.train.speed import speed_up
+from tiny import tiny_model
+worst = 0.0
+for kind, mode in json.loads(sys.argv[1]):
+    model, plain = tiny_model(kind), tiny_model(kind)
+    speed_up(model, TrainConfig(compile=True, activation_checkpointing=mode), CPU)
+    (loss, ours), (expected, theirs) = step(model), step(plain)
+    worst = max(worst, float((loss - expected).abs()))
+    worst = max(worst, *(float((ours[n] - theirs[n]).abs().max()) for n in theirs))
+print(json.dumps([worst, torch._dynamo.utils.counters["stats"]["unique_graphs"]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [("expert", "none"), ("expert", "recursion"), ("vanilla", "full")],
+        [("token", "none"), ("expert_shared", "full")],
+    ],
+)
+def test_compiled_layers_agree(cases: list[tuple[str, str]]) -> None:
+    """In a process of its own: shape checks at run time break the compiler's tracing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not has_compiler(CPU):
+            pytest.skip("no C++ compiler")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths + os.pathsep + str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    worst, graphs = json.loads(done.stdout.splitlines()[-1])
+    assert worst < 1e-10
+    assert 0 < graphs < 12

@@ -123,6 +123,7 @@ def test_the_tokenizer_and_the_pipeline(exported: Path, tokenizer: Tokenizer) ->
     assert theirs.decode(tokenizer.encode(TEXT)) == TEXT
     assert theirs.eos_token_id == theirs.pad_token_id == tokenizer.eos_id
     assert theirs.padding_side == "left"
+    assert set(theirs(TEXT)) == {"input_ids", "attention_mask"}  # what generate takes
     model = AutoModelForCausalLM.from_pretrained(exported)
     generator = pipeline("text-generation", model=model, tokenizer=theirs)
     texts = [TEXT[:30], TEXT[:9]]

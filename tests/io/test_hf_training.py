@@ -1,5 +1,8 @@
-"""Fine-tuning our models with `Trainer` and PEFT."""
+"""Fine-tuning with `Trainer` and PEFT, and `lm_eval --model hf`, on our models."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,10 @@ import torch
 from hf_models import random_ids, wrapped
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mor.io.checkpoint import load
+from mor.io import hf
+from mor.io.checkpoint import load, save
 from mor.io.hf.local import MoRForCausalLM
+from mor.io.tokenizer import Tokenizer
 from tiny import tiny_model
 
 # transformers 5.23 has a new name for it, which PEFT and older versions do not know.
@@ -116,6 +121,69 @@ def test_lora_on_the_shared_block_lowers_the_loss(tmp_path: Path) -> None:
         load(tmp_path / "merged").block[0].self_attn.q_proj.weight,
         merged.model.block[0].self_attn.q_proj.weight,
     )
+
+
+TASK = """
+task: tiny_pairs
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: ""
+target_delimiter: ""
+doc_to_choice: "{{{{[good, bad]}}}}"
+doc_to_target: label
+num_fewshot: 0
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_on_an_exported_folder(tmp_path: Path) -> None:
+    text = "the token goes on and the other token stops "
+    tokenizer = Tokenizer.train([text * 4], 280)
+    model = tiny_model(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id).float()
+    save(model, tmp_path / "run", tokenizer)
+    folder = hf.export(tmp_path / "run", tmp_path / "exported")
+    words = text.split()
+    pairs: list[dict[str, Any]] = [
+        {"good": f"the token {a} {b}", "bad": f"the {b} {a} token", "label": 0}
+        for a in words[3:6]
+        for b in words[5:9]
+        if a != b
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(data=data))
+    arguments = f"pretrained={folder},trust_remote_code=True,dtype=float32"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['mor'] = None\n"
+         "from lm_eval.__main__ import cli_evaluate; cli_evaluate()",
+         "--model", "hf", "--model_args", arguments, "--tasks", "tiny_pairs", "--device", "cpu",
+         "--include_path", str(tmp_path / "tasks"), "--batch_size", "4",
+         "--output_path", str(tmp_path / "found.json")],
+        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = tmp_path.glob("found*.json")
+    accuracy = json.loads(found.read_text())["results"]["tiny_pairs"]["acc,none"]
+
+    def score(words: str) -> float:
+        """Log-probability of a text after the end of text, as lm_eval asks for it."""
+        ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(words)]])
+        with torch.no_grad():
+            logits = model(ids).logits.log_softmax(-1)
+        return float(logits[0, :-1].gather(1, ids[0, 1:, None]).sum())
+
+    expected = sum(score(pair["good"]) >= score(pair["bad"]) for pair in pairs) / len(pairs)
+    assert accuracy == pytest.approx(expected)
+    assert 0 < accuracy < 1
 
 
 def test_the_loss_of_accumulated_batches_is_that_of_one_batch() -> None:

@@ -147,6 +147,7 @@ def _tokenizer_json(config: MoRConfig, tokenizer: Tokenizer) -> str:
     }
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.max_position_embeddings,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,

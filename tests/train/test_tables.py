@@ -133,6 +133,11 @@ def test_other_names_are_refused(text: str) -> None:
         SourceDocuments([text])
 
 
+def test_what_is_not_fetched_is_not_read() -> None:
+    with pytest.raises(DataError, match=r"hf:o/n@train: is on the hub: make a corpus of it"):
+        list(SourceDocuments(["hf:o/n"]))
+
+
 class FakeHub:
     """Stands for `datasets.load_dataset`: 25 documents, a line that may break, and a count."""
 

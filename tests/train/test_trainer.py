@@ -93,6 +93,7 @@ def test_what_a_run_leaves(corpus: Path, tmp_path: Path) -> None:
     assert model.config.vocab_size == Tokenizer.load(resolve(out)).vocab_size
     weights = trainer.model.state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert [state.read_state(p).position for p in sorted(out.glob("checkpoints/*"))] == [84, 96]
     assert Trainer(TrainConfig.from_dict(values), out, resume="auto").run() == "finished"
     assert len(runs.rows(out)) == 24
 

@@ -196,13 +196,14 @@ class World:
             )
         return micro
 
-    def micro_batches(self, config: TrainConfig, step: int) -> range:
-        """Which of the run's micro-batches this rank takes in a step.
+    def micro_batches(self, config: TrainConfig, position: int) -> range:
+        """Which of the run's micro-batches this rank takes in the step after `position` sequences.
 
         The ranks take them in turns, so that a step is the same set whatever the world's size.
         """
-        count = config.batch_size // self.micro_size(config)
-        return range(step * count + self.rank, (step + 1) * count, self.size)
+        micro = self.micro_size(config)
+        first, after = position // micro, (position + config.batch_size) // micro
+        return range(first + self.rank, after, self.size)
 
     def clip(self, model: nn.Module, limit: float) -> Tensor:
         """Scale all gradients so that their common norm is at most `limit`; returns the norm."""

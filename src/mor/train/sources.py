@@ -185,6 +185,10 @@ class SourceDocuments:
         Raises:
             DataError, MissingExtraError: see `__iter__`.
         """
+        if self.on_hub:
+            raise DataError(
+                f"{self.on_hub[0]}: is on the hub: make a corpus of it with `mor data build`."
+            )
         for place, file in enumerate(self.files):
             if place < len(self.counts) and number >= self.counts[place]:
                 number -= self.counts[place]

@@ -24,14 +24,16 @@ SHARDS = "optimizer"
 class TrainState:
     """Explicit state of a run after a whole number of optimizer steps.
 
-    Learning rate, capacities and the data's position are pure functions of `step`; balancing biases
-    and thresholds are part of the model.
+    Learning rate and capacities are pure functions of `step`, and what is read next is one of the
+    seed and `position`; balancing biases and thresholds are part of the model.
     """
 
     step: int
     """Optimizer steps done."""
     elapsed: float
     """Seconds that they took, for budgets of time."""
+    position: int
+    """Sequences that they read, of the endless order that the data has."""
     optimizer: dict[str, Any]
     rng: dict[str, torch.Tensor]
     """Random number generators by device type."""
@@ -142,6 +144,7 @@ def read_state(checkpoint: Path) -> TrainState:
         return TrainState(
             step=raw["step"],
             elapsed=raw["elapsed"],
+            position=raw["position"],
             optimizer=raw["optimizer"],
             rng=raw["rng"],
             settings=json.loads(raw["settings"]),

@@ -98,6 +98,8 @@ class Trainer:
         """Optimizer steps done."""
         self.elapsed = 0.0
         """Seconds that they took, evaluations and saves left out."""
+        self.position = 0
+        """Sequences that they read: where the data's order goes on."""
         self._calibrated = -1  # step whose weights the thresholds fit
         self.metrics = MetricsFile(out / "metrics.jsonl")
         if checkpoint is not None:
@@ -190,6 +192,7 @@ class Trainer:
         state = TrainState(
             step=self.step,
             elapsed=self.elapsed,
+            position=self.position,
             optimizer=self.optimizer.state_dict(),
             rng=rng_state(),
             settings=self._settings(),
@@ -206,7 +209,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         balancing = balancing_at(config, self.step)
         sums: dict[str, Tensor] = {}
-        mine = self.world.micro_batches(config, self.step)
+        mine = self.world.micro_batches(config, self.position)
         for index in mine:
             batch = self._batches.at(index).to(self.device)
             torch.manual_seed((config.seed * 2**32 + index) % 2**63)  # for a random router
@@ -244,6 +247,7 @@ class Trainer:
             if model.config.balancing == "loss_free":
                 model.router.update_bias(shares, balancing)
         self.step += 1
+        self.position += config.batch_size
         return {
             "step": self.step,
             "tokens": self.step * config.tokens_per_step,
@@ -329,7 +333,7 @@ class Trainer:
             optimizer = self.world.optimizer_state(checkpoint, state.optimizer)
         self.optimizer.load_state_dict(optimizer)
         set_rng_state(state.rng)
-        self.step, self.elapsed = state.step, state.elapsed
+        self.step, self.elapsed, self.position = state.step, state.elapsed, state.position
 
     def _state_of(self, checkpoint: Path) -> TrainState:
         state = read_state(checkpoint)

@@ -1,5 +1,7 @@
 """What runs in a process that only encodes: it imports the tokenizers' library and no torch."""
 
+import signal
+
 import numpy as np
 import numpy.typing as npt
 import tokenizers
@@ -13,6 +15,7 @@ class _Kept:
 
 def open_encoder(text: str) -> None:
     """Take the tokenizer of this `tokenizer.json`, special tokens as text, as `io.tokenizer`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gave the work
     backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()

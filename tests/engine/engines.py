@@ -66,6 +66,8 @@ def params(draw: st.DrawFn, num_recursions: int = 1, max_tokens: int = 8) -> Sam
         "max_recursions": st.integers(1, num_recursions),
         "recursions": st.integers(1, num_recursions),
     }
+    if draw(st.booleans()):  # what comes before may be taken from the prefix cache
+        fields |= {"prompt_logprobs": True, "prompt_logprobs_from": draw(st.integers(1, 40))}
     if draw(st.booleans()):
         fields |= {"temperature": draw(st.floats(0.3, 2)), "seed": draw(st.integers(0, 99))}
         choices |= {

@@ -72,6 +72,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": -1}, r"in 0\.\.20"),
     ({"logprobs": True}, "an integer"),
     ({"prompt_logprobs": 1}, "true or false"),
+    ({"prompt_logprobs_from": 2}, "goes with prompt_logprobs"),
+    ({"prompt_logprobs_from": 0, "prompt_logprobs": True}, "at least 1"),
     ({"recursions": 0}, "at least 1"),
     ({"max_recursions": 0}, "at least 1"),
     ({"max_recursions": 1, "recursions": 2}, "at least recursions=2"),

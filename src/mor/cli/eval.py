@@ -1,4 +1,4 @@
-"""`mor eval`: loss under both selection rules, depths and routers."""
+"""`mor eval`: loss under both selection rules, depths and routers; or tasks (`eval_tasks`)."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from mor.cli import eval_tasks
 from mor.cli.generate import open_model
 from mor.cli.table import print_table
 from mor.cli.terminal import console, parser, progress
@@ -49,6 +50,7 @@ EXAMPLES = (
     "mor eval runs/smoke --data book.txt --calibrate 16 --by-token 20",
     "mor eval runs/smoke --quantization int8",
     "mor eval runs/360m-mor3 --data data/web --max-windows 256 --json",
+    "mor eval models/smollm2 --tasks hellaswag,blimp --data data/eval --limit 200",
 )
 
 _MIN_OCCURRENCES = 5  # of a token in --by-token
@@ -68,6 +70,8 @@ class _Text:
 def run(args: Sequence[str]) -> int:
     """Entry point; returns the exit status."""
     options = _parse(args)
+    if options.tasks is not None:
+        return eval_tasks.run(options)
     model, tokenizer = open_model(options.model, options.device)
     text, length = _open_text(options, model, tokenizer)
     end = _document_end(options.model, tokenizer)
@@ -113,7 +117,7 @@ def _parse(args: Sequence[str]) -> Any:
         default=None,
         metavar="DATA",
         help="corpus (its valid split), .txt, .jsonl, .jsonl.zst, a folder of them, or stdlib; "
-        "default: the corpus of the run",
+        "default: the corpus of the run; with --tasks: the folder of evaluation sets",
     )
     p.add_argument(
         "--sequence-length",
@@ -139,7 +143,9 @@ def _parse(args: Sequence[str]) -> Any:
     p.add_argument("--dtype", default=None, help="likewise with weights in bfloat16")
     p.add_argument("--json", action="store_true", help="one JSON object")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    eval_tasks.add_options(p)
     options = p.parse_args(args)
+    eval_tasks.check_options(options)
     for name in ("sequence_length", "max_windows"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -297,7 +297,6 @@ class LLM:
             random=params.random_numbers(index),
             outer=PageTable(outer, self.pool) if outer is not None else None,
             depths=[PageTable(block, self.pool) for _ in range(passes)],
-            prompt_logprobs=[None] if params.prompt_logprobs else [],
         )
 
     def _finish(self, chunks: list[Chunk]) -> None:
@@ -310,7 +309,8 @@ class LLM:
         result = self.runner.finish(chunks, sampling)
         self.scheduler.finished(chunks)
         for i, (scores, likeliest) in result.prompt_logprobs.items():
-            chunks[i].sequence.note_prompt(chunks[i].start + 1, scores, likeliest)
+            first = chunks[i].start + chunks[i].scored.start + 1
+            chunks[i].sequence.note_prompt(first, scores, likeliest)
         sampled = result.sampled
         for i, token, logprob, top in zip(
             *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True

@@ -33,6 +33,15 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def scored(self) -> range:
+        """Tokens, by their place in it, after which a prompt token's probability is asked for."""
+        sequence = self.sequence
+        if not sequence.params.prompt_logprobs:
+            return range(0)
+        first = max(0, sequence.params.prompt_logprobs_from - 1 - self.start)
+        return range(first, max(first, min(len(self), sequence.num_prompt - 1 - self.start)))
+
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
@@ -63,7 +72,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)
-    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_top_logprobs: list[dict[int, float] | None] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     """In flight, in order of position."""
     is_running: bool = False
@@ -81,6 +90,13 @@ class Sequence:
     """Whether its further tokens may still join the prefix cache."""
     num_cached: int = 0
     """Prompt tokens that the prefix cache spared."""
+
+    def __post_init__(self) -> None:
+        unscored = range(min(self.params.prompt_logprobs_from, self.num_prompt))
+        if self.params.prompt_logprobs:
+            self.prompt_logprobs = [None for _ in unscored]
+        if self.params.reports_prompt_top:
+            self.prompt_top_logprobs = [None for _ in unscored]
 
     @property
     def tables(self) -> list[PageTable]:
@@ -108,7 +124,7 @@ class Sequence:
         """Log-probabilities of the prompt's tokens from `first` on, and of the likeliest there."""
         self.prompt_logprobs[first : first + len(scores)] = scores
         if self.params.reports_prompt_top:
-            self.prompt_top_logprobs[first - 1 : first - 1 + len(scores)] = likeliest
+            self.prompt_top_logprobs[first : first + len(scores)] = likeliest
 
     def completion(self, text: str) -> Completion:
         """What the caller gets, now or in the end."""
@@ -124,9 +140,7 @@ class Sequence:
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
             prompt_logprobs=self.prompt_logprobs,
-            prompt_top_logprobs=(
-                [None, *self.prompt_top_logprobs] if self.params.reports_prompt_top else []
-            ),
+            prompt_top_logprobs=self.prompt_top_logprobs,
             finish_reason=self.finish_reason,
         )
 

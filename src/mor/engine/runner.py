@@ -24,6 +24,8 @@ from mor.model.mor import MoRModel
 from mor.model.sharing import block_schedule
 from mor.ops.paged import Lanes
 
+_SCORED_ROWS = 128  # logits that are whole at one time: an allocation that is used again
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
@@ -33,8 +35,8 @@ class Finished:
     prompt_logprobs: dict[int, tuple[list[float], list[dict[int, float]]]] = field(
         default_factory=dict
     )
-    """By the chunk's place in the plan: log-probabilities of the token after each of its tokens,
-    and of the likeliest ones there."""
+    """By the chunk's place in the plan: log-probabilities of the token after each of its `scored`
+    ones, and of the likeliest ones there."""
 
 
 class Runner:
@@ -96,11 +98,7 @@ class Runner:
     def finish(self, chunks: list[Chunk], sampling: dict[int, SamplingRow]) -> Finished:
         """Run coda and head; sample after the last token of each chunk that `sampling` names."""
         began = time.perf_counter()
-        scored = {
-            i
-            for i, c in enumerate(chunks)
-            if c.sequence.params.prompt_logprobs and c.start < c.sequence.num_prompt - 1
-        }
+        scored = {i: places for i, chunk in enumerate(chunks) if (places := chunk.scored)}
         result = Finished(sampled=Sampled(tokens=[], logprobs=[], top_logprobs=[]))
         if self._coda is not None or sampling or scored:
             x = self.states.leave(rows_of(chunks))
@@ -111,9 +109,8 @@ class Runner:
                 last = self._ints([int(ends[i]) - 1 for i in sampling])
                 logits = self._readout(x.index_select(0, last))
                 result = Finished(sampled=self._sample(logits, list(sampling.values())))
-            for i in scored:
-                states = x[int(ends[i]) - len(chunks[i]) : int(ends[i])]
-                result.prompt_logprobs[i] = self._score(chunks[i], states)
+            lines = [(i, int(ends[i]) - len(chunks[i]) + p, p) for i in scored for p in scored[i]]
+            self._score(chunks, lines, x, result)
         self.compute_seconds += time.perf_counter() - began
         return result
 
@@ -132,12 +129,21 @@ class Runner:
                 return Sampled(tokens=found[0], logprobs=found[1], top_logprobs=[{} for _ in rows])
         return sample(logits, rows)
 
-    def _score(self, chunk: Chunk, states: Tensor) -> tuple[list[float], list[dict[int, float]]]:
-        sequence = chunk.sequence
-        stop = min(chunk.start + len(chunk), sequence.num_prompt - 1)
-        following = self._ints(sequence.tokens[chunk.start + 1 : stop + 1])
-        logits = self._readout(states[: len(following)])
-        return score(logits, following, sequence.params.logprobs)
+    def _score(
+        self, chunks: list[Chunk], lines: list[tuple[int, int, int]], x: Tensor, result: Finished
+    ) -> None:
+        """Note scores of prompt tokens; a line is a chunk, a row of `x`, a place in the chunk."""
+        for start in range(0, len(lines), _SCORED_ROWS):
+            part = lines[start : start + _SCORED_ROWS]
+            wanted = [chunks[i].sequence.tokens[chunks[i].start + p + 1] for i, _, p in part]
+            tops = [chunks[i].sequence.params.logprobs or 0 for i, _, _ in part]
+            logits = self._readout(x.index_select(0, self._ints([row for _, row, _ in part])))
+            best = self.kernels.greedy(logits) if max(tops) <= 1 else None
+            scores, likeliest = score(logits, self._ints(wanted), max(tops), best)
+            for (i, _, _), num, one, top in zip(part, tops, scores, likeliest, strict=True):
+                found, others = result.prompt_logprobs.setdefault(i, ([], []))
+                found.append(one)
+                others.append(dict(list(top.items())[:num]))
 
     # -- lanes ----------------------------------------------------------------------------------
 

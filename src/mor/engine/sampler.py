@@ -66,9 +66,22 @@ def sample(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Sampled
 
 
 def score(
-    logits: Float[Tensor, "n v"], tokens: Int[Tensor, " n"], num_top: int | None
+    logits: Float[Tensor, "n v"],
+    tokens: Int[Tensor, " n"],
+    num_top: int,
+    best: tuple[list[int], list[float]] | None = None,
 ) -> tuple[list[float], list[dict[int, float]]]:
-    """Log-probabilities of given tokens, and `num_top` of the likeliest ones in their places."""
+    """Log-probabilities of given tokens, and `num_top` of the likeliest ones in their places.
+
+    Args:
+        best: likeliest token of each row and its log-probability, if known; `num_top` is 0 or 1.
+    """
+    if best is not None:
+        largest = logits.gather(1, tokens.new_tensor(best[0])[:, None])
+        behind = (logits.gather(1, tokens[:, None]) - largest)[:, 0].tolist()
+        pairs = list(zip(*best, strict=True))
+        scores = [top + less for (_, top), less in zip(pairs, behind, strict=True)]
+        return scores, [{token: top} for token, top in pairs]
     logprobs = _wide(logits).log_softmax(-1)
     columns = [logprobs.gather(1, tokens[:, None])]
     if num_top:

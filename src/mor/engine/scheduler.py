@@ -257,9 +257,12 @@ class Scheduler:
 
     def _reuse_prefix(self, sequence: Sequence, plan: EnterPlan) -> None:
         """Start after the longest prefix that is known."""
-        if self.prefixes is None or sequence.params.prompt_logprobs:
+        if self.prefixes is None:
             return
         nodes = self.prefixes.find(sequence.prefix_root, sequence.tokens)
+        if sequence.params.prompt_logprobs:  # they need the states from here on
+            last = sequence.params.prompt_logprobs_from - 1
+            nodes = [node for node in nodes if node.num_tokens <= last]
         if not nodes or self.pool.num_free < len(sequence.tables):
             return
         plan.copies.extend(self.prefixes.attach(nodes, sequence.tables))

@@ -266,11 +266,13 @@ def _advance(
         done.prompt_recursion_counts = counts
         if params.prompt_logprobs:
             every = model.readout(states).double().log_softmax(-1)
-            following = enumerate(done.prompt_token_ids[1:])
-            done.prompt_logprobs = [None, *(float(every[i, token]) for i, token in following)]
+            first, tokens = params.prompt_logprobs_from, done.prompt_token_ids
+            unknown: list[None] = [None] * min(first, len(tokens))
+            places = range(first, len(tokens))
+            done.prompt_logprobs = [*unknown, *(float(every[i - 1, tokens[i]]) for i in places)]
             if params.logprobs is not None:
-                top = [likeliest(each, params.logprobs) for each in every[:-1]]
-                done.prompt_top_logprobs = [None, *top]
+                top = [likeliest(every[i - 1], params.logprobs) for i in places]
+                done.prompt_top_logprobs = [*unknown, *top]
     token = pick(
         logits,
         params,

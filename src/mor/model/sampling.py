@@ -102,6 +102,9 @@ class SamplingParams:
     """Report so many of the likeliest tokens beside each chosen one; None reports nothing."""
     prompt_logprobs: bool = False
     """Report the log-probability of each token of the prompt, and the likeliest with `logprobs`."""
+    prompt_logprobs_from: int = 1
+    """The first position that `prompt_logprobs` is about: None before it. What comes before may be
+    taken from the prefix cache."""
     recursions: int | None = None
     """Every token, those of the prompt too, takes exactly so many passes of the block."""
     max_recursions: int | None = None
@@ -142,6 +145,11 @@ class SamplingParams:
             "seed": (0 <= (self.seed or 0) < 2**63, "0 or more, and below 2**63"),
             "n": (1 <= self.n <= 1024, "in 1..1024"),
             "logprobs": (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in 0..{MAX_LOGPROBS}"),
+            "prompt_logprobs_from": (
+                self.prompt_logprobs_from == 1
+                or (self.prompt_logprobs and self.prompt_logprobs_from > 1),
+                "at least 1, and goes with prompt_logprobs",
+            ),
             "recursions": (self.recursions is None or self.recursions >= 1, "at least 1"),
             "max_recursions": (
                 self.max_recursions is None or self.max_recursions >= (self.recursions or 1),

@@ -1,0 +1,181 @@
+"""`mor eval --tasks`: benchmarks through lm-evaluation-harness."""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mor.bench.timing import machine
+from mor.cli.generate import open_model
+from mor.cli.table import print_table
+from mor.cli.terminal import Parser, console, progress
+from mor.engine.config import EngineConfig
+from mor.engine.llm import LLM
+from mor.errors import ConfigError, DataError, nearest
+from mor.eval.harness import Words, evaluate
+from mor.eval.scoring import EngineScorer, Scorer, TopkScorer
+from mor.eval.sets import TASKS, write_tasks
+from mor.io.checkpoint import resolve
+from mor.io.storage import storage_error, write_file
+from mor.io.tokenizer import Tokenizer
+from mor.model.mor import MoRModel
+
+_SELECTIONS = ("threshold", "topk")
+_KV_MEMORY = 2**30  # bytes; prompts of tasks are short
+_PACKAGES = ("mixture-of-recursions", "torch", "lm_eval", "datasets", "tokenizers")
+_LOSS_ONLY = ("sequence_length", "max_windows", "calibrate", "by_token")
+_TASKS_ONLY = ("limit", "num_fewshot", "include_path", "output", "keep_tasks", "kv_memory")
+
+
+def add_options(p: Parser) -> None:
+    """The options of `mor eval` that are about tasks."""
+    group = p.add_argument_group("tasks of lm-evaluation-harness (extra eval)")
+    group.add_argument(
+        "--tasks",
+        default=None,
+        metavar="NAME,..",
+        help=f"with --data DIR any of {', '.join(TASKS)}; else lm-eval's own, which it downloads",
+    )
+    group.add_argument("--limit", type=int | None, default=None, help="items of each; default: all")
+    group.add_argument(
+        "--num-fewshot", type=int | None, default=None, help="examples before each item"
+    )
+    group.add_argument(
+        "--selection",
+        default="threshold",
+        help="threshold (default), on the engine; topk, which looks ahead, as the paper does",
+    )
+    group.add_argument(
+        "--include-path", default=None, metavar="DIR", help="folder of more task files"
+    )
+    group.add_argument("--output", default=None, metavar="FILE", help="write the JSON there, too")
+    group.add_argument(
+        "--keep-tasks",
+        default=None,
+        metavar="DIR",
+        help="leave the task files of --data there, for `lm_eval --include_path DIR`",
+    )
+    group.add_argument("--kv-memory", type=int | None, default=None, help="bytes; default 1 GiB")
+
+
+def check_options(options: Any) -> None:
+    """Refuse options of the other kind of evaluation.
+
+    Raises:
+        ConfigError: an option that would do nothing, or a value out of its range.
+    """
+    if options.selection not in _SELECTIONS:
+        hint = nearest(options.selection, _SELECTIONS)
+        raise ConfigError(f"--selection={options.selection} is unknown: {hint}")
+    others = _TASKS_ONLY if options.tasks is None else _LOSS_ONLY
+    given = [name for name in others if getattr(options, name)]
+    if options.tasks is None and options.selection != "threshold":
+        given.append("selection")
+    if given:
+        name = given[0].replace("_", "-")
+        needs = "needs" if options.tasks is None else "does not go with"
+        raise ConfigError(f"--{name} {needs} --tasks.")
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("kv_memory", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least {least}.")
+    if options.tasks is not None and options.selection == "topk":
+        given = [name for name in ("quantization", "dtype", "kv_memory") if getattr(options, name)]
+        if given:
+            name = given[0].replace("_", "-")
+            raise ConfigError(f"--{name} is the engine's: it does not go with --selection topk.")
+
+
+def run(options: Any) -> int:
+    """Evaluate and report; returns the exit status."""
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks names no task.")
+    model, tokenizer = open_model(options.model, options.device)
+    scorer = _scorer(options, model, tokenizer)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mor-eval-") as temporary:
+        include = [Path(options.include_path)] if options.include_path else []
+        if include and not include[0].is_dir():
+            raise DataError(f"--include-path={include[0]} is no folder.")
+        if options.data is not None:
+            folder = Path(options.keep_tasks or temporary)
+            write_tasks([name for name in names if name in TASKS], Path(options.data), folder)
+            include.append(folder)
+        with progress() as bar:
+            task = bar.add_task("requests", total=None)
+            scores = evaluate(
+                scorer,
+                Words(tokenizer, model.config),
+                names,
+                include=include,
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    record = _record(options, scores, time.perf_counter() - began)
+    text = json.dumps(record, indent=None if options.json else 2)
+    if options.output is not None:
+        try:
+            write_file(Path(options.output), (text + "\n").encode())
+        except OSError as error:
+            raise storage_error(Path(options.output), error) from error
+    if options.json:
+        print(text)
+    else:
+        _print(options, scores)
+    return 0
+
+
+def _scorer(options: Any, model: MoRModel, tokenizer: Tokenizer) -> Scorer:
+    if options.selection == "topk":
+        return TopkScorer(model)
+    config = EngineConfig(
+        max_sequences=128,
+        prefill_chunk=512,
+        kv_memory=options.kv_memory or _KV_MEMORY,
+        dtype=options.dtype,
+        quantization=options.quantization,
+    )
+    return EngineScorer(LLM(model, config, tokenizer=tokenizer))
+
+
+def _record(options: Any, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What the numbers need to be understood, and repeated, later."""
+    return {
+        "model": options.model,
+        "checkpoint": str(resolve(options.model)),
+        "selection": options.selection,
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
+        "data": options.data,
+        "tasks": scores,
+        "seconds": round(seconds, 3),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        **machine(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _print(options: Any, scores: Mapping[str, Mapping[str, float | None]]) -> None:
+    screen = console()
+    rows = []
+    for task, values in scores.items():
+        for metric, value in values.items():
+            name, bracket, rest = metric.partition("[")
+            if value is None or name.endswith("_stderr"):
+                continue
+            error = values.get(f"{name}_stderr{bracket}{rest}")
+            rows.append((task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
+    print_table(screen, ("task", "metric", "value", "standard error"), rows)
+    limit = f"the first {options.limit} items" if options.limit else "all items"
+    screen.print(f"{options.model}, selection {options.selection}, {limit} of each", markup=False)

@@ -20,6 +20,7 @@ EXAMPLES = (
     "mor bench throughput --against transformers --sequences 1 32 --output 64",
     "mor bench latency --models mor3",
     "mor bench ops --json",
+    "mor bench eval models/smollm2 --exported exported/smollm2 --data data/eval",
     "mor bench serve --port 8000 --num-prompts 64 --max-concurrency 32  # its options: --help",
 )
 HELP = "Measure against baselines, paired and alternating, in one run."
@@ -31,8 +32,12 @@ def run(args: Sequence[str]) -> int:
         from mor.cli import bench_serve
 
         return bench_serve.run(args[1:])
+    if args and args[0] == "eval":
+        from mor.cli import bench_eval
+
+        return bench_eval.run(args[1:])
     p = parser("bench", HELP, EXAMPLES)
-    p.add_argument("what", help=f"one of: {', '.join((*_WHAT, 'serve'))}")
+    p.add_argument("what", help=f"one of: {', '.join((*_WHAT, 'serve', 'eval'))}")
     p.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     p.add_argument("--rounds", type=int, default=None, help="timed rounds, A B A B")
     _add_engine_options(p)
@@ -46,7 +51,7 @@ def run(args: Sequence[str]) -> int:
     p.add_argument("--checkpointing", default="none", help="train: none, recursion or full")
     options = p.parse_args(list(args))
     if options.what not in _WHAT:
-        hint = nearest(options.what, (*_WHAT, "serve"))
+        hint = nearest(options.what, (*_WHAT, "serve", "eval"))
         raise ConfigError(f"bench {options.what!r} is unknown: {hint}")
     if options.rounds is not None and options.rounds < 1:
         raise ConfigError(f"--rounds {options.rounds} must be at least 1.")

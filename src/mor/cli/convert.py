@@ -1,5 +1,6 @@
 """`mor convert`: checkpoints of other programs in, ours out."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +11,7 @@ import torch
 from mor.cli.overrides import model_fields
 from mor.cli.terminal import Parser, console, fail, parser
 from mor.errors import ConfigError, nearest
+from mor.io.card import model_card, write_card
 from mor.io.hf import export
 from mor.io.llama import convert_llama
 from mor.io.official import convert_official
@@ -100,6 +102,7 @@ def _from_llama(args: Sequence[str]) -> int:
         **fields,
     )
     recursive = ("mor train CONFIG --init_from {out}",) if options.num_recursions > 1 else ()
+    _card(options, model, f"mor convert from-llama {shlex.join(args)}")
     _report(options.out, model, *recursive)
     return 0
 
@@ -121,6 +124,7 @@ def _from_official(args: Sequence[str]) -> int:
         llama_config=options.llama_config,
         tokenizer=options.tokenizer,
     )
+    _card(options, model, f"mor convert from-official {shlex.join(args)}")
     _report(options.out, model)
     return 0
 
@@ -179,6 +183,16 @@ def _chosen(name: str, options: Any, choices: tuple[str, ...]) -> Any:
             "that is shared."
         )
     return value
+
+
+def _card(options: Any, model: MoRModel, command: str) -> None:
+    """The model card of a converted model."""
+    trained = model.config.num_recursions == 1 or "official" in command.split()[2]
+    state = "the same function" if trained else "its layers, and not trained since"
+    origin = f"Converted from `{Path(options.source).name}`: {state}."
+    name = Path(options.out).name
+    folder = Path(options.out)
+    write_card(folder, model_card(model.config, name=name, commands=(command,), origin=origin))
 
 
 def _report(

@@ -27,7 +27,9 @@ _SELECTIONS = ("threshold", "topk")
 _KV_MEMORY = 2**30  # bytes; prompts of tasks are short
 _PACKAGES = ("mixture-of-recursions", "torch", "lm_eval", "datasets", "tokenizers")
 _LOSS_ONLY = ("sequence_length", "max_windows", "calibrate", "by_token")
-_TASKS_ONLY = ("limit", "num_fewshot", "include_path", "output", "keep_tasks", "kv_memory")
+_TASKS_ONLY = (
+    *("limit", "num_fewshot", "prefix_token", "include_path", "output", "keep_tasks", "kv_memory"),
+)
 
 
 def add_options(p: Parser) -> None:
@@ -47,6 +49,13 @@ def add_options(p: Parser) -> None:
         "--selection",
         default="threshold",
         help="threshold (default), on the engine; topk, which looks ahead, as the paper does",
+    )
+    group.add_argument(
+        "--prefix-token",
+        type=int | None,
+        default=None,
+        metavar="ID",
+        help="before a text without context; default: <|endoftext|>, else BOS, else end of text",
     )
     group.add_argument(
         "--include-path", default=None, metavar="DIR", help="folder of more task files"
@@ -71,7 +80,7 @@ def check_options(options: Any) -> None:
         hint = nearest(options.selection, _SELECTIONS)
         raise ConfigError(f"--selection={options.selection} is unknown: {hint}")
     others = _TASKS_ONLY if options.tasks is None else _LOSS_ONLY
-    given = [name for name in others if getattr(options, name)]
+    given = [name for name in others if getattr(options, name) not in (None, 0)]
     if options.tasks is None and options.selection != "threshold":
         given.append("selection")
     if given:
@@ -95,6 +104,7 @@ def run(options: Any) -> int:
     if not names:
         raise ConfigError("--tasks names no task.")
     model, tokenizer = open_model(options.model, options.device)
+    words = Words(tokenizer, model.config, options.prefix_token)
     scorer = _scorer(options, model, tokenizer)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mor-eval-") as temporary:
@@ -109,14 +119,14 @@ def run(options: Any) -> int:
             task = bar.add_task("requests", total=None)
             scores = evaluate(
                 scorer,
-                Words(tokenizer, model.config),
+                words,
                 names,
                 include=include,
                 num_fewshot=options.num_fewshot,
                 limit=options.limit,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-    record = _record(options, scores, time.perf_counter() - began)
+    record = _record(options, words, scores, time.perf_counter() - began)
     text = json.dumps(record, indent=None if options.json else 2)
     if options.output is not None:
         try:
@@ -143,7 +153,9 @@ def _scorer(options: Any, model: MoRModel, tokenizer: Tokenizer) -> Scorer:
     return EngineScorer(LLM(model, config, tokenizer=tokenizer))
 
 
-def _record(options: Any, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _record(
+    options: Any, words: Words, scores: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
     """What the numbers need to be understood, and repeated, later."""
     return {
         "model": options.model,
@@ -151,6 +163,7 @@ def _record(options: Any, scores: Mapping[str, Any], seconds: float) -> dict[str
         "selection": options.selection,
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
+        "prefix_token": words.prefix_id,
         "data": options.data,
         "tasks": scores,
         "seconds": round(seconds, 3),

@@ -1,6 +1,8 @@
 """`mor train`: pre-train a model, or continue."""
 
+import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -18,6 +20,8 @@ from mor.cli.overrides import model_fields, yaml_value
 from mor.cli.terminal import console, parser
 from mor.config import merge, read_yaml
 from mor.errors import ConfigError, nearest
+from mor.io.card import model_card, write_card
+from mor.io.checkpoint import load_config, resolve
 from mor.train.config import TrainConfig
 from mor.train.parallel import is_first
 from mor.train.trainer import Row, Trainer
@@ -62,8 +66,32 @@ def run(args: Sequence[str]) -> int:
             f"with `mor train {options.config} --out {out} --resume auto`."
         )
         return 0
+    if is_first():
+        _write_card(out, args)
     screen.print(f"finished: {out}. Next: `mor generate {out} --show-depth`, `mor eval {out}`.")
     return 0
+
+
+def _write_card(out: Path, args: Sequence[str]) -> None:
+    """The model card of a finished run, beside its newest checkpoint."""
+    last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    known = {
+        "step": "steps",
+        "tokens": "tokens seen",
+        "nll_topk": "validation NLL, topk",
+        "nll_threshold": "validation NLL, threshold",
+        "router_accuracy": "router accuracy",
+        "dead_share": "dead share",
+    }
+    folder = resolve(out)
+    text = model_card(
+        load_config(folder),
+        name=out.name,
+        commands=(f"mor train {shlex.join(args)}",),
+        numbers={text: last[key] for key, text in known.items() if last.get(key) is not None},
+        depth_shares=last.get("depth_histogram", ()),
+    )
+    write_card(folder, text)
 
 
 def _split(args: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,7 @@ import tokenizers
 
 from mor.errors import ConfigError, DataError, MissingExtraError, RequestError, nearest
 from mor.eval.scoring import Pair, Scorer
-from mor.io.tokenizer import Tokenizer
+from mor.io.tokenizer import END_OF_TEXT, Tokenizer
 from mor.model.config import MoRConfig
 from mor.model.sampling import SamplingParams
 
@@ -23,13 +23,28 @@ class Words:
     """Text into ids as `transformers` would: special tokens are recognised, a BOS comes first where
     the tokenizer says so."""
 
-    def __init__(self, tokenizer: Tokenizer, config: MoRConfig) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, config: MoRConfig, prefix_id: int | None = None
+    ) -> None:
+        """Args as they are; `prefix_id` None: see the attribute.
+
+        Raises:
+            ConfigError: the model has no token `prefix_id`.
+        """
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
         end = config.eos_token_id
         self.end_id = tokenizer.eos_id if end is None else end
         """Ends a text."""
-        self.prefix_id = self.end_id if config.bos_token_id is None else config.bos_token_id
-        """The context of a text without context."""
+        begin = self.end_id if config.bos_token_id is None else config.bos_token_id
+        between = self._backend.token_to_id(END_OF_TEXT)
+        known = (prefix_id, between, begin)
+        self.prefix_id = next(token for token in known if token is not None)
+        """The context of a text without context: what is between documents in pre-training, as far
+        as one can tell; a chat model's BOS opens a message instead."""
+        if not 0 <= self.prefix_id < config.vocab_size:
+            raise ConfigError(
+                f"prefix token {self.prefix_id} is outside 0..{config.vocab_size - 1}."
+            )
         self._prefix = self._backend.decode([self.prefix_id], skip_special_tokens=False)
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
@@ -44,26 +59,43 @@ def evaluate(
     words: Words,
     tasks: Sequence[str],
     *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> dict[str, dict[str, float | None]]:
+    """Scores of each task on one of our models; see `run_tasks` for the options.
+
+    Args:
+        on_progress: hears how many of how many requests are done.
+
+    Raises:
+        RequestError: an item does not fit the model, or the scorer cannot generate.
+        ConfigError, MissingExtraError: as `run_tasks`.
+    """
+    return run_tasks(lambda: _model(scorer, words, on_progress), tasks, **options)
+
+
+def run_tasks(
+    model: Callable[[], Any],
+    tasks: Sequence[str],
+    *,
     include: Sequence[Path] = (),
     num_fewshot: int | None = None,
     limit: int | None = None,
     seed: int = 1234,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, float | None]]:
     """Scores of each task, by metric; `<metric>_stderr` is its standard error.
 
     Args:
+        model: makes a model of lm-eval.
         tasks: names of tasks or groups.
         include: folders of task files; a name in none of them is one of lm-eval's own tasks, whose
             data it downloads.
         num_fewshot: examples before each item; None: as the task says.
         limit: items of each task; None: all.
         seed: of the choice of examples.
-        on_progress: hears how many of how many requests are done.
 
     Raises:
         ConfigError: no such task.
-        RequestError: an item does not fit the model, or the scorer cannot generate.
         MissingExtraError: the extra `eval` is not installed.
     """
     try:
@@ -82,7 +114,7 @@ def evaluate(
                 hint = nearest(unknown[0], manager.task_index)
                 raise ConfigError(f"task {unknown[0]!r} is unknown: {hint:.300}")
         found = simple_evaluate(
-            model=_model(scorer, words, on_progress),
+            model=model(),
             tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,

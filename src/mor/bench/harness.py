@@ -1,0 +1,80 @@
+"""`mor eval` against lm-eval's own `hf` model: the same items, time and scores of both."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mor.engine.config import EngineConfig
+from mor.engine.llm import LLM
+from mor.errors import MissingExtraError
+from mor.eval.harness import Words, evaluate, run_tasks
+from mor.eval.scoring import EngineScorer
+from mor.eval.sets import write_tasks
+from mor.io.checkpoint import load, resolve
+from mor.io.tokenizer import Tokenizer
+
+
+def measure(
+    model: str, exported: str, data: Path, items: Mapping[str, int], batch_size: int, rounds: int
+) -> dict[str, Any]:
+    """Seconds of both for each task, the ratio of their sums by round, and the scores of both.
+
+    Models are loaded and compiled kernels warm before the clock starts; both sides then read the
+    same task files and score the same items, in turns.
+
+    Args:
+        model: a checkpoint's folder.
+        exported: the same model as `mor convert to-hf` wrote it, or as transformers did.
+        items: how many items of which task.
+        batch_size: of `hf`.
+
+    Raises:
+        MissingExtraError: lm-eval or transformers is not installed.
+    """
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise MissingExtraError("lm-eval", "eval") from error
+    tokenizer = Tokenizer.load(resolve(model))
+    loaded = load(model)
+    words = Words(tokenizer, loaded.config)
+    settings = EngineConfig(max_sequences=128, prefill_chunk=512, kv_memory=2**30)
+    scorer = EngineScorer(LLM(loaded, settings, tokenizer=tokenizer))
+    theirs = HFLM(
+        pretrained=exported,
+        trust_remote_code=True,
+        device="cpu",
+        dtype="float32",
+        batch_size=batch_size,
+        prefix_token_id=words.prefix_id,
+    )
+    seconds: list[dict[str, float]] = []
+    scores: dict[str, dict[str, Any]] = {"mor": {}, "hf": {}}
+    with tempfile.TemporaryDirectory(prefix="mor-eval-") as folder:
+        write_tasks(list(items), data, Path(folder))
+        for warm in (True, *(False for _ in range(rounds))):
+            taken = {"mor": 0.0, "hf": 0.0}
+            for task, count in items.items():
+                options: dict[str, Any] = {"include": [Path(folder)], "limit": 2 if warm else count}
+                scorer.llm.reset_prefix_cache()
+                began = time.perf_counter()
+                scores["mor"] |= evaluate(scorer, words, [task], **options)
+                between = time.perf_counter()
+                scores["hf"] |= run_tasks(lambda: theirs, [task], **options)
+                taken["mor"] += between - began
+                taken["hf"] += time.perf_counter() - between
+            if not warm:
+                seconds.append(taken)
+    ratios = sorted(taken["hf"] / taken["mor"] for taken in seconds)
+    return {
+        "items": dict(items),
+        "hf_batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "ratio": ratios[len(ratios) // 2],
+        "scores": scores,
+    }

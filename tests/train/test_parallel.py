@@ -93,6 +93,16 @@ def test_ranks_together_are_one_process(
     assert not said(out, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["expert", "loss_free"])
+@pytest.mark.parametrize("mode", ["recursion", "full"])
+def test_sharded_layers_are_recomputed(
+    corpus: Path, tmp_path: Path, ranks: Ranks, alone: dict[str, Path], kind: str, mode: str
+) -> None:
+    values = settings(corpus, kind, "fsdp", activation_checkpointing=mode)
+    assert_same_run(ranks.train(values, tmp_path / "run", 2), alone[kind])
+
+
 @pytest.mark.parametrize(
     "sizes", [(2, 1), pytest.param((2, 4), marks=SLOW), pytest.param((1, 2, 4, 1), marks=SLOW)]
 )

@@ -65,6 +65,24 @@ def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_stays_with_the_process() -> None:
+    """The second tensor of a size costs no new pages."""
+    script = (
+        "import resource, torch; from mor.train.speed import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**24)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first, again = faults(), faults(); assert keep_freed_memory(); faults()\n"
+        "print(first, again, faults())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    first, again, kept = map(int, done.stdout.split())
+    assert again > first / 2
+    assert kept < again / 10
+
+
 def test_without_a_compiler_training_goes_on_with_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,10 +5,12 @@ sharding (`parallel`) surrounds both. Checkpointing inside the compiled piece wo
 keys and values that a shared layer leaves behind for later recursions.
 """
 
+import ctypes
 import functools
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,9 @@ from mor.model.layers import Layer
 from mor.model.mor import MoRModel
 from mor.train.config import TrainConfig
 
+# glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+_MALLOC = ((-4, 0), (-1, -1), (-2, 2**28))
+
 
 def speed_up(model: MoRModel, config: TrainConfig, device: torch.device) -> None:
     """Apply `activation_checkpointing` and `compile` in place.
@@ -30,6 +35,8 @@ def speed_up(model: MoRModel, config: TrainConfig, device: torch.device) -> None
         ConfigError: `activation_checkpointing='recursion'` for a model whose recursions do not
             follow one another.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     layers = [*model.prelude, *model.block, *model.coda]
     if config.compile and has_compiler(device):
         for layer in layers:
@@ -47,6 +54,18 @@ def speed_up(model: MoRModel, config: TrainConfig, device: torch.device) -> None
                 "recursion is a piece of its own: take 'full'."
             )
         vars(model)["run_block"] = recomputed(model.run_block)
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what large tensors free, for the next step's, instead of giving it back.
+
+    A step asks for the same gigabytes again and again, and the system clears every page that it
+    hands out. Of the whole process; returns whether the C library can do it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return all(mallopt(option, value) == 1 for option, value in _MALLOC)
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -38,7 +38,7 @@ def test_one_call_does_what_the_plain_form_does(
     assert isinstance(router, ExpertChoice)
     router.requires_grad_(False)
     made = [
-        kind(model, router, NUM + 2, torch.float32, torch.device("cpu"))
+        kind(config, torch.zeros(NUM + 2, config.hidden_size), router)
         for kind in (ExpertStates, FusedStates)
     ]
     draw = torch.Generator().manual_seed(seed)

@@ -9,15 +9,15 @@ Shape letters: N tokens, E width.
 
 import copy
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mor.engine.request import Chunk
 from mor.engine.stack import CpuKernels, Kernels
+from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
 from mor.model.packing import Packing
 from mor.model.router import (
@@ -32,11 +32,9 @@ from mor.model.router import (
 class States:
     """Without a router: every pass replaces a state, and every token takes every pass."""
 
-    def __init__(
-        self, model: MoRModel, num_rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config = model.config
-        self.hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=dtype, device=device)
+    def __init__(self, config: MoRConfig, hidden: Tensor) -> None:
+        self.config = config
+        self.hidden = hidden
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         """Keep what the prelude gave for the tokens of these chunks; who takes the first pass."""
@@ -74,19 +72,12 @@ class States:
 class ExpertStates(States):
     """Expert choice by threshold: before each pass a router says who takes it, and its gate."""
 
-    def __init__(
-        self,
-        model: MoRModel,
-        router: ExpertChoice,
-        num_rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(model, num_rows, dtype, device)
+    def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoice) -> None:
+        super().__init__(config, hidden)
         self._router = router
-        self._gate = self.hidden.new_zeros(num_rows)
+        self._gate = hidden.new_zeros(len(hidden))
         each = map(router.threshold, range(self.config.num_recursions))
-        self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=device)
+        self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=hidden.device)
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         """See `States.enter`."""
@@ -95,11 +86,7 @@ class ExpertStates(States):
         return self._judge([0] * len(x), x, rows, self._ints(positions_of(chunks)))
 
     def advance(
-        self,
-        rows: list[int],
-        depths: list[int],
-        positions: Int[Tensor, " n"],
-        x: Float[Tensor, "n e"],
+        self, rows: list[int], depths: list[int], positions: Tensor, x: Tensor
     ) -> list[bool]:
         """See `States.advance`."""
         at = self._ints(rows)
@@ -125,19 +112,11 @@ class ExpertStates(States):
 class FusedStates(ExpertStates):
     """Expert choice with linear routers, compiled for CPUs; fp32."""
 
-    def __init__(
-        self,
-        model: MoRModel,
-        router: ExpertChoice,
-        num_rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoice) -> None:
         from mor.ops import cpu_route
 
-        super().__init__(model, router, num_rows, dtype, device)
-        config, ops = self.config, cpu_route
-        self._ops = ops
+        super().__init__(config, hidden, router)
+        self._ops = ops = cpu_route
         weights = [r.proj.weight for r in router.routers if isinstance(r, LinearRouter)]
         self._routers = torch.cat(weights).numpy(), self._thresholds.float().numpy()
         squash = {"sigmoid": ops.SIGMOID, "tanh": ops.TANH, "none": ops.NONE}
@@ -159,11 +138,7 @@ class FusedStates(ExpertStates):
         return torch.from_numpy(out)
 
     def advance(
-        self,
-        rows: list[int],
-        depths: list[int],
-        positions: Int[Tensor, " n"],
-        x: Float[Tensor, "n e"],
+        self, rows: list[int], depths: list[int], positions: Tensor, x: Tensor
     ) -> list[bool]:
         """See `States.advance`."""
         return self._route(rows, self._next(depths), x, self._update)
@@ -180,19 +155,12 @@ class FusedStates(ExpertStates):
 class TokenStates(States):
     """Token choice: a router reads the state before the block and fixes the number of passes."""
 
-    def __init__(
-        self,
-        model: MoRModel,
-        router: TokenChoice,
-        num_rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(model, num_rows, dtype, device)
+    def __init__(self, config: MoRConfig, hidden: Tensor, router: TokenChoice) -> None:
+        super().__init__(config, hidden)
         self._router = router
-        self._start = torch.zeros_like(self.hidden)  # x0
-        self._weight = self.hidden.new_zeros(num_rows, 1)
-        self._target = [0] * num_rows  # recursion count of each row's token
+        self._start = torch.zeros_like(hidden)  # x0
+        self._weight = hidden.new_zeros(len(hidden), 1)
+        self._target = [0] * len(hidden)  # recursion count of each row's token
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         """See `States.enter`."""
@@ -213,11 +181,7 @@ class TokenStates(States):
         return [True] * len(x)
 
     def advance(
-        self,
-        rows: list[int],
-        depths: list[int],
-        positions: Int[Tensor, " n"],
-        x: Float[Tensor, "n e"],
+        self, rows: list[int], depths: list[int], positions: Tensor, x: Tensor
     ) -> list[bool]:
         """See `States.advance`."""
         super().advance(rows, depths, positions, x)
@@ -235,25 +199,20 @@ def states_for(
     model: MoRModel, kernels: Kernels, num_rows: int, dtype: torch.dtype, device: torch.device
 ) -> States:
     """The states of a model's tokens."""
+    config = model.config
+    hidden = torch.zeros(num_rows, config.hidden_size, dtype=dtype, device=device)
     if model.router is None:
-        return States(model, num_rows, dtype, device)
+        return States(config, hidden)
     # Routers compute in the engine's dtype; a copy, since the model stays its owner's.
     router = copy.deepcopy(model.router)
     router.to(device=device, dtype=dtype).eval().requires_grad_(False)
     if isinstance(router, TokenChoice):
-        return TokenStates(model, router, num_rows, dtype, device)
+        return TokenStates(config, hidden, router)
     assert isinstance(router, ExpertChoice)
-    fused = isinstance(kernels, CpuKernels) and _is_linear(router)
-    kind = FusedStates if fused else ExpertStates
-    return kind(model, router, num_rows, dtype, device)
-
-
-def _is_linear(router: nn.Module) -> TypeGuard[ExpertChoice]:
-    return (
-        isinstance(router, ExpertChoice)
-        and not router.aux_routers
-        and all(isinstance(each, LinearRouter) for each in router.routers)
-    )
+    linear = all(isinstance(each, LinearRouter) for each in router.routers)
+    if isinstance(kernels, CpuKernels) and linear and not router.aux_routers:
+        return FusedStates(config, hidden, router)
+    return ExpertStates(config, hidden, router)
 
 
 def rows_of(chunks: Sequence[Chunk]) -> list[int]:

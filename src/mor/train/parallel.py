@@ -104,8 +104,6 @@ class World:
             time.sleep(0.2)
             dist.destroy_process_group()
 
-    # -- errors and decisions that all ranks share -----------------------------------------------
-
     def refuse(self, error: MorError) -> NoReturn:
         """Said once: rank 0 raises an error that every rank has found, the others just leave."""
         if self.rank == 0:

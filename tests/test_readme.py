@@ -43,7 +43,7 @@ def test_commands_exist(path: Path) -> None:
 def test_files_that_are_named_exist(path: Path) -> None:
     text = path.read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", text)
-    named = re.findall(r"\b((?:configs|src|tests|docs)/[\w./-]*\w)", text)
+    named = re.findall(r"(?<![\w/])((?:configs|src|tests|docs)/[\w./-]*\w)", text)
     for link in links:
         assert (path.parent / link).exists(), link
     for name in named:

@@ -17,6 +17,7 @@ from processes import Ranks, said
 from mor.errors import ConfigError
 from mor.io.checkpoint import load
 from mor.train.config import TrainConfig
+from mor.train.optim import build_optimizer
 from mor.train.parallel import World
 
 STEPS = 20
@@ -31,7 +32,7 @@ def ranks() -> Iterator[Ranks]:
 def settings(corpus: Path, kind: str, parallel: str = "auto", **changes: Any) -> dict[str, Any]:
     """4 micro-batches a step, so that two ranks accumulate."""
     rhythm = {"steps": STEPS, "save_every": 8, "eval_every": 10, "micro_batch_size": 1}
-    return runs.settings(corpus, kind, parallel=parallel, **rhythm, **changes)
+    return runs.settings(corpus, kind, parallel=parallel, **(rhythm | changes))
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,33 @@ def test_killed_at_random_moments(corpus: Path, tmp_path: Path, ranks: Ranks, si
                 assert runs.result(out) == runs.result(tmp_path / "whole")
             else:
                 assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_rank_holds_half_of_weights_gradients_and_moments() -> None:
+    """Counted after a step, with exchanges that do nothing; not the peak of the process."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from tiny import tiny_model
+
+    held = {}
+    for kind, size in (("none", 1), ("fsdp", 2)):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        model, config = tiny_model("expert", vocab_size=64).float().train(), TrainConfig()
+        world = World(kind=kind, rank=0, size=size, device=torch.device("cpu"))
+        spread = world.spread(model, config)
+        optimizer = build_optimizer(model, config)
+        ids = torch.zeros(2, 16, dtype=torch.long)
+        with spread.micro_batch(last=True):
+            loss = spread(ids, ids).total_loss
+            assert loss is not None
+            loss.backward()
+        optimizer.step()
+        moments = [v for state in optimizer.state.values() for v in state.values()]
+        tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]
+        local = [getattr(t, "_local_tensor", t) for t in tensors if t is not None]
+        held[kind] = sum(t.nbytes for t in local)
+        dist.destroy_process_group()
+    assert 0.49 < held["fsdp"] / held["none"] < 0.65
 
 
 def test_a_dead_rank_ends_the_run_with_one_sentence(

@@ -149,20 +149,26 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.fake.at_once += 1
             self.fake.most_at_once = max(self.fake.most_at_once, self.fake.at_once)
+        here = 1
         try:
             for number, event in enumerate(self.fake.events(self.path, body)):
                 if number == self.fake.cut_after:
                     return
                 time.sleep(self.fake.delay_s)
                 self._send(f": ping\r\n\r\ndata: {json.dumps(event)}\r\n\r\n")
+            here = self._left(here)  # before the client can know, and send its next request
             self._send("data: [DONE]\r\n\r\n")
             if self.fake.chunked:
                 self.wfile.write(b"0\r\n\r\n")
         except OSError:
             self.fake.aborted.append(self.path)
         finally:
-            with self.server.lock:
-                self.fake.at_once -= 1
+            self._left(here)
+
+    def _left(self, here: int) -> int:
+        with self.server.lock:
+            self.fake.at_once -= here
+        return 0
 
     def _send(self, text: str) -> None:
         data = text.encode()

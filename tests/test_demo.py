@@ -54,6 +54,7 @@ def test_runs_through_and_shows_the_result_again(
     assert f"{mor_run['nll_threshold']:.4f}" in second
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_goes_on_with_its_plan(
     small: Demo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval, datasets and what they import
 
 
+@pytest.mark.slow
 def test_both_sides_have_the_same_scores(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["the cat sat on the mat"], 300)
     torch.manual_seed(0)

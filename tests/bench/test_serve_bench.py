@@ -268,6 +268,7 @@ def test_an_infinite_rate_is_json(bench: Call) -> None:
 # -- against the engine alone -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_http_against_the_engine(bench: Call, tmp_path: Path) -> None:
     save(tiny_model("expert", vocab_size=300), tmp_path / "m", Tokenizer.train(["a b c"], 300))
     sizes = ("--random-input-len", 8, "--random-output-len", 6, "--max-concurrency", 3)

@@ -28,10 +28,13 @@ SHAPE = {
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the tests below itself")
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "kinds", ["expert", pytest.param("vanilla or shared or token", marks=pytest.mark.slow)]
+)
+def test_in_the_interpreter(kinds: str) -> None:
     """A process of its own: Triton reads the variable once, when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kinds, str(HERE)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[2],
         capture_output=True,

@@ -141,6 +141,7 @@ def test_scores_are_those_of_a_ten_line_script(
     assert found["lambada"]["perplexity"] is not None
 
 
+@pytest.mark.slow
 def test_every_set_makes_a_task_and_examples_come_before_items(
     data: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ REQUESTS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_check_kind(kind: str) -> None:
+def test_every_kind_equals_the_oracle(kind: str) -> None:
     check_kind(kind, "tight")
 
 

@@ -16,7 +16,7 @@ from engines import (
     run_all,
     shared_model,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mor.engine.config import EngineConfig
@@ -95,7 +95,6 @@ def test_recursion_limits_equal_the_oracle(kind: str) -> None:
     assert len(llm.prefixes) >= 2 * len({str(sorted(fields.items())) for fields in limits})
 
 
-@settings(max_examples=12)
 @given(config=configs(), data=st.data())
 def test_any_model_in_any_engine_equals_the_oracle(config: MoRConfig, data: st.DataObject) -> None:
     config = replace(config, eos_token_id=data.draw(st.sampled_from((None, EOS))))

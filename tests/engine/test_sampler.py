@@ -146,7 +146,7 @@ def test_no_rows_give_nothing() -> None:
 )
 def test_frequencies_are_the_probabilities(fields: dict[str, Any]) -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1.5, 0.9])
-    num, source, row = 6_000, random.Random(7), plain(**fields)
+    num, source, row = 20_000, random.Random(7), plain(**fields)
     rows = [replace(row, uniform=source.random()) for _ in range(num)]
     drawn = torch.tensor(sample(logits.expand(num, -1), rows).tokens)
     found = torch.bincount(drawn, minlength=8)

@@ -25,10 +25,24 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
+def matrix(linear: torch.nn.Module, depth: int) -> Tensor:
+    """The whole matrix of a layer at a depth."""
+    if linear.delta_up is None:
+        return linear.weight
+    return (
+        linear.weight + (linear.delta_up @ linear.delta_down)[min(depth, len(linear.delta_up) - 1)]
+    )
+
+
 def layer(
-    model: MoRModel, module: torch.nn.Module, x: Tensor, visible: Tensor, kv: Tensor
+    model: MoRModel,
+    module: torch.nn.Module,
+    x: Tensor,
+    visible: Tensor,
+    kv: Tensor,
+    depth: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """One layer over all T tokens; keys and values come from the states `kv`.
+    """One layer over all T tokens at a depth; keys and values come from the states `kv`.
 
     Returns the new states and the states that keys and values were computed from.
     """
@@ -37,18 +51,20 @@ def layer(
     h = norm(x, module.input_layernorm.weight, eps)
     source = norm(kv, module.input_layernorm.weight, eps)
     num = x.shape[0]
-    q = rotate((h @ attn.q_proj.weight.T).view(num, heads, dim), model.config.rope_theta)
-    k = rotate((source @ attn.k_proj.weight.T).view(num, groups, dim), model.config.rope_theta)
-    v = (source @ attn.v_proj.weight.T).view(num, groups, dim)
+    q = rotate((h @ matrix(attn.q_proj, depth).T).view(num, heads, dim), model.config.rope_theta)
+    k = rotate(
+        (source @ matrix(attn.k_proj, depth).T).view(num, groups, dim), model.config.rope_theta
+    )
+    v = (source @ matrix(attn.v_proj, depth).T).view(num, groups, dim)
     k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / dim**0.5
     scores = scores.masked_fill(~visible, -torch.inf)
     mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), v)
-    x = x + mixed.reshape(num, -1) @ attn.o_proj.weight.T
+    x = x + mixed.reshape(num, -1) @ matrix(attn.o_proj, depth).T
     h = norm(x, module.post_attention_layernorm.weight, eps)
     mlp = module.mlp
-    inner = F.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T)
-    return x + inner @ mlp.down_proj.weight.T, kv
+    inner = F.silu(h @ matrix(mlp.gate_proj, depth).T) * (h @ matrix(mlp.up_proj, depth).T)
+    return x + inner @ matrix(mlp.down_proj, depth).T, kv
 
 
 class Naive:
@@ -100,7 +116,7 @@ class Naive:
         kv = self.kept[i] if shared and depth > 0 else x
         self.kept[i] = kv
         seen = torch.ones_like(present) if shared else present
-        return layer(self.model, module, x, self.mask(seen), kv)[0]
+        return layer(self.model, module, x, self.mask(seen), kv, depth)[0]
 
     def recursive(self, x: Tensor) -> Tensor:
         everyone = torch.ones(len(x), dtype=torch.bool)

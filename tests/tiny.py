@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sequence": {"num_recursions": 2, "routing": "none", "sharing": "sequence"},
     "expert": {"num_recursions": 3},
     "expert_shared": {"num_recursions": 3, "kv_strategy": "shared"},
+    "expert_relaxed": {"num_recursions": 3, "relaxation_rank": 5},
     "expert_aux_router": {"num_recursions": 2, "selection_training": "aux_router"},
     "expert_bare": {
         "num_recursions": 4,
@@ -70,6 +71,8 @@ def build(config: MoRConfig, seed: int = 0) -> MoRModel:
         for name, value in model.named_parameters():
             if "norm" in name:
                 value.uniform_(0.5, 1.5)
+            if "delta_" in name:
+                value.normal_(std=0.15)
             if "router" in name and "proj" in name:
                 value.mul_(4)  # not more: a saturated gate would make ties
         for name, value in model.named_buffers():
@@ -103,6 +106,7 @@ def configs(draw: st.DrawFn) -> MoRConfig:
         "sharing": draw(st.sampled_from(["cycle", "sequence"])) if routing == "none" else "cycle",
         "kv_strategy": "shared" if shared else "recursion_wise",
         "tie_word_embeddings": draw(st.booleans()),
+        "relaxation_rank": draw(st.sampled_from([0, 0, 3, 20])) if recursions > 1 else 0,
     }
     if routing == "none":
         return MoRConfig(**fields)

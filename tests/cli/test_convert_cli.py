@@ -49,9 +49,22 @@ def test_from_llama_to_a_recursive_model(mor: Mor, llama: Path, tmp_path: Path) 
     assert (config.router_alpha, config.routing) == (0.5, "expert_choice")
 
 
+def test_from_llama_to_a_relaxed_model(mor: Mor, llama: Path, tmp_path: Path) -> None:
+    options = ("--num-recursions", 2, "--routing", "none", "--relaxation-rank", 3)
+    called = mor("convert", "from-llama", llama, "--out", tmp_path / "out", *options)
+    assert called.status == 0, called.err
+    model = package.load(tmp_path / "out")
+    assert model.config.relaxation_rank == 3
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in called.out
+    assert "| rank of each depth's deltas | 3 |" in (tmp_path / "out" / "README.md").read_text()
+    assert "deltas of rank 3" in mor("info", tmp_path / "out").out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--relaxation-rank", "4"), "relaxation_rank needs num_recursions >= 2"),
+        (("--relaxation-rank", "17", "--num-recursions", "2"), "at most hidden_size=16"),
         (("--init", "average"), "--num-recursions of 2 or more"),
         (("--init", "averaged", "--num-recursions", "2"), "did you mean 'average'"),
         (("--sharing", "middle", "--num-recursions", "2"), "--sharing=middle is unknown"),

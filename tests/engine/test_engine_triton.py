@@ -29,7 +29,11 @@ SHAPE = {
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the tests below itself")
 @pytest.mark.parametrize(
-    "kinds", ["expert", pytest.param("vanilla or shared or token", marks=pytest.mark.slow)]
+    "kinds",
+    [
+        "expert and not relaxed",
+        pytest.param("vanilla or shared or token or relaxed", marks=pytest.mark.slow),
+    ],
 )
 def test_in_the_interpreter(kinds: str) -> None:
     """A process of its own: Triton reads the variable once, when it is imported."""
@@ -46,7 +50,7 @@ def test_in_the_interpreter(kinds: str) -> None:
 
 
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["vanilla", "expert", "expert_shared", "token"])
+@pytest.mark.parametrize("kind", ["vanilla", "expert", "expert_shared", "token", "expert_relaxed"])
 def test_equals_the_reference_generator(kind: str) -> None:
     """Decode ticks go through `GraphStack`: padded buckets, recorded where there is a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

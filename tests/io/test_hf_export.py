@@ -54,7 +54,8 @@ def tokenizer() -> Tokenizer:
 def model(tokenizer: Tokenizer) -> MoRModel:
     return tiny_model(
         vocab_size=tokenizer.vocab_size,
-        thresholds=(0.0, -0.1, 0.05),
+        thresholds=(0.0, -0.1, -0.4),
+        relaxation_rank=4,
         eos_token_id=tokenizer.eos_id,
     )
 

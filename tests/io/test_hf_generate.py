@@ -20,7 +20,7 @@ NEW = 12
 # The other kinds: see the cache in test_hf_model.py.
 @pytest.mark.parametrize(
     "kind",
-    ["vanilla", "sequence", "expert", "expert_shared", "expert_aux_router", "expert_bare", "token"],
+    ["vanilla", "sequence", "expert", "expert_shared", "expert_relaxed", "expert_bare", "token"],
 )
 def test_a_padded_batch_is_continued_as_the_engine_does(kind: str) -> None:
     model, hf = tiny_pair(kind)

@@ -209,6 +209,25 @@ def test_block_starts_from_the_layers_asked_for(
         assert torch.isfinite(model(IDS).logits).all()
 
 
+@pytest.mark.parametrize("init", ["average", "stepwise"])
+def test_relaxed_at_full_rank_has_the_logits_of_transformers(tmp_path: Path, init: Any) -> None:
+    """1 + 2 * 2 + 1 layers: the block's are shared, and their deltas make them whole again."""
+    theirs = llama(**SHAPES["gqa_tied"])
+    theirs.save_pretrained(tmp_path / "llama")
+    fields = {"num_recursions": 2, "routing": "none", "init": init}
+    errors = []
+    for rank in (32, 0):
+        out = tmp_path / str(rank)
+        convert_llama(tmp_path / "llama", out, relaxation_rank=rank, **fields)
+        model = mor.load(out)
+        assert model.config.num_block_layers == 2
+        assert model.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
+        with torch.no_grad():
+            wanted = theirs(IDS).logits
+            errors.append(float((model(IDS).logits - wanted).abs().max() / wanted.abs().max()))
+    assert errors[0] < 1e-4 < 0.1 < errors[1], errors
+
+
 def test_mor_routes_and_its_routers_depend_on_the_seed(saved: Path) -> None:
     state = torch.random.get_rng_state()
     first, again, other = (from_llama(saved, num_recursions=3, seed=s) for s in (0, 0, 1))
@@ -234,6 +253,8 @@ def test_block_is_as_long_as_the_presets() -> None:
         ({"num_recursions": 1, "routing": "none"}, "routing needs num_recursions >= 2"),
         ({"num_recursions": 9}, "num_block_layers"),
         ({"num_recursions": 0}, "num_recursions=0"),
+        ({"num_recursions": 1, "relaxation_rank": 4}, "relaxation_rank needs num_recursions >= 2"),
+        ({"num_recursions": 2, "relaxation_rank": 33}, "relaxation_rank=33 must be at most"),
         ({"num_recursions": 2, "num_prelude_layers": "x"}, "num_prelude_layers='x'"),
         ({"num_recursions": 2, "hidden_size": 16}, "hidden_size=16"),
         ({"num_recursions": 2, "num_blocks": 2}, "did you mean 'num_block_layers'"),

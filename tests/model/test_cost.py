@@ -19,6 +19,7 @@ from mor.model.cost import (
     parameters,
     parameters_non_embedding,
     presence_of,
+    relaxation_parameters,
     router_parameters,
     sequence_flops,
     training_flops,
@@ -52,7 +53,9 @@ def test_parameters_are_those_of_the_module(config: MoRConfig) -> None:
     inner = {n: c for n, c in count.items() if not n.startswith(("embed_tokens", "lm_head"))}
     assert parameters_non_embedding(config) == sum(inner.values())
     assert router_parameters(config) == sum(c for n, c in count.items() if n.startswith("router"))
-    one = sum(c for n, c in count.items() if n.startswith("block.0."))
+    deltas = sum(c for n, c in count.items() if "delta_" in n)
+    assert relaxation_parameters(config) == deltas
+    one = sum(c for n, c in count.items() if n.startswith("block.0.") and "delta_" not in n)
     assert layer_parameters(config) == one
 
 

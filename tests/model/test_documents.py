@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mor.model.attention import Rope, number_documents
+from mor.model.attention import Rope
 from mor.model.mor import MoRModel
 from mor.model.packing import Packing
+from mor.ops.sequences import number_documents
 from tiny import KINDS, tiny_config
 
 END = 0

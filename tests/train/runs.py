@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "random": {"num_recursions": 3, "router_type": "random"},
     "muon": {"num_recursions": 3},
+    "relaxed": {"num_recursions": 3, "relaxation_rank": 4},
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "loss_free": {"balancing_warmup_steps": 10},

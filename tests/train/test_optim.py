@@ -109,7 +109,8 @@ def test_muon_takes_the_matrices_of_layers(kind: str) -> None:
     changes = {"lr": 0.01, "muon_lr": 0.05, "muon_momentum": 0.9, "weight_decay": 0.3}
     groups = groups_of(model, optimizer="muon", embedding_weight_decay=0.1, **changes)
     for name, group in groups.items():
-        layer = name.startswith(("prelude", "block", "coda")) and "norm" not in name
+        layer = name.startswith(("prelude", "block", "coda"))
+        layer = layer and "norm" not in name and "delta_" not in name
         assert group.get("momentum") == (0.9 if layer else None)
         assert group["lr"] == (0.05 if layer else 0.01)
         ends = "embed" in name or "lm_head" in name

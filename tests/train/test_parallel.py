@@ -71,7 +71,7 @@ SLOW = pytest.mark.slow
         ("loss_free", "fsdp", 2),
         *(
             pytest.param(kind, parallel, size, marks=SLOW)
-            for kind in ("vanilla", "expert", "token", "loss_free", "random")
+            for kind in ("vanilla", "expert", "token", "loss_free", "random", "relaxed")
             for parallel in ("ddp", "fsdp")
             for size in (2, 4)
         ),

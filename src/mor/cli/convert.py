@@ -24,6 +24,7 @@ EXAMPLES = (
     "mor convert from-llama SmolLM2-135M --out models/smollm2",
     "mor convert from-llama SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2",
     "mor convert from-llama models/tinyllama --out models/mor3 --num-recursions 3 --init average",
+    "mor convert from-llama models/llama --out models/r2 --num-recursions 2 --relaxation-rank 64",
     "mor convert from-official checkpoints/mor3 --out models/mor3 --config conf/mor3.yaml",
     "mor convert to-hf runs/mor3 --out exported/mor3 --dtype bfloat16",
 )
@@ -41,7 +42,10 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 _SHARINGS = ("middle_cycle", "middle_sequence", "cycle", "sequence")
 _INITS = ("stepwise", "average", "lower", "upper", "random")
-_FIELDS = ("routing", "kv_strategy", "num_block_layers", "num_prelude_layers", "num_coda_layers")
+_FIELDS = (
+    *("routing", "kv_strategy", "relaxation_rank"),
+    *("num_block_layers", "num_prelude_layers", "num_coda_layers"),
+)
 
 
 def run(args: Sequence[str]) -> int:
@@ -70,7 +74,7 @@ def _from_llama(args: Sequence[str]) -> int:
     p = parser(
         "convert from-llama",
         "A Llama's checkpoint as a vanilla or a recursive model.",
-        EXAMPLES[:3],
+        EXAMPLES[:4],
     )
     p.add_argument(
         "source",
@@ -108,7 +112,7 @@ def _from_llama(args: Sequence[str]) -> int:
 
 
 def _from_official(args: Sequence[str]) -> int:
-    p = parser("convert from-official", "A checkpoint of the paper's own code.", EXAMPLES[3:4])
+    p = parser("convert from-official", "A checkpoint of the paper's own code.", EXAMPLES[4:5])
     p.add_argument("source", metavar="DIR", help="folder with its weights")
     p.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
     p.add_argument("--config", default=None, help="its YAML; default: the only one in DIR")
@@ -130,7 +134,7 @@ def _from_official(args: Sequence[str]) -> int:
 
 
 def _to_hf(args: Sequence[str]) -> int:
-    p = parser("convert to-hf", "A model as a folder for transformers.", EXAMPLES[4:])
+    p = parser("convert to-hf", "A model as a folder for transformers.", EXAMPLES[5:])
     p.add_argument("source", metavar="MODEL", help="checkpoint or run (its newest checkpoint)")
     p.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
     p.add_argument("--dtype", default=None, help="float32, bfloat16, float16; default: the file's")
@@ -164,6 +168,14 @@ def _add_recursive(p: Parser) -> None:
         "--routing", default=None, help="expert_choice (default), token_choice, none: recursive"
     )
     p.add_argument("--kv-strategy", default=None, help="recursion_wise (default) or shared")
+    p.add_argument(
+        "--relaxation-rank",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="each depth adds to each of the block's matrices a delta of rank N, which starts from "
+        "the singular value decomposition of what sharing lost; default: none",
+    )
     for part in ("block", "prelude", "coda"):
         p.add_argument(
             f"--num-{part}-layers", type=int | None, default=None, help=f"layers of the {part}"

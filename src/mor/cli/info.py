@@ -131,10 +131,11 @@ def _kind(config: MoRConfig) -> str:
         "expert_choice": "Mixture-of-Recursions, expert choice",
         "token_choice": "Mixture-of-Recursions, token choice",
     }[config.routing]
+    relaxed = f", deltas of rank {config.relaxation_rank}" if config.relaxation_rank else ""
     layers = f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}"
     return (
         f"{routing}, {layers} layers, {config.hidden_size} wide, block up to "
-        f"{config.num_recursions} times, {config.kv_strategy} KV"
+        f"{config.num_recursions} times, {config.kv_strategy} KV{relaxed}"
     )
 
 

@@ -1,17 +1,12 @@
 """The memory behind the pages: one tensor of keys, one of values."""
 
-import math
-import os
-from pathlib import Path
-
-import numpy as np
 import torch
-from torch import Tensor
 
 from mor.engine.config import EngineConfig
 from mor.engine.pages import PageLayout
 from mor.errors import CapacityError, ConfigError
 from mor.model.config import MoRConfig
+from mor.ops.memory import free_memory, untouched_zeros
 from mor.ops.paged import PagedKV
 
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -42,8 +37,8 @@ class KVCache:
         shape = (self.num_pages * self.layers_per_page, kv_heads)
         try:
             self.kv = PagedKV(
-                k=_zeros((*shape, head_dim, config.page_size), dtype, device),
-                v=_zeros((*shape, config.page_size, head_dim), dtype, device),
+                k=untouched_zeros((*shape, head_dim, config.page_size), dtype, device),
+                v=untouched_zeros((*shape, config.page_size, head_dim), dtype, device),
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             taken = self.num_pages * self.page_bytes
@@ -90,23 +85,3 @@ class KVCache:
             for cells in (self.kv.k, self.kv.v):
                 start = target * height
                 cells[start : start + height] = cells[source * height : (source + 1) * height]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU take memory only once they are written to, page by page."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    untouched = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(untouched).view(dtype).view(shape)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()  # free, and caches to be dropped
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -75,7 +75,9 @@ class Placement:
             storage: Storage = "int8" if config.quantization == "int8" else plain
             return CpuKernels(model.config, cache.kv, storage, config.num_threads)
         operations = importlib.import_module(f"mor.ops.{self.kernels}")
-        wrap = self._graphs(model, cache) if self.kernels == "triton" else None
+        # A graph has fixed shapes, and the lanes of each depth, which have deltas, vary in number.
+        graphs = self.kernels == "triton" and not model.config.relaxation_rank
+        wrap = self._graphs(model, cache) if graphs else None
         return TorchKernels(model.config, operations, cache.kv, self.compute, wrap)
 
     def _graphs(self, model: MoRModel, cache: KVCache) -> Callable[[Stack], Stack]:

@@ -16,12 +16,14 @@ from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache
 from mor.engine.pages import PageTable
 from mor.engine.request import Chunk
-from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample, score
+from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample
 from mor.engine.scheduler import AdvancePlan, EnterPlan
 from mor.engine.stack import Application, Kernels, layers_of
 from mor.engine.states import rows_of, states_for
 from mor.model.mor import MoRModel
+from mor.model.sampling import MAX_LOGPROBS
 from mor.model.sharing import block_schedule
+from mor.ops.choice import score
 from mor.ops.paged import Lanes
 
 _SCORED_ROWS = 128  # logits that are whole at one time: an allocation that is used again
@@ -64,6 +66,7 @@ class Runner:
         self.block = kernels.stack(_block(model))
         # Depths that share keys and values see all earlier tokens, so positions are the entries.
         self._shared = model.config.kv_strategy == "shared"
+        self._num_groups = 1 if model.config.sharing == "sequence" else model.config.num_recursions
 
     # -- phases ---------------------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ class Runner:
             tops = [chunks[i].sequence.params.logprobs or 0 for i, _, _ in part]
             logits = self._readout(x.index_select(0, self._ints([row for _, row, _ in part])))
             best = self.kernels.greedy(logits) if max(tops) <= 1 else None
-            scores, likeliest = score(logits, self._ints(wanted), max(tops), best)
+            scores, likeliest = score(logits, self._ints(wanted), max(tops), MAX_LOGPROBS, best)
             for (i, _, _), num, one, top in zip(part, tops, scores, likeliest, strict=True):
                 found, others = result.prompt_logprobs.setdefault(i, ([], []))
                 found.append(one)
@@ -162,7 +165,9 @@ class Runner:
             positions.append([chunk.start + i for i in chunk.present])
             ordinal = range(first, first + len(chunk.present))
             entries.append(positions[-1] if self._shared else list(ordinal))
-        return self._lanes(tables, positions, entries, plan.num_writing)
+        depths = [chunk.depth for chunk in plan.chunks for _ in chunk.present]
+        groups = tuple(np.searchsorted(depths, range(self._num_groups + 1)).tolist())
+        return self._lanes(tables, positions, entries, plan.num_writing, groups)
 
     def _lanes(
         self,
@@ -170,6 +175,7 @@ class Runner:
         positions: list[list[int]],
         entries: list[list[int]],
         num_writing: int,
+        groups: tuple[int, ...] = (),
     ) -> Lanes:
         """The first `num_writing` runs store their keys and values; `entries` sees itself last."""
         width = max(len(t.cells) for t in tables if t is not None)
@@ -188,6 +194,7 @@ class Runner:
             tables=self._int32(table),
             write_cell=self._int32([cell for cell, _ in slots]),
             write_slot=self._int32([slot for _, slot in slots]),
+            groups=groups,
             longest_run=max(map(len, entries)),
         )
 
@@ -199,11 +206,19 @@ def _block(model: MoRModel) -> list[Application]:
     """One pass of the shared block; with sharing='sequence' one pass is all recursions."""
     config = model.config
     layers = layers_of(model.block)
+    every = tuple(range(config.num_recursions)) if config.relaxation_rank else ()
     if config.sharing == "cycle":
-        return [Application(layer=m, home=i, writes=True) for i, m in enumerate(layers)]
-    schedule = block_schedule(config.sharing, config.num_block_layers, config.num_recursions)
-    if config.kv_strategy == "shared":
         return [
-            Application(layer=layers[s.layer], home=s.layer, writes=s.depth == 0) for s in schedule
+            Application(layer=m, home=i, writes=True, depths=every) for i, m in enumerate(layers)
         ]
-    return [Application(layer=layers[s.layer], home=i, writes=True) for i, s in enumerate(schedule)]
+    schedule = block_schedule(config.sharing, config.num_block_layers, config.num_recursions)
+    shared = config.kv_strategy == "shared"
+    return [
+        Application(
+            layer=layers[slot.layer],
+            home=slot.layer if shared else i,
+            writes=slot.depth == 0 or not shared,
+            depths=every[slot.depth : slot.depth + 1],
+        )
+        for i, slot in enumerate(schedule)
+    ]

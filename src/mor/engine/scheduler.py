@@ -39,7 +39,8 @@ class AdvancePlan:
     """One pass of the block: runs of present tokens."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    """Those that write keys and values come first."""
+    """Those that write keys and values come first; within each kind in the order of depths, which
+    is an order of all: where some only read, those that write are at depth 0."""
     first_entries: list[int] = field(default_factory=list)
     """Place of each run's first token in its page table."""
     num_writing: int = 0
@@ -309,7 +310,8 @@ class Scheduler:
             if self._make_room(sequence, table, len(chunk.present)):
                 writing.append((chunk, table.append(len(chunk.present)).start))
         writing = [(c, first) for c, first in writing if c in c.sequence.chunks]
-        reading = [c for c in reading if c in c.sequence.chunks]
+        writing.sort(key=lambda pair: pair[0].depth)
+        reading = sorted((c for c in reading if c in c.sequence.chunks), key=lambda c: c.depth)
         return AdvancePlan(
             chunks=[c for c, _ in writing] + reading,
             first_entries=[first for _, first in writing] + [0] * len(reading),

@@ -8,6 +8,7 @@ Shape letters: N lanes, E width, H query heads, G key-value heads, D head size, 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from mor.model.attention import Rope
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer, RMSNorm
-from mor.ops.packed import PackedLinear, Storage
+from mor.model.relaxation import DepthLinear
+from mor.ops.low_rank import Delta, add_deltas
+from mor.ops.packed import PackedDeltas, PackedLinear, Storage
 from mor.ops.paged import Lanes, PagedKV, Rotations
 
 
@@ -33,6 +36,8 @@ class Application:
     """Which of a page's cells has its keys and values."""
     writes: bool
     """Whether it stores them; otherwise they are there already."""
+    depths: tuple[int, ...] = ()
+    """Whose deltas the lanes of each of `Lanes.groups` get; empty: there are none."""
 
 
 @runtime_checkable
@@ -90,6 +95,22 @@ def _matrices(layer: Layer) -> list[Tensor]:
     ]
 
 
+def _deltas(application: Application, dtype: torch.dtype) -> list[list[Delta]]:
+    """For each of `_matrices` the deltas of the lanes' groups."""
+    attention, mlp = application.layer.self_attn, application.layer.mlp
+    together: Sequence[tuple[DepthLinear, ...]] = (
+        *((attention.q_proj,), (attention.k_proj, attention.v_proj), (attention.o_proj,)),
+        *((mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)),
+    )
+    return [
+        [
+            Delta.fused([d for m in ms if (d := m.delta(depth)) is not None], dtype)
+            for depth in application.depths
+        ]
+        for ms in together
+    ]
+
+
 class TorchKernels:
     """torch's own matrix products with the operations of a module like `mor.ops.reference`."""
 
@@ -136,25 +157,32 @@ class TorchStack:
             if id(application.layer) not in self._weights:
                 matrices = [m.detach().to(kernels.dtype) for m in _matrices(application.layer)]
                 self._weights[id(application.layer)] = matrices
+        self._deltas = [_deltas(application, kernels.dtype) for application in applications]
 
     def run(self, x: Tensor, lanes: Lanes) -> Tensor:
         """See `Stack.run`."""
         ops, kv = self._kernels.operations, self._kernels.kv
         _, groups, size = self._kernels.config.num_heads_and_dim
         angles, writing = self._kernels.rotations, lanes.write_cell.shape[0]
-        for application in self._applications:
+        for application, deltas in zip(self._applications, self._deltas, strict=True):
             layer, home = application.layer, application.home
+            d_q, d_kv, d_o, d_gate_up, d_down = (
+                partial(add_deltas, ds, lanes.groups) for ds in deltas
+            )
             w_q, w_kv, w_o, w_gate_up, w_down = self._weights[id(layer)]
             before, after = layer.input_layernorm, layer.post_attention_layernorm
             y = ops.rms_norm(x, before.weight, before.eps)
-            q = ops.rotate(F.linear(y, w_q).unflatten(1, (-1, size)), angles, lanes)
+            q = d_q(y, F.linear(y, w_q)).unflatten(1, (-1, size))
+            q = ops.rotate(q, angles, lanes)
             if application.writes and writing:
-                both = F.linear(y[:writing], w_kv).unflatten(1, (2, groups, size))
+                both = d_kv(y, F.linear(y[:writing], w_kv)).unflatten(1, (2, groups, size))
                 k = ops.rotate(both[:, 0], angles, lanes)
                 ops.store(k, both[:, 1], kv, home, lanes)
-            x = x + F.linear(ops.attend(q, kv, home, lanes).flatten(1), w_o)
+            y = ops.attend(q, kv, home, lanes).flatten(1)
+            x = x + d_o(y, F.linear(y, w_o))
             y = ops.rms_norm(x, after.weight, after.eps)
-            x = x + F.linear(ops.silu_mul(F.linear(y, w_gate_up)), w_down)
+            y = ops.silu_mul(d_gate_up(y, F.linear(y, w_gate_up)))
+            x = x + d_down(y, F.linear(y, w_down))
         return x
 
 
@@ -243,11 +271,16 @@ class CpuStack:
         weights = np.array([[kernels.address(w) for w in ws] for ws in packed], np.int64)
         homes = np.array([a.home for a in applications], np.int64)
         writes = np.array([int(a.writes) for a in applications], np.int64)
+        self.deltas = [[PackedDeltas(d) for d in _deltas(a, torch.float32)] for a in applications]
+        found = [[[kernels.address(w) for w in d.packed] for d in ds] for ds in self.deltas]
+        deltas = np.array(found, np.int64).reshape(len(found), len(found[0]), -1, 3)
+        widths = np.array([d.width for d in self.deltas[0]], np.int64)
+        self._thin = int(widths.max())
         pairs = [(a.layer.input_layernorm, a.layer.post_attention_layernorm) for a in applications]
         scales = torch.stack([torch.stack([n.weight.detach() for n in pair]) for pair in pairs])
         norms = scales.float().numpy()
         self.packed = packed  # what the addresses point to
-        self._layers = (homes, writes, weights, norms, pairs[0][0].eps)
+        self._layers = (homes, writes, weights, norms, pairs[0][0].eps, deltas, widths)
         self.clock = np.zeros(3, np.int64)
         """Cycles spent in products, in attention, in all else."""
 
@@ -265,10 +298,11 @@ class CpuStack:
         kernels = self._kernels
         fields = (lanes.positions, lanes.kv_len, lanes.runs, lanes.tables)
         fields += (lanes.write_cell, lanes.write_slot)
+        groups, thin = np.array(lanes.groups, np.int64), np.empty((len(x), self._thin), np.float32)
         kernels.cpu.run_layers(
             *(kernels.threads, x.numpy(), x.shape[0], kernels.kind, self._layers, kernels.cells),
-            tuple(field.numpy() for field in fields),
-            *(kernels.angles, kernels.buffers(x.shape[0]), self.clock),
+            (*(field.numpy() for field in fields), groups),
+            *(kernels.angles, (*kernels.buffers(x.shape[0]), thin), self.clock),
         )
         return x
 

@@ -109,6 +109,8 @@ def _shape(config: MoRConfig) -> dict[str, str]:
         "vocabulary, positions": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
         "KV bytes per token, bf16": f"{cost.kv_bytes_per_token(config):,.0f}",
     }
+    if config.relaxation_rank:
+        shape["rank of each depth's deltas"] = str(config.relaxation_rank)
     if config.thresholds is not None:
         shape["thresholds"] = ", ".join(f"{t:.3f}" for t in config.thresholds)
     return shape

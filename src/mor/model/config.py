@@ -109,6 +109,8 @@ class MoRConfig:
     """Layers of the vanilla twin that this model is compared with; None: the effective count."""
 
     sharing: Sharing = "cycle"
+    relaxation_rank: int = 0
+    """Of the low-rank delta that each depth adds to the block's matrices; 0: there are none."""
     routing: Routing = "expert_choice"
     kv_strategy: KVStrategy = "recursion_wise"
     capacities: tuple[float, ...] | None = None
@@ -236,9 +238,8 @@ class MoRConfig:
             elif value is None and f.default is None:
                 continue
             elif f.type in (int, int | None):
-                least = (
-                    0 if f.name.endswith("_id") or "prelude" in f.name or "coda" in f.name else 1
-                )
+                from_zero = ("_id", "prelude_layers", "coda_layers", "_rank")
+                least = 0 if f.name.endswith(from_zero) else 1
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise ConfigError(f"{f.name}={value!r} must be an integer >= {least}.")
             elif f.type in (float, float | None):
@@ -300,6 +301,12 @@ class MoRConfig:
             raise ConfigError(
                 f"routing={self.routing!r} needs num_recursions >= 2: with num_recursions=1 there "
                 "is nothing to route; set routing='none' for a vanilla model."
+            )
+        if self.relaxation_rank > (self.hidden_size if self.num_recursions > 1 else 0):
+            raise ConfigError(
+                f"relaxation_rank={self.relaxation_rank} must be at most hidden_size="
+                f"{self.hidden_size}, which is full rank, and needs num_recursions >= 2: only a "
+                "layer that runs at several depths can be relaxed."
             )
         if self.num_recursions == 1 and self.kv_strategy == "shared":
             raise ConfigError("kv_strategy='shared' needs num_recursions >= 2: nothing to share.")

@@ -62,15 +62,32 @@ def presence_of(config: MoRConfig, histogram: Sequence[float] | None = None) -> 
 
 
 def layer_parameters(config: MoRConfig) -> int:
-    """Parameters of one layer, norms included."""
+    """Parameters of one layer, norms included, without the deltas of its depths."""
     return layer_matrix_parameters(config) + 2 * config.hidden_size
 
 
 def layer_matrix_parameters(config: MoRConfig) -> int:
     """Parameters of one layer's seven matrices."""
+    return config.hidden_size * sum(_widths(config))
+
+
+def _widths(config: MoRConfig) -> tuple[int, ...]:
+    """The side of each of a layer's matrices that is not the model's width; k and v come first."""
     heads, kv_heads, dim = config.num_heads_and_dim
-    attention = config.hidden_size * dim * (2 * heads + 2 * kv_heads)
-    return attention + 3 * config.hidden_size * config.intermediate_size
+    return (*[kv_heads * dim] * 2, *[heads * dim] * 2, *[config.intermediate_size] * 3)
+
+
+def relaxation_parameters(config: MoRConfig) -> int:
+    """Parameters of the low-rank deltas of all depths."""
+    depths = range(config.num_recursions)
+    return config.num_block_layers * sum(_delta_parameters(config, depth) for depth in depths)
+
+
+def _delta_parameters(config: MoRConfig, depth: int) -> int:
+    """Of one layer at one depth; where depths share keys and values, only depth 0 computes them."""
+    width, rank = config.hidden_size, config.relaxation_rank
+    reused = config.kv_strategy == "shared" and depth > 0
+    return sum(min(rank, width, w) * (width + w) for w in _widths(config)[2 if reused else 0 :])
 
 
 def router_parameters(config: MoRConfig) -> int:
@@ -92,7 +109,7 @@ def _router_matrices(config: MoRConfig, outputs: int) -> int:
 
 def parameters_non_embedding(config: MoRConfig) -> int:
     """Everything but the embedding and the head; the paper's parameter count."""
-    layers = config.num_unique_layers * layer_parameters(config)
+    layers = config.num_unique_layers * layer_parameters(config) + relaxation_parameters(config)
     return layers + config.hidden_size + router_parameters(config)
 
 
@@ -150,6 +167,7 @@ def _flops(
     for r, keys in enumerate(seen):
         reused = config.kv_strategy == "shared" and r > 0
         layer = matrices - (kv_matrices if reused else 0) + per_key * keys
+        layer += 2 * _delta_parameters(config, r)
         router = 0
         if config.routing == "expert_choice":
             router = 2 * routers * _router_matrices(config, 1)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mor.model.attention import Attention, Context
 from mor.model.config import MoRConfig
-from mor.model.sharing import Slot
+from mor.model.relaxation import DepthLinear
+from mor.model.sharing import UNSHARED, Slot
 
 
 class RMSNorm(nn.Module):
@@ -26,31 +27,36 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
 
-    def __init__(self, config: MoRConfig) -> None:
+    def __init__(self, config: MoRConfig, rank: int = 0) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        width, inner, depths = config.hidden_size, config.intermediate_size, config.num_recursions
+        self.gate_proj = DepthLinear(width, inner, rank, depths)
+        self.up_proj = DepthLinear(width, inner, rank, depths)
+        self.down_proj = DepthLinear(inner, width, rank, depths)
 
-    def forward(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+    def forward(self, x: Float[Tensor, "n e"], depth: int = UNSHARED) -> Float[Tensor, "n e"]:
         """Feed-forward of each token."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        inner = F.silu(self.gate_proj(x, depth)) * self.up_proj(x, depth)
+        return self.down_proj(inner, depth)
 
 
 class Layer(nn.Module):
-    """One Transformer layer; its own residuals are inside."""
+    """One Transformer layer; its own residuals are inside.
 
-    def __init__(self, config: MoRConfig) -> None:
+    Args:
+        rank: of the deltas that a shared layer has at each depth; 0: none.
+    """
+
+    def __init__(self, config: MoRConfig, rank: int = 0) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, rank)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config, rank)
 
     def forward(
         self, x: Float[Tensor, "n e"], slot: Slot, context: Context
     ) -> Float[Tensor, "n e"]:
         """One application of the layer to the packed tokens, its keys and values kept in `slot`."""
         x = x + self.self_attn(self.input_layernorm(x), slot, context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), slot.depth)

@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mor.errors import ConfigError, RequestError
-from mor.model.attention import Context, KVAccess, Rope, WholeSequence, number_documents
+from mor.model.attention import Context, KVAccess, Rope, WholeSequence
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer, RMSNorm
 from mor.model.packing import Packing
+from mor.model.relaxation import DepthLinear
 from mor.model.router import (
     ExpertChoice,
     RecursionLimits,
@@ -29,6 +30,7 @@ from mor.model.router import (
 )
 from mor.model.sharing import UNSHARED, Slot, block_schedule
 from mor.ops.cross_entropy import IGNORE, linear_cross_entropy
+from mor.ops.sequences import number_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +73,23 @@ class MoRModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layer = self.layer_type
         self.prelude = nn.ModuleList(layer(config) for _ in range(config.num_prelude_layers))
-        self.block = nn.ModuleList(layer(config) for _ in range(config.num_block_layers))
+        rank = config.relaxation_rank
+        self.block = nn.ModuleList(layer(config, rank) for _ in range(config.num_block_layers))
         self.coda = nn.ModuleList(layer(config) for _ in range(config.num_coda_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        # Routers come last: models that differ only in routing start from the same weights.
+        # Routers and deltas come last: models that differ only in them start from equal weights.
         self.router: ExpertChoice | TokenChoice | None = None
         if config.routing == "expert_choice":
             self.router = ExpertChoice(config).apply(self._initialise)
         elif config.routing == "token_choice":
             self.router = TokenChoice(config).apply(self._initialise)
+        for module in self.block.modules():
+            if isinstance(module, DepthLinear):
+                module.reset_deltas(config.initializer_range)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):

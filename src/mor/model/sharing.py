@@ -75,12 +75,24 @@ def donor_layers(
         return [(i,) for i in sorted(drawn)]
     if init == "stepwise":
         return [(i,) for i in _evenly_spaced(first, last - 1, num_block_layers)]
-    applications = block_schedule(sharing, num_block_layers, num_recursions)
-    spaced = _evenly_spaced(first, last - 1, len(applications))
+    stands_for = original_layers(sharing, num_block_layers, num_recursions, first, last)
     return [
-        tuple(d for d, slot in zip(spaced, applications, strict=True) if slot.layer == i)
+        tuple(donor for slot, donor in stands_for.items() if slot.layer == i)
         for i in range(num_block_layers)
     ]
+
+
+def original_layers(
+    sharing: Sharing, num_block_layers: int, num_recursions: int, first: int, last: int
+) -> dict[Slot, int]:
+    """For each application of the block's layers the layer of a plain donor that it stands for.
+
+    Args:
+        first, last: the donor's middle is its layers first .. last - 1.
+    """
+    applications = block_schedule(sharing, num_block_layers, num_recursions)
+    spaced = _evenly_spaced(first, last - 1, len(applications))
+    return dict(zip(applications, spaced, strict=True))
 
 
 def _evenly_spaced(start: int, stop: int, count: int) -> list[int]:

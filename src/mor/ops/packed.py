@@ -1,5 +1,6 @@
 """Weights laid out for the CPU kernels."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mor.ops.low_rank import Delta
 from mor.ops.target import has_byte_products
 
 Storage = Literal["float32", "bfloat16", "int8"]
@@ -51,6 +53,20 @@ class PackedLinear:
         else:
             panels = full.view(-1, PANEL, self.in_features).transpose(1, 2).contiguous()
             self.data = panels.bfloat16() if storage == "bfloat16" else panels
+
+
+class PackedDeltas:
+    """The deltas of one product for the CPU kernels, in fp32 whatever the product's weights are."""
+
+    def __init__(self, deltas: Sequence[Delta]) -> None:
+        self.packed: list[PackedLinear] = []
+        """A and B of each group in turns."""
+        self.width = 0
+        """Columns between A and B: the rank, filled up to whole panels."""
+        for down, up in deltas:
+            self.width = down.shape[0] + -down.shape[0] % PANEL
+            filled = pad(up, (0, self.width - up.shape[1]))
+            self.packed += [PackedLinear(down, "float32"), PackedLinear(filled, "float32")]
 
 
 def quantise(weight: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " n"], Int[Tensor, "n k"]]:

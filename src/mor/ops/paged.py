@@ -49,5 +49,7 @@ class Lanes:
     """Where the first W lanes store their keys and values: the cell for layer 0, .."""
     write_slot: Int[Tensor, " w"]
     """.. and the slot in it. Lanes from W on find theirs there already."""
+    groups: tuple[int, ...] = ()
+    """In the block: lanes groups[r] .. groups[r + 1] are at depth r, where depths may differ."""
     longest_run: int = 0
     """Lanes of the longest run; 0: unknown. A hint, 1 in pure decode."""

@@ -23,7 +23,9 @@ def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimiz
     layers = {id(p) for part in (model.prelude, model.block, model.coda) for p in part.parameters()}
     matrices = [p for p in trained if p.ndim >= 2 and id(p) not in ends]
     decay, end_decay = config.weight_decay, config.embedding_weight_decay
-    hidden = [p for p in matrices if config.optimizer == "muon" and id(p) in layers]
+    # Not the deltas of depths, three axes: Muon would make all their directions equally strong.
+    whole = [p for p in matrices if p.ndim == 2 and id(p) in layers]
+    hidden = whole if config.optimizer == "muon" else []
     by_muon = {id(p) for p in hidden}
     groups = [
         {"params": [p for p in matrices if id(p) not in by_muon], "weight_decay": decay},

@@ -38,8 +38,11 @@ _CODE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "configuration_mor": ("mor.errors", "mor.model.config", "mor.io.hf.configuration"),
         "modeling_mor": (
             "mor.ops.cross_entropy",
+            "mor.ops.low_rank",
+            "mor.ops.sequences",
             "mor.model.sharing",
             "mor.model.packing",
+            "mor.model.relaxation",
             "mor.model.attention",
             "mor.model.layers",
             "mor.model.router",

@@ -6,6 +6,8 @@ import sys
 import pytest
 from calling import Mor, TinyRun, one_sentence
 
+from mor.engine.llm import LLM
+
 
 @pytest.mark.parametrize(
     ("options", "match"),
@@ -51,6 +53,27 @@ def test_a_port_that_is_taken(mor: Mor, tiny: TinyRun) -> None:
         other.listen()
         port = other.getsockname()[1]
         assert f"--port={port}" in one_sentence(mor("serve", tiny.run, "--port", port), 1)
+
+
+def test_a_port_that_another_server_takes_while_the_model_loads(
+    mor: Mor, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both can bind the port, since neither listens yet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+
+        def load(*args: object) -> LLM:
+            other.listen()
+            return LLM(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr("mor.cli.serve.LLM", load)
+        quiet = ("--log-level", "error")
+        said = one_sentence(mor("serve", tiny.run, "--port", port, *quiet), 1)
+    assert f"--port={port}: another server was faster" in said
 
 
 def test_no_model(mor: Mor) -> None:

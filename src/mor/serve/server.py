@@ -45,7 +45,13 @@ class Server(uvicorn.Server):
         self._is_draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open for requests."""
+        """Open for requests.
+
+        Raises:
+            ConfigError: another process has begun to listen there since `bind`.
+        """
+        for each in sockets or ():
+            _listen(each, self.config.backlog)
         await super().startup(sockets)
         for each in sockets or ():
             host, port = each.getsockname()[:2]
@@ -100,3 +106,14 @@ def bind(host: str, port: int) -> socket.socket:
             f"--host={host} --port={port}: nothing can listen there ({error}): choose another."
         ) from error
     return listening
+
+
+def _listen(bound: socket.socket, backlog: int) -> None:
+    """Two processes may bind one port, but only one can listen: the model loads in between."""
+    host, port = bound.getsockname()[:2]
+    try:
+        bound.listen(backlog)
+    except OSError as error:
+        raise ConfigError(
+            f"--host={host} --port={port}: another server was faster ({error}): choose another."
+        ) from error

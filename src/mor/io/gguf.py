@@ -116,7 +116,7 @@ def _config(path: Path, metadata: Mapping[str, Any], names: set[str]) -> dict[st
             f"{path}: RoPE scaling is not supported ('rope_freqs.weight' or llama.rope.scaling)."
         )
     config = {
-        ours: metadata[f"llama.{theirs}"]
+        ours: _as_written(metadata[f"llama.{theirs}"])
         for ours, theirs in _CONFIG.items()
         if f"llama.{theirs}" in metadata
     }
@@ -138,6 +138,11 @@ def _config(path: Path, metadata: Mapping[str, Any], names: set[str]) -> dict[st
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
         "tie_word_embeddings": "output.weight" not in names,
     }
+
+
+def _as_written(value: Any) -> Any:
+    """A number that the file rounds to fp32 as it was before: 1e-05, not 9.99999974e-06."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _weights(

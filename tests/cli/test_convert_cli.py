@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,32 @@ def test_what_cannot_work(
     called = mor("convert", "from-llama", llama, "--out", tmp_path / "out", *options)
     assert message in one_sentence(called, 1)
     assert not (tmp_path / "out").exists()
+
+
+def test_push(mor: Mor, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: dict[str, Any] = {}
+
+    class Hub:
+        """Stands in for HfApi."""
+
+        def __init__(self, token: str | None) -> None:
+            assert token is None
+
+        def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
+            asked.update(repository=repository, private=private, exist_ok=exist_ok)
+
+        def upload_folder(self, **options: Any) -> Any:
+            asked.update(options)
+            return type("Commit", (), {"commit_url": "https://hub/commit/1"})
+
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    assert mor("convert", "from-llama", llama, "--out", tmp_path / "out").status == 0
+    called = mor("push", tmp_path / "out", "me/small", "--private", "--message", "First")
+    assert (called.status, called.out, called.err) == (0, "https://hub/commit/1\n", "")
+    assert (asked["repository"], asked["private"]) == ("me/small", True)
+    assert (asked["folder_path"], asked["commit_message"]) == (tmp_path / "out", "First")
+    assert "does not exist" in one_sentence(mor("push", tmp_path / "none", "me/small"), 1)
 
 
 def test_verbs_and_help(mor: Mor) -> None:

@@ -168,7 +168,7 @@ def test_an_empty_weights_file_is_named(saved: Path) -> None:
 def test_truncated_weights_are_named(saved: Path, kept: float) -> None:
     data = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} is damaged"):
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} (is damaged|ends before the end of)"):
         load(saved)
 
 

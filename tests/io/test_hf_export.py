@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from mor.errors import CheckpointError
 from mor.io import hf
 from mor.io.checkpoint import load, save
+from mor.io.hf.local import MoRForCausalLM
 from mor.io.tokenizer import Tokenizer
+from mor.model import cost
 from mor.model.generation import generate
 from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
@@ -100,6 +102,29 @@ def test_mor_reads_its_own_export(exported: Path, model: MoRModel) -> None:
         torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
     )
     assert json.loads((exported / "config.json").read_text())["num_hidden_layers"] == 8
+
+
+def test_a_sharded_folder_is_read(exported: Path, model: MoRModel, tmp_path: Path) -> None:
+    """As `save_pretrained` writes large models."""
+    hf_model = MoRForCausalLM.from_pretrained(exported)
+    hf_model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    files = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert not (tmp_path / "shards" / "model.safetensors").exists()
+    again = load(tmp_path / "shards")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert again.lm_head.weight.data_ptr() == again.embed_tokens.weight.data_ptr()
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {files[1].name}, the file of"):
+        load(tmp_path / "shards")
+
+
+def test_the_card_says_how_to_load_it(exported: Path, model: MoRModel) -> None:
+    text = (exported / "README.md").read_text()
+    assert "library_name: transformers" in text
+    assert f"| parameters | {cost.parameters(model.config):,} |" in text
+    assert "trust_remote_code=True" in text
 
 
 def test_the_auto_classes_know_our_models_after_import_mor(

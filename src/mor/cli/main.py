@@ -26,6 +26,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "chat": ("mor.cli.chat", "talk with a model, or with one behind a server"),
         "eval": ("mor.cli.eval", "loss under both selection rules, depth histogram"),
         "convert": ("mor.cli.convert", "checkpoints of other programs in, ours out"),
+        "push": ("mor.cli.push", "upload a model to Hugging Face's hub"),
         "info": ("mor.cli.info", "parameters, FLOPs and KV bytes, next to the vanilla twin"),
         "bench": ("mor.cli.bench", "measure against baselines in the same run"),
     }

@@ -24,6 +24,8 @@ def model_card(
     base_model: str | None = None,
     numbers: Mapping[str, float | int | str] | None = None,
     depth_shares: Sequence[float] = (),
+    library: str = "mor",
+    use: Sequence[str] | None = None,
 ) -> str:
     """Text of a model's card, in the form that model hubs read.
 
@@ -34,9 +36,11 @@ def model_card(
         base_model: repository of the model that it was made from.
         numbers: of its evaluation.
         depth_shares: share of the tokens with 0, 1, .. R recursions.
+        library: that loads it.
+        use: lines on how to use it; None: with `mor`.
     """
     meta = [
-        "library_name: mor",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:",
         "- mixture-of-recursions",
@@ -60,7 +64,7 @@ def model_card(
             if count or share
         ]
         parts.append("```")
-    return "\n".join([*parts, "", "## Use", "", *_USE, ""])
+    return "\n".join([*parts, "", "## Use", "", *(_USE if use is None else use), ""])
 
 
 _USE = (

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mor.errors import CheckpointError, ConfigError
 from mor.io.storage import staged_folder, storage_error
 from mor.io.tokenizer import Tokenizer
+from mor.io.weights import read_weights
 from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
 
@@ -143,23 +144,21 @@ def load(
     """
     folder = resolve(path)
     config = load_config(folder)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
+    if not has_weights(folder):
         raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is not complete.")
-    try:
-        with safe_open(weights, "pt") as file:
-            names = file.keys()  # transformers puts its own name before ours
-            state = {n.removeprefix("model."): file.get_tensor(n) for n in names}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{weights} is damaged ({error}): use another checkpoint or copy it again."
-        ) from error
+    stored_names = read_weights(folder)  # transformers puts its own name before ours
+    state = {name.removeprefix("model."): value for name, value in stored_names.items()}
     model = MoRModel(config)
-    _check_state(weights, state, model)
+    _check_state(folder / WEIGHTS, state, model)
     stored = next(iter(state.values())).dtype
     model = model.to(dtype or stored)
     model.load_state_dict(state, strict=False)
     return model.to(device).eval()
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors, whole or as `save_pretrained` shards them."""
+    return any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json"))
 
 
 def load_config(path: Path | str) -> MoRConfig:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mor.errors import CheckpointError, MissingExtraError
 from mor.io.card import CARD, model_card
-from mor.io.checkpoint import WEIGHTS, load_config, resolve
+from mor.io.checkpoint import WEIGHTS, has_weights, load_config, resolve
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.py", CARD)  # not the trainer's state
 
@@ -36,7 +36,7 @@ def push_to_hub(
         raise MissingExtraError("huggingface_hub", "hf") from error
     folder = resolve(path)
     config = load_config(folder)
-    if not (folder / WEIGHTS).is_file():
+    if not has_weights(folder):
         raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is not complete.")
     api = HfApi(token=token)
     try:

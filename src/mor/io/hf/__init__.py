@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mor.errors import CheckpointError, DataError
+from mor.io.card import model_card, write_card
 from mor.io.checkpoint import CONFIG, GENERATION, load, resolve, write_model
 from mor.io.storage import staged_folder, storage_error
 from mor.io.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, Tokenizer
@@ -81,7 +82,7 @@ def export(source: Path | str, out: Path | str, *, dtype: torch.dtype | None = N
             _add_json(staged / CONFIG, {"auto_map": dict(AUTO_MAP)})
             if (folder / GENERATION).is_file():  # may say more than the model, e.g. several ends
                 _add_json(staged / GENERATION, read_json(folder / GENERATION))
-            (staged / "README.md").write_text(_readme(model.config), encoding="utf-8")
+            write_card(staged, _card(model.config, target.name, folder.name))
             write_code(staged)
     except OSError as error:
         raise storage_error(target, error, CheckpointError) from error
@@ -163,27 +164,14 @@ def _add_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(read_json(file) | values, indent=2) + "\n", encoding="utf-8")
 
 
-def _readme(config: MoRConfig) -> str:
-    """A model card: what it is and how to load it."""
-    return _CARD.format(
-        num_recursions=config.num_recursions,
-        routing=config.routing,
-        num_unique_layers=config.num_unique_layers,
-        num_hidden_layers=config.num_hidden_layers,
-    )
+def _card(config: MoRConfig, name: str, source: str) -> str:
+    """What it is and how to load it."""
+    origin = f"Written by `mor convert to-hf` from `{source}`; its code files need no `mor`."
+    use = _USE.splitlines()
+    return model_card(config, name=name, origin=origin, library="transformers", use=use)
 
 
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- mixture-of-recursions
----
-
-A Mixture-of-Recursions language model (arXiv 2507.10524): routing `{routing}`, up to
-{num_recursions} recursions, {num_unique_layers} layers that act as up to {num_hidden_layers}.
-
+_USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

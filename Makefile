@@ -14,7 +14,8 @@ PIP := $(RUN) pip --quiet --disable-pip-version-check install -c constraints.txt
 # Shapes and types of mor are checked as the tests run; an int may stand where a float is asked for.
 TYPECHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 # Two workers with one thread each: more threads would wait for each other on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 '--jaxtyping-packages=mor,$(TYPECHECKER)'
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadgroup --no-loadscope-reorder \
+	'--jaxtyping-packages=mor,$(TYPECHECKER)'
 
 .PHONY: help install demo test test-slow check format bench bench-gpu clean
 .DELETE_ON_ERROR:

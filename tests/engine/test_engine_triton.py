@@ -28,13 +28,7 @@ SHAPE = {
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the tests below itself")
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        "expert and not relaxed",
-        pytest.param("vanilla or shared or token or relaxed", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("kinds", ["short", pytest.param("long", marks=pytest.mark.slow)])
 def test_in_the_interpreter(kinds: str) -> None:
     """A process of its own: Triton reads the variable once, when it is imported."""
     done = subprocess.run(
@@ -50,16 +44,30 @@ def test_in_the_interpreter(kinds: str) -> None:
 
 
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["vanilla", "expert", "expert_shared", "token", "expert_relaxed"])
-def test_equals_the_reference_generator(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "lengths", "max_tokens", "chunk"),
+    [
+        *(
+            pytest.param(kind, (2, 7, 1), 3, 3, id=f"short-{kind}")
+            for kind in ("expert", "expert_shared")
+        ),
+        *(
+            pytest.param(kind, (3, 19, 1), 5, 7, id=f"long-{kind}")
+            for kind in ("vanilla", "expert", "expert_shared", "token", "expert_relaxed")
+        ),
+    ],
+)
+def test_equals_the_reference_generator(
+    kind: str, lengths: tuple[int, ...], max_tokens: int, chunk: int
+) -> None:
     """Decode ticks go through `GraphStack`: padded buckets, recorded where there is a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(tiny_config(kind, **SHAPE)).float().to(device)
     torch.manual_seed(0)
-    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 19, 1)]
-    params = SamplingParams(max_tokens=5)
+    prompts = [torch.randint(0, 61, (n,)).tolist() for n in lengths]
+    params = SamplingParams(max_tokens=max_tokens)
     wanted = generate(model, prompts, params)
-    llm = LLM(model, EngineConfig(kernels="triton", device=device, prefill_chunk=7))
+    llm = LLM(model, EngineConfig(kernels="triton", device=device, prefill_chunk=chunk))
     for want, got in zip(wanted, llm.generate(prompts, params), strict=True):
         assert got.token_ids == want.token_ids
         assert got.recursion_counts == want.recursion_counts

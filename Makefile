@@ -13,8 +13,9 @@ STAMP := $(VENV)/.installed
 PIP := $(RUN) pip --quiet --disable-pip-version-check install -c constraints.txt
 # Shapes and types of mor are checked as the tests run; an int may stand where a float is asked for.
 TYPECHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-# Two workers with one thread each: more threads would wait for each other on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadgroup --no-loadscope-reorder \
+# Two workers with one thread each: more threads would wait for each other on two cores. A file is
+# one worker's, so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 	'--jaxtyping-packages=mor,$(TYPECHECKER)'
 
 .PHONY: help install demo test test-slow check format bench bench-gpu clean

@@ -1,15 +1,16 @@
 """Type checks of mor while the tests run, in a fraction of the time that jaxtyping's hook takes.
 
-The hook gives every function two type checkers and every call a table of axes. Only functions that
-name axes need that; the others get one type checker, which checks the same arguments and results.
+The hook gives every function two type checkers, checks arguments twice, and keeps a table of axes
+for every call. The table is kept here for functions that name axes, and one type checker does the
+rest: the same arguments and results are checked.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, ForwardRef, Literal, get_args, get_origin
 from unittest.mock import patch
 
 import jaxtyping
@@ -18,42 +19,53 @@ from jaxtyping import _import_hook
 Checker = Callable[..., Any]
 
 
-def names_axes(function: Callable[..., Any]) -> bool:
-    """Whether an annotation speaks of axes, or may do so: one that is text still."""
-    for hint in inspect.get_annotations(function).values():
-        if isinstance(hint, type) and not issubclass(hint, jaxtyping.AbstractArray):
-            continue
-        if "jaxtyping" in repr(hint) or "'" in repr(hint):
-            return True
-    return False
+def _parts(hint: Any) -> Iterator[Any]:
+    """An annotation, and those that it is made of."""
+    yield hint
+    for part in hint if isinstance(hint, list) else get_args(hint):
+        if get_origin(hint) is not Literal:
+            yield from _parts(part)
+
+
+def _check(
+    function: Callable[..., Any], whole: Checker, typechecker: Checker
+) -> Callable[..., Any]:
+    """The function with checks; `whole` is what jaxtyping would do."""
+    parts = [p for hint in inspect.get_annotations(function).values() for p in _parts(hint)]
+    if any(isinstance(part, str | ForwardRef) for part in parts):
+        return whole(function, typechecker=typechecker)  # it knows names that come later
+    checked = typechecker(function)
+    if any(isinstance(p, type) and issubclass(p, jaxtyping.AbstractArray) for p in parts):
+        return whole(checked, typechecker=None)
+    return checked
 
 
 def check_less_often() -> None:
-    """Have jaxtyping's import hook leave functions without axes to the type checker alone."""
-    original = jaxtyping.jaxtyped
+    """Have jaxtyping's import hook do no more than is needed."""
+    whole = jaxtyping.jaxtyped
 
     def jaxtyped(*, typechecker: Checker) -> Callable[[Any], Any]:
         def decorate(target: Any) -> Any:
-            if isinstance(target, FunctionType) and not names_axes(target):
-                return typechecker(target)
-            if has_made_init(target) and not names_axes(target.__init__):
-                target.__init__ = typechecker(target.__init__)
-                return target
-            return original(target, typechecker=typechecker)
+            if isinstance(target, FunctionType):
+                return _check(target, whole, typechecker)
+            if not _has_made_init(target):
+                return whole(target, typechecker=typechecker)
+            target.__init__ = _check(target.__init__, whole, typechecker)
+            return target
 
         return decorate
 
     jaxtyping.jaxtyped = jaxtyped
-    _import_hook._JaxtypingLoader.exec_module = exec_module
+    _import_hook._JaxtypingLoader.exec_module = _exec_module
 
 
-def has_made_init(target: Any) -> bool:
+def _has_made_init(target: Any) -> bool:
     """Whether this is a dataclass that is to be checked, with an `__init__` of its own."""
     is_one = dataclasses.is_dataclass(target) and "__init__" in vars(target)
     return is_one and not getattr(target, "__no_type_check__", False)
 
 
-def exec_module(self: _import_hook._JaxtypingLoader, module: ModuleType) -> None:
+def _exec_module(self: _import_hook._JaxtypingLoader, module: ModuleType) -> None:
     """Import a module of mor; what it imports from elsewhere keeps its compiled files."""
     name = partial(_import_hook._optimized_cache_from_source, self._typechecker.get_hash())
     with patch("importlib._bootstrap_external.cache_from_source", name):

@@ -11,12 +11,14 @@ import pytest
 from checked import check_less_often
 
 FIRST = (
-    "engine/test_engine_cpu.py",  # compiles the kernels, which the other worker then finds
-    "engine/test_engine_machine.py::test_any_course_of_events",
-    "engine/test_engine_triton.py",
-    "ops/test_triton_kernels.py",
+    "test_engine_cpu.py",  # compiles the kernels, which the other worker then finds
+    "test_trainer.py",
+    "test_engine_machine.py",
+    "test_engine_triton.py",
+    "test_trainer_killed.py",
+    "test_experiment_cli.py",
 )
-"""What takes longest, in the order in which workers are to begin it."""
+"""Files that take longest, in the order in which workers are to begin them."""
 RANDOM_IN_A_STRATEGY = "Do not use the `random` module inside strategies"
 
 
@@ -37,23 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("slow" if config.getoption("--runslow") else "default")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is slow; deal the rest to the workers by file, so that each sets up once."""
-    for item in items:
-        place = next((first for first in FIRST if first in item.nodeid), item.nodeid.split("::")[0])
-        item.add_marker(pytest.mark.xdist_group(place))
-    items.sort(key=lambda item: _turn(item.nodeid))
+    """Begin with what takes longest, skip what is slow."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else 99)
     if config.getoption("--runslow"):
         return
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: give --runslow to run it"))
-
-
-def _turn(name: str) -> int:
-    """The place in FIRST, or behind all of them."""
-    return next((i for i, first in enumerate(FIRST) if first in name), len(FIRST))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,9 @@ import torch
 from calling import Called, Mor, TinyRun, invoke
 
 from mor import MoRConfig, MoRModel, Tokenizer, save
+from peak import one_gemm_peak
+
+__all__ = ["one_gemm_peak"]
 
 WORDS = ("def", "return", "数学", "über", "café", "🙂", "while", "print", "self", "import", "value")
 CONFIG = """\

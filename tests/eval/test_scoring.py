@@ -1,6 +1,7 @@
 """Log-likelihoods on the engine and by top-k: those of a plain forward pass over each sequence."""
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -36,6 +37,14 @@ def reference(model: MoRModel, pair: Pair, selection: Any) -> tuple[float, bool]
     return float(after.gather(1, wanted[:, None]).sum()), greedy
 
 
+@cache
+def scored(kind: str) -> tuple[MoRModel, list[Pair], list[tuple[float, bool]]]:
+    """A model, pairs, one of which goes on greedily, and what a forward pass over each says."""
+    model, pairs = tiny_model(kind), pairs_of(len(kind))
+    pairs[3] = Pair((2, 3), tuple(reference_greedy(model, (2, 3), 2)))
+    return model, pairs, [reference(model, pair, "threshold") for pair in pairs]
+
+
 def engine(model: MoRModel, **fields: Any) -> EngineScorer:
     return EngineScorer(mor.LLM(model, mor.EngineConfig(**{"kv_memory": 2**22, **fields})))
 
@@ -46,11 +55,9 @@ def test_scores_are_those_of_a_forward_pass(
     kind: str, wave: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "_WAVE_TOKENS", wave)
-    model, pairs, done = tiny_model(kind), pairs_of(len(kind)), []
+    (model, pairs, wanted), done = scored(kind), list[int]()
     scorer = engine(model, page_size=8, max_lanes=64, prefill_chunk=16)
-    pairs[3] = Pair((2, 3), tuple(reference_greedy(model, (2, 3), 2)))
-    for pair, score in zip(pairs, scorer.score(pairs, done.append), strict=True):
-        logprob, greedy = reference(model, pair, "threshold")
+    for (logprob, greedy), score in zip(wanted, scorer.score(pairs, done.append), strict=True):
         assert score.logprob == pytest.approx(logprob, abs=1e-6)
         assert score.is_greedy == greedy
     assert scorer.score([pairs[3]], done.append)[0].is_greedy

@@ -7,6 +7,10 @@ import pytest
 import runs
 import torch
 
+from peak import one_gemm_peak
+
+__all__ = ["one_gemm_peak"]
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:

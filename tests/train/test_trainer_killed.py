@@ -74,7 +74,7 @@ def wait_for_lines(out: Path, number: int) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_some_time(
     server: subprocess.Popen[str],
@@ -97,7 +97,9 @@ def test_killed_at_some_time(
     assert runs.result(out) == uninterrupted[kind]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
+)
 def test_killed_at_some_file_operation(
     server: subprocess.Popen[str],
     corpus: Path,

@@ -1,0 +1,26 @@
+"""What `make test` checks at run time: types everywhere, axes where they are named."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mor.engine.pages import PagePool
+from mor.model.packing import Packing
+
+CALLS = {
+    "a type": lambda: PagePool("x"),
+    "a type next to a name that comes later": lambda: Packing.full("x", 2, torch.device("cpu")),
+    "a number of axes": lambda: Packing.full(2, 3, torch.device("cpu")).to_rows(torch.zeros(6, 2)),
+    "axes that must agree": lambda: dataclasses.replace(
+        Packing.full(2, 3, torch.device("cpu")), positions=torch.zeros(4, dtype=torch.long)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", CALLS)
+def test_what_is_wrong_is_noticed(wrong: str, pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("--jaxtyping-packages"):
+        pytest.skip("needs --jaxtyping-packages, which `make test` gives")
+    with pytest.raises(Exception, match=r"violates type hint|Type-check error"):
+        CALLS[wrong]()

@@ -33,7 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         # beartype looks at a random item of a list, also where a strategy builds a config.
         config.addinivalue_line("filterwarnings", f"ignore:{RANDOM_IN_A_STRATEGY}")
         check_less_often()
-    base = hypothesis.settings(deadline=None, derandomize=True, database=None)
+    base = hypothesis.settings(
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a neighbour's load is no fault
+    )
     for name, most in (("default", 12), ("slow", 25), ("thorough", 250)):
         hypothesis.settings.register_profile(name, base, max_examples=most)
     hypothesis.settings.load_profile("slow" if config.getoption("--runslow") else "default")

@@ -27,7 +27,7 @@ def test_paired_runs_alternate_and_take_the_median_of_ratios() -> None:
 
 
 def test_paired_sees_a_slower_side() -> None:
-    times = paired(lambda: time.sleep(0.02), lambda: time.sleep(0.002), rounds=3)
+    times = paired(lambda: time.sleep(0.06), lambda: time.sleep(0.002), rounds=5)
     assert times.ratio > 3
 
 

@@ -77,7 +77,7 @@ class Running:
                 return float(found[3])
         raise AssertionError(f"no sample {name} {wanted}")
 
-    def idle(self, seconds: float = 10) -> Mapping[str, Any]:
+    def idle(self, seconds: float = 60) -> Mapping[str, Any]:
         """The engine's state once nothing is under way; it must come to that."""
         end = time.monotonic() + seconds
         while True:
@@ -93,7 +93,7 @@ class Running:
         if self.process.poll() is None:
             self.process.send_signal(sig)
         try:
-            return self.process.wait(30)
+            return self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -60,7 +60,7 @@ def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool) ->
         connections[-1].sendall(request(json.dumps({**BODY, "n": 4, "stream": stream}).encode()))
     if stream:
         assert all(connection.recv(10) for connection in connections)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while server.get("/depths")["running"] == 0:
         assert time.monotonic() < end, "they never started"
     for connection in connections:

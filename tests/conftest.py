@@ -54,9 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: give --runslow to run it"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_torch_thread_per_worker() -> None:
-    """Keep the workers of pytest-xdist from spinning on each other's cores."""
+    """Keep the workers of pytest-xdist from spinning on each other's cores.
+
+    Before each test: the first compiled kernel has OpenMP take all cores, for torch as well.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         import torch
 

@@ -89,7 +89,7 @@ class CorpusIndex:
             raise DataError(f"{file}: not a readable index ({error}): {REBUILD}") from error
 
 
-def _parse_index(fields: dict[str, Any]) -> CorpusIndex:
+def _parse_index(fields: Any) -> CorpusIndex:
     if fields["version"] != INDEX_VERSION:
         raise ValueError(f"version {fields['version']}, this mor reads {INDEX_VERSION}")
     index = CorpusIndex(

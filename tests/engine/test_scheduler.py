@@ -206,9 +206,9 @@ def test_a_chunk_follows_the_one_before_it_a_depth_behind() -> None:
     found = [[(run.start, run.depth) for run in plan] for plan in sim.advances]
     assert found[:5] == [
         [(0, 0)],
-        [(0, 1), (4, 0)],
-        [(0, 2), (4, 1), (8, 0)],
-        [(4, 2), (8, 1)],
+        [(4, 0), (0, 1)],  # in the order of depths
+        [(8, 0), (4, 1), (0, 2)],
+        [(8, 1), (4, 2)],
         [(8, 2)],
     ]
 

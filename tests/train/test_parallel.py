@@ -95,6 +95,18 @@ def test_ranks_together_are_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_muon_on_two_ranks_stays_near_one_process(
+    corpus: Path, tmp_path: Path, ranks: Ranks, parallel: str
+) -> None:
+    """Its products are in bf16, where a gradient's last bit may be a step of 0.4 %."""
+    one = runs.rows(ranks.train(settings(corpus, "muon"), tmp_path / "one", 1))
+    two = runs.rows(ranks.train(settings(corpus, "muon", parallel), tmp_path / "run", 2))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+    assert one[-1]["loss"] < one[0]["loss"] - 0.5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["expert", "loss_free"])
 @pytest.mark.parametrize("mode", ["recursion", "full"])
 def test_sharded_layers_are_recomputed(

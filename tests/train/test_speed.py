@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -22,11 +23,14 @@ from tiny import KINDS, tiny_model
 CPU = torch.device("cpu")
 
 
-def step(model: MoRModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(
+    model: MoRModel, document_end: int | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of a batch."""
     torch.manual_seed(3)
     ids = torch.randint(61, (2, 25))
-    out = model.train()(ids[:, :-1], targets=ids[:, 1:], return_logits=False)
+    options: Any = {"return_logits": False, "document_end": document_end}
+    out = model.train()(ids[:, :-1], targets=ids[:, 1:], **options)
     out.total_loss.backward()
     return out.total_loss.detach(), {
         name: value.grad for name, value in model.named_parameters() if value.grad is not None
@@ -48,6 +52,7 @@ def test_recomputing_changes_nothing_but_memory(kind: str, mode: str) -> None:
             speed_up(model, config, CPU)
         return
     speed_up(model, config, CPU)
+    speed_up(plain, TrainConfig(), CPU)
     loss, gradients = step(model)
     expected, others = step(plain)
     assert loss == expected
@@ -132,10 +137,11 @@ from test_speed import step, CPU
 from mor.train.config import TrainConfig
 from mor.train.speed import speed_up
 from tiny import tiny_model
-kind, mode = sys.argv[1:]
+kind, mode, *end = sys.argv[1:]
+end = [int(e) for e in end]
 model, plain = (tiny_model(kind, num_block_layers=1) for _ in range(2))
 speed_up(model, TrainConfig(compile=True, activation_checkpointing=mode), CPU)
-(loss, ours), (expected, theirs) = step(model), step(plain)
+(loss, ours), (expected, theirs) = step(model, *end), step(plain, *end)
 worst = max(float((ours[n] - theirs[n]).abs().max()) for n in theirs)
 worst = max(worst, float((loss - expected).abs()))
 print(json.dumps([worst, torch._dynamo.utils.counters["stats"]["unique_graphs"]]))
@@ -144,16 +150,18 @@ print(json.dumps([worst, torch._dynamo.utils.counters["stats"]["unique_graphs"]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "mode"),
+    "case",
     [
         ("expert", "none"),
         ("expert", "recursion"),
         ("vanilla", "full"),
         ("token", "none"),
         ("expert_shared", "full"),
+        ("expert", "none", "7"),  # attention inside documents, which end with 7
     ],
+    ids="-".join,
 )
-def test_compiled_layers_agree(kind: str, mode: str) -> None:
+def test_compiled_layers_agree(case: tuple[str, ...]) -> None:
     """In a process of its own: shape checks at run time break the compiler's tracing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -161,7 +169,7 @@ def test_compiled_layers_agree(kind: str, mode: str) -> None:
             pytest.skip("no C++ compiler")
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED, kind, mode],
+        [sys.executable, "-c", COMPILED, *case],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": paths + os.pathsep + str(Path(__file__).parent)},

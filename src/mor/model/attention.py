@@ -19,6 +19,7 @@ from mor.model.config import MoRConfig
 from mor.model.packing import Packing
 from mor.model.relaxation import DepthLinear
 from mor.model.sharing import Slot
+from mor.ops.lean import rotate
 from mor.ops.sequences import attend_at, attend_inside
 
 
@@ -41,11 +42,9 @@ class Rope(NamedTuple):
         """The angles of some of the tokens."""
         return Rope(self.cos.index_select(0, places), self.sin.index_select(0, places))
 
-    def rotate(self, x: Float[Tensor, "n h d"]) -> Float[Tensor, "n h d"]:
-        """Rotate queries or keys; first and second half of a head form the pairs, as in Llama."""
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = self
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    def rotate(self, x: Float[Tensor, "n hd"]) -> Float[Tensor, "n h d"]:
+        """Rotate all heads' queries or keys, in place; see `ops.lean.rotate`."""
+        return rotate(x, self.cos, self.sin).unflatten(1, (-1, 2 * self.cos.shape[-1]))
 
 
 @runtime_checkable
@@ -141,10 +140,10 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "n e"]:
         """Attention of the packed tokens to what the KV's owner lets them see in `slot`."""
         num, rope, kv = x.shape[0], context.rope, context.kv
-        q = rope.rotate(self.q_proj(x, slot.depth).view(num, self.num_heads, self.head_dim))
+        q = rope.rotate(self.q_proj(x, slot.depth))
         k = v = None
         if not kv.has_kv(slot):
-            k = rope.rotate(self.k_proj(x, slot.depth).view(num, self.num_kv_heads, self.head_dim))
+            k = rope.rotate(self.k_proj(x, slot.depth))
             v = self.v_proj(x, slot.depth).view(num, self.num_kv_heads, self.head_dim)
         out = kv.attend(slot, q, k, v, context.packing)
         return self.o_proj(out.reshape(num, self.num_heads * self.head_dim), slot.depth)

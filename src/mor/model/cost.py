@@ -209,10 +209,10 @@ def activation_values_per_token(
     """Values that a training step keeps per token for its backward pass, head and loss aside.
 
     A layer keeps the inputs of its two norms and what they give (4 E), the rotated queries and
-    keys, values and attention's output (2 H D + 2 G D), and four arrays inside the SwiGLU.
+    keys, values and attention's output (2 H D + 2 G D), and the SwiGLU's gate and up.
     """
     heads, kv_heads, dim = config.num_heads_and_dim
-    layer = 4 * config.hidden_size + 2 * (heads + kv_heads) * dim + 4 * config.intermediate_size
+    layer = 4 * config.hidden_size + 2 * (heads + kv_heads) * dim + 2 * config.intermediate_size
     there = presence if presence is not None else presence_of(config)
     outer_layers = config.num_prelude_layers + config.num_coda_layers
     return (outer_layers + config.num_block_layers * sum(there)) * layer

@@ -1,7 +1,6 @@
 """The Llama layer: RMSNorm -> attention -> +residual -> RMSNorm -> SwiGLU -> +residual."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -9,6 +8,7 @@ from mor.model.attention import Attention, Context
 from mor.model.config import MoRConfig
 from mor.model.relaxation import DepthLinear
 from mor.model.sharing import UNSHARED, Slot
+from mor.ops.lean import rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n e"]:
         """Normalise the last axis."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -36,8 +36,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "n e"], depth: int = UNSHARED) -> Float[Tensor, "n e"]:
         """Feed-forward of each token."""
-        inner = F.silu(self.gate_proj(x, depth)) * self.up_proj(x, depth)
-        return self.down_proj(inner, depth)
+        gate, up = self.gate_proj(x, depth), self.up_proj(x, depth)
+        return swiglu(gate, up, lambda inner: self.down_proj(inner, depth))
 
 
 class Layer(nn.Module):
@@ -58,5 +58,7 @@ class Layer(nn.Module):
         self, x: Float[Tensor, "n e"], slot: Slot, context: Context
     ) -> Float[Tensor, "n e"]:
         """One application of the layer to the packed tokens, its keys and values kept in `slot`."""
-        x = x + self.self_attn(self.input_layernorm(x), slot, context)
-        return x + self.mlp(self.post_attention_layernorm(x), slot.depth)
+        # The sums' arrays come first: what the parts need for a while then leaves no holes between
+        # arrays that stay, which glibc cannot fill with one of the same size.
+        x = x.clone().add_(self.self_attn(self.input_layernorm(x), slot, context))
+        return x.clone().add_(self.mlp(self.post_attention_layernorm(x), slot.depth))

@@ -75,11 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            grad_weight * scale.to(grad_weight.dtype),
-            None,
-        )
+        # In place, since this is when a step holds most: autograd would refuse a second time.
+        grad_hidden.mul_(scale.to(grad_hidden.dtype))
+        return grad_hidden, grad_weight.mul_(scale.to(grad_weight.dtype)), None
 
 
 def linear_cross_entropy(

@@ -42,7 +42,7 @@ def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimiz
         fused=True,
     )
     if not hidden:
-        return adamw
+        return with_moments(adamw)
     muon_lr = config.lr if config.muon_lr is None else config.muon_lr
     muon = torch.optim.Muon(
         [{"params": hidden, "peak": muon_lr / config.lr}],
@@ -51,7 +51,24 @@ def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimiz
         momentum=config.muon_momentum,
         adjust_lr_fn="match_rms_adamw",
     )
-    return Together(muon, adamw)
+    return with_moments(Together(muon, adamw))
+
+
+def with_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer of AdamW's and Muon's groups, with room for all that it will keep.
+
+    Left to the first step, moments come to lie between gradients. What these leave behind is too
+    small for any activation, so a CPU process would hold their size once more for good.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if "momentum" in group:
+                optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+            else:
+                step = torch.zeros((), device=p.device)
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": step, **moments}
+    return optimizer
 
 
 class Together(torch.optim.Optimizer):

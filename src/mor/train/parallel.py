@@ -332,6 +332,7 @@ class _Replicated(Spread):
 
     def __init__(self, model: MoRModel, config: TrainConfig, world: World) -> None:
         super().__init__(model, config, world)
+        model.embed_tokens.sparse = False  # DDP would expect that of the whole gradient
         self._ddp = self._forward = DistributedDataParallel(
             model,
             forward_sync_buffers=False,  # the balancing bias moves by the same amount everywhere

@@ -48,6 +48,9 @@ def speed_up(model: MoRModel, config: TrainConfig, device: torch.device) -> None
     """
     if device.type == "cpu":
         keep_freed_memory()
+        # The head's gradient is there first, and takes the embedding's rows in place: else the
+        # embedding would make a second array of the vocabulary's size, nearly all of it zeros.
+        model.embed_tokens.sparse = model.config.tie_word_embeddings
     layers = [*model.prelude, *model.block, *model.coda]
     if config.compile and has_compiler(device):
         for layer in layers:

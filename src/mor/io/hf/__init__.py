@@ -39,6 +39,7 @@ _CODE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "configuration_mor": ("mor.errors", "mor.model.config", "mor.io.hf.configuration"),
         "modeling_mor": (
             "mor.ops.cross_entropy",
+            "mor.ops.lean",
             "mor.ops.low_rank",
             "mor.ops.sequences",
             "mor.model.sharing",

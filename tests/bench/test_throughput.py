@@ -47,7 +47,8 @@ def test_decode_only_starts_no_new_requests() -> None:
     load = Load(engine(tiny_model(), 3), 3, Shape(prompt=8, output=20), staggered=False)
     while load.llm.has_unfinished:
         load._step()
-    assert load.run(0.01).tokens == 0
+    with pytest.raises(ConfigError, match=r"ended after 20 tokens.*raise --output"):
+        load.run(0.01)
 
 
 def test_random_models_keep_the_configured_share_at_each_depth() -> None:

@@ -87,10 +87,16 @@ def test_the_two_comparisons_are_the_promised_ones() -> None:
 
 def test_steps_report_what_the_bars_need(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = StepPlan(preset="demo", models=("mor2", "token3"), rounds=2, batch_size=2, length=32)
-    asked = []
-    monkeypatch.setattr(steps, "peak_bytes", lambda plan, name: asked.append(name) or len(name))
+    asked: dict[bool, list[str]] = {False: [], True: []}
+
+    def peak_bytes(plan: StepPlan, name: str, resident: bool = False) -> int:
+        asked[resident].append(name)
+        return len(name) + 2 * resident
+
+    monkeypatch.setattr(steps, "peak_bytes", peak_bytes)
     record = json.loads(json.dumps(steps.measure(plan)))
-    assert asked == list(record["step_s"]) == ["vanilla", "mor3", "mor2", "token3"]
+    assert asked[False] == list(record["step_s"]) == ["vanilla", "mor3", "mor2", "token3"]
+    assert asked[True] == asked[False]
     for name in ("mor2", "mor3"):
         model = record["models"][name]
         assert model["flops_ratio"] < 1
@@ -98,6 +104,7 @@ def test_steps_report_what_the_bars_need(monkeypatch: pytest.MonkeyPatch) -> Non
         assert model["ok"] == (model["ratio"] <= 1.07 * model["flops_ratio"])
     assert record["models"]["mor2"]["memory_ratio"] == pytest.approx(4 / 7)
     assert record["models"]["mor2"]["memory_ok"]
+    assert record["models"]["mor2"]["resident_ratio"] == pytest.approx(6 / 9)
     assert record["gemm_share"] == record["vanilla_gflops"] / record["gemm_peak_gflops"]
     assert len(record["token_choice"]["token3"]["ratios"]) == 2
     names, rates, token = steps.tables(record)

@@ -1,7 +1,7 @@
 """Training steps of MoR against vanilla: do dropped tokens save the time and memory they should?
 
 All models take turns in one process: a round is one optimizer step of each. Peak memory is that of
-a fresh process per model.
+a fresh process per model: what is alive in it, and beside it what is resident.
 """
 
 import dataclasses
@@ -109,6 +109,7 @@ def measure(plan: StepPlan) -> dict[str, Any]:
     names = tuple(dict.fromkeys(("vanilla", *peers, *plan.models)))
     configs = {name: plan.config(name) for name in names}
     memory = {name: peak_bytes(plan, name) for name in names}
+    resident = {name: peak_bytes(plan, name, resident=True) for name in names}
     steppers = {name: plan.stepper(name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks: list[float] = []
@@ -128,7 +129,13 @@ def measure(plan: StepPlan) -> dict[str, Any]:
         "compile": plan.compile,
         "step_s": {name: statistics.median(values) for name, values in times.items()},
         "peak_bytes": memory,
-        "models": {n: _against_vanilla(n, times, flops, memory) for n in names if n[0] == "m"},
+        "resident_bytes": resident,
+        "models": {
+            n: _against_vanilla(n, times, flops, memory)
+            | {"resident_ratio": resident[n] / resident["vanilla"]}
+            for n in names
+            if n[0] == "m"
+        },
         "vanilla_gflops": rate,
         "gemm_peak_gflops": max(peaks),
         "gemm_share": rate / max(peaks),
@@ -158,16 +165,23 @@ def _against_vanilla(
     return found
 
 
-def peak_bytes(plan: StepPlan, name: str, steps: int = 2) -> int:
-    """Most memory that a process holds that trains nothing but this model."""
+def peak_bytes(plan: StepPlan, name: str, *, resident: bool = False, steps: int = 2) -> int:
+    """Most memory that a process holds that trains nothing but this model.
+
+    Args:
+        resident: as it trains, which on a CPU includes what malloc keeps for later or cannot use
+            again; otherwise what is alive, as a GPU's allocator would count it.
+    """
     fields = dataclasses.asdict(plan)
     script = (
         "import sys, json; from mor.bench.steps import StepPlan; from mor.train.watch import"
-        " peak_memory; import torch; plan, name, steps, threads = json.loads(sys.argv[1]);"
+        " peak_memory; from mor.train.speed import give_back_freed_memory; import torch;"
+        " plan, name, steps, threads, resident = json.loads(sys.argv[1]);"
         " torch.set_num_threads(threads); stepper = StepPlan(**plan).stepper(name);"
+        " resident or give_back_freed_memory();"
         " [stepper.step() for _ in range(steps)]; print(peak_memory(stepper.batch.device))"
     )
-    asked = json.dumps([fields, name, steps, torch.get_num_threads()])
+    asked = json.dumps([fields, name, steps, torch.get_num_threads(), resident])
     command = [sys.executable, "-c", script, asked]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return int(done.stdout.split()[-1])
@@ -176,7 +190,7 @@ def peak_bytes(plan: StepPlan, name: str, steps: int = 2) -> int:
 def tables(record: dict[str, Any]) -> Any:
     """Header and rows of each table that people read."""
     models = record["models"].items()
-    header = ("", "time ratio", "FLOP ratio", "time / FLOPs", "bar", "peak memory", "bar")
+    header = ("", "time ratio", "FLOP ratio", "time / FLOPs", "bar", "memory", "bar", "resident")
     rows = [
         (
             name,
@@ -186,6 +200,7 @@ def tables(record: dict[str, Any]) -> Any:
             f"{TIME_BAR:.2f}",
             f"{m['memory_ratio']:.3f}",
             f"{m['memory_bar']:.2f}" if "memory_bar" in m else "",
+            f"{m['resident_ratio']:.3f}",
         )
         for name, m in models
     ]

@@ -9,6 +9,7 @@ import torch
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.engine.stack import CpuStack
+from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import (
     decode_flops,
@@ -115,9 +116,18 @@ class Load:
         return len(events)
 
     def run(self, seconds: float) -> Window:
-        """Keep going for about so long."""
+        """Keep going for about so long.
+
+        Raises:
+            ConfigError: the last request ended before.
+        """
         before, began, tokens = self._computed, time.perf_counter(), 0
         while (elapsed := time.perf_counter() - began) < seconds:
+            if not self.llm.has_unfinished:
+                raise ConfigError(
+                    f"all requests ended after {self.shape.output} tokens, before the clock did: "
+                    "raise --output, or lower --seconds or --rounds."
+                )
             tokens += self._step()
         return Window(seconds=elapsed, tokens=tokens, entered=self._computed - before)
 

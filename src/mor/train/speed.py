@@ -26,6 +26,8 @@ from mor.train.config import TrainConfig
 
 # glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 _MALLOC = ((-4, 0), (-1, -1), (-2, 2**28))
+# M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+_GIVE_BACK = ((-4, 2**15), (-3, 2**16), (-1, 0), (-2, 0))
 _PROBE = 2**26
 
 
@@ -90,6 +92,18 @@ def keep_freed_memory() -> bool:
     grown = (libc.mallinfo().in_use - before) % 2**32
     libc.free(block)
     return bool(block) and _PROBE // 2 < grown < 2 * _PROBE
+
+
+def give_back_freed_memory() -> bool:
+    """The opposite: memory of 64 KB and more goes back to the system when it is freed.
+
+    Slower. What the process then holds is what is alive in it, without what malloc cannot use
+    again; for measurements. Returns whether glibc took the options.
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        return False
+    return all(libc.mallopt(option, value) == 1 for option, value in _GIVE_BACK)
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -28,7 +28,8 @@ SHAPE = {
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the tests below itself")
-@pytest.mark.parametrize("kinds", ["short", pytest.param("long", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ["short", "long"])
 def test_in_the_interpreter(kinds: str) -> None:
     """A process of its own: Triton reads the variable once, when it is imported."""
     done = subprocess.run(

@@ -71,6 +71,14 @@ def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == []
 
 
+def printed_by(script: str) -> list[int]:
+    """The numbers that a fresh process prints, with glibc's malloc as it comes."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return list(map(int, done.stdout.split()))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_stays_with_the_process() -> None:
     """A tensor after a larger one costs no new pages.
@@ -88,10 +96,7 @@ def test_freed_memory_stays_with_the_process() -> None:
         "first, again = faults(), faults(); assert keep_freed_memory()\n"
         "print(first, again, faults(), faults())"
     )
-    env = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    first, again, *kept = map(int, done.stdout.split())
+    first, again, *kept = printed_by(script)
     assert again > first / 2
     assert max(kept) < again / 10
 
@@ -107,10 +112,7 @@ def test_freed_memory_can_be_given_back_at_once() -> None:
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "assert give_back_freed_memory(); print(*(faults() for _ in range(4)))"
     )
-    env = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    faults = list(map(int, done.stdout.split()))
+    faults = printed_by(script)
     assert min(faults) > max(faults) / 2 > 1
 
 

@@ -1,5 +1,6 @@
 """`mor chat`: a talk over the API and with a model in the process, driven through a pipe."""
 
+import asyncio
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calling import MAIN, TinyRun, environment, invoke
@@ -141,6 +143,30 @@ def test_ctrl_c_ends_the_answer_only() -> None:
     assert program.returncode == 0, err
     assert out.startswith("The token goes")
     assert err == "forgotten.\n"
+
+
+def test_ctrl_c_while_the_loop_wakes_the_reader(
+    talk: Talk,
+    fake: Fake,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wake, left = asyncio.Future.set_result, [20]
+
+    def interrupted(reader: Any) -> None:
+        waiter, reader._waiter = reader._waiter, None
+        if waiter is not None and not waiter.cancelled():
+            left[0] -= 1
+            if left[0] == 0:  # in the middle of the answer
+                signal.raise_signal(signal.SIGINT)
+            wake(waiter, None)
+
+    monkeypatch.setattr(asyncio.StreamReader, "_wakeup_waiter", interrupted)
+    fake.delay_s = 0.002
+    status, out, err = talk(["go on", "/reset"], fake.url, "--max-tokens", 1000)
+    assert (status, err, caplog.text) == (0, "forgotten.", "")
+    assert left[0] <= 0
+    assert 0 < len(out[0]) < 1000
 
 
 def _until(true: Callable[[], bool]) -> None:

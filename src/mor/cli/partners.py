@@ -1,8 +1,9 @@
 """Whom `mor chat` talks with: a model in this process, or one behind an OpenAI-compatible API."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing, closing
+import signal
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -142,7 +143,7 @@ class RemotePartner:
 
     def answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
         """See `Partner`."""
-        asyncio.run(self._answer(turns, dials, emit))  # Ctrl-C cancels it and closes the stream
+        _run_until_ctrl_c(self._answer(turns, dials, emit))
 
     async def _answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
         path, body = "/v1/completions", self._body(dials)
@@ -168,6 +169,31 @@ class RemotePartner:
             "logprobs": True if self.has_template else 0,
             **{name: value for name, value in optional.items() if value is not None},
         }
+
+
+def _run_until_ctrl_c(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, where Ctrl-C cancels between two steps of the event loop.
+
+    asyncio's own handler cancels at once, even while the loop is setting the very future that the
+    task waits for; asyncio then prints "Fatal error".
+    """
+
+    async def main() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        # Windows has no such handlers, and only the main thread may set one.
+        with suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.add_signal_handler(signal.SIGINT, task.cancel)
+        try:
+            await work
+        finally:
+            with suppress(NotImplementedError):
+                loop.remove_signal_handler(signal.SIGINT)
+
+    try:
+        asyncio.run(main())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def pieces(choice: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """Checkpoints of the Llama architecture (Llama, SmolLM, TinyLlama), read into our models.
 
-A vanilla model is the same function; a recursive one starts from the Llama's layers (`model.donor`)
+A vanilla model is the same function; a recursive one starts from the Llama's layers (`io.donor`)
 and has to be trained further. What a vanilla model would compute differently is refused by name.
 """
 
@@ -20,7 +20,7 @@ from mor.io.checkpoint import GENERATION, save_new
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.io.weights import read_json, read_weights
 from mor.model.config import LLAMA_FIELDS, MoRConfig
-from mor.model.donor import from_donor
+from mor.io.donor import from_donor
 from mor.model.mor import MoRModel
 from mor.model.sharing import Initialisation
 

@@ -17,7 +17,7 @@ from mor.io.checkpoint import load, newest_step, resolve
 from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.cost import presence_of
-from mor.model.donor import from_donor
+from mor.io.donor import from_donor
 from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
 from mor.train.config import STDLIB, TrainConfig

@@ -26,7 +26,7 @@ from syntax import (
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CORE_LINES = 3600  # of code in model/ and engine/ together: one long evening
+MAX_CORE_LINES = 3800  # of code in model/ and engine/ together: one long evening
 TOP = frozenset(("mor", "__main__", "cli", "demo"))  # these may import everything
 _UP_TO_IO = ("errors", "config", "ops", "model", "io")
 _UP_TO_TRAIN = (*_UP_TO_IO, "engine", "train")

@@ -17,7 +17,7 @@ from rich.console import Console
 from mor import SamplingParams, Tokenizer, generate, load
 from mor.cli import generate as cli
 from mor.cli.colour import coloured_text
-from mor.engine.text import PieceStream
+from mor.io.text import PieceStream
 
 KEYS = {
     *("text", "prompt_token_ids", "token_ids", "recursion_counts", "prompt_recursion_counts"),

@@ -19,7 +19,7 @@ from engines import (
 
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
-from mor.engine.request import Sequence, TokenEvent
+from mor.engine.request import Chunk, Sequence, TokenEvent
 from mor.engine.scheduler import AdvancePlan, EnterPlan
 from mor.model.generation import generate
 from mor.model.mor import MoRModel
@@ -192,6 +192,15 @@ class Drive:
             return plan
 
         scheduler.plan_enter, scheduler.plan_advance = entering, advancing  # type: ignore[method-assign]
+        if (burst := self.llm._burst) is not None:
+            plan = burst.plan
+
+            def flying() -> list[Chunk]:
+                chunks = plan()
+                self.happened["bursts"] += bool(chunks)
+                return chunks
+
+            burst.plan = flying  # type: ignore[method-assign]
 
 
 def _check_beginning(completion: Completion, want: Completion) -> None:

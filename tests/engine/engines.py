@@ -86,12 +86,14 @@ def params(draw: st.DrawFn, num_recursions: int = 1, max_tokens: int = 8) -> Sam
 def engine_settings(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of an EngineConfig, all but its memory."""
     most = draw(st.integers(1, 6))
+    batching = draw(st.sampled_from(("depth", "depth", "sequence")))
     return {
         "page_size": draw(st.integers(1, 16)),
         "max_sequences": most,
         "max_lanes": most + draw(st.integers(0, 24)),
         "prefill_chunk": draw(st.integers(1, 24)),
-        "batching": draw(st.sampled_from(("depth", "depth", "sequence"))),
+        "batching": batching,
+        "burst": draw(st.sampled_from((1, 1, 1, 2, 4))) if batching == "depth" else None,
         "least_exit_batch": draw(st.integers(1, most)),
         "longest_exit_wait": draw(st.integers(0, 4)),
         "prefix_caching": draw(st.booleans()),

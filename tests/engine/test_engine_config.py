@@ -25,6 +25,7 @@ from tiny import KINDS, tiny_config, tiny_model
         ({"max_lanes": 8}, "max_lanes=8 is below max_sequences=64: .* raise the one or lower"),
         ({"prefill_chunk": -1}, "prefill_chunk=-1 must be an integer >= 1"),
         ({"least_exit_batch": 65}, "least_exit_batch=65 .* max_sequences=64: make it smaller"),
+        ({"burst": 0}, "burst=0 must be an integer >= 1"),
         ({"longest_exit_wait": -1}, "longest_exit_wait=-1 must be an integer >= 0"),
         ({"num_threads": 0}, "num_threads=0 must be an integer >= 1"),
         ({"batching": "depths"}, "batching='depths' is not a choice: did you mean 'depth'"),

@@ -21,7 +21,7 @@ MACHINE_KINDS = ("expert", "expert_bare", "token", "expert_shared", "sequence")
 HAPPENINGS = (
     *("preemptions", "prefix hits", "pages copied", "later chunks", "mixed depths"),
     *("abort waiting", "abort preempted", "abort in prefill", "abort in the block"),
-    *("abort before the coda", "abort half done", "abort unknown"),
+    *("abort before the coda", "abort half done", "abort unknown", "bursts"),
 )
 
 
@@ -113,6 +113,7 @@ def random_course(seed: int) -> Counter[str]:
     """Many things in one engine, in a random order."""
     rng = random.Random(seed)
     fields = {"page_size": 2, "max_sequences": 6, "max_lanes": 20, "prefill_chunk": 6}
+    fields["burst"] = (1, 1, 3)[seed % 3]
     drive = Drive(("expert", "token_shared", "expert_bare")[seed % 3], fields)
     for _ in range(40):
         for _ in range(rng.randint(0, 2)):

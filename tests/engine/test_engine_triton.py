@@ -46,29 +46,31 @@ def test_in_the_interpreter(kinds: str) -> None:
 
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU")
 @pytest.mark.parametrize(
-    ("kind", "lengths", "max_tokens", "chunk"),
+    ("kind", "lengths", "max_tokens", "chunk", "burst"),
     [
         *(
-            pytest.param(kind, (2, 7, 1), 3, 3, id=f"short-{kind}")
-            for kind in ("expert", "expert_shared")
+            pytest.param(kind, (2, 7, 1), 3, 3, burst, id=f"short-{kind}-{burst}")
+            for kind, burst in (("expert", 1), ("expert_shared", 1), ("expert", 4))
         ),
         *(
-            pytest.param(kind, (3, 19, 1), 5, 7, id=f"long-{kind}")
+            pytest.param(kind, (3, 19, 1), 5, 7, burst, id=f"long-{kind}-{burst}")
             for kind in ("vanilla", "expert", "expert_shared", "token", "expert_relaxed")
+            for burst in ((1,) if kind == "expert_relaxed" else (1, 5))
         ),
     ],
 )
 def test_equals_the_reference_generator(
-    kind: str, lengths: tuple[int, ...], max_tokens: int, chunk: int
+    kind: str, lengths: tuple[int, ...], max_tokens: int, chunk: int, burst: int
 ) -> None:
-    """Decode ticks go through `GraphStack`: padded buckets, recorded where there is a GPU."""
+    """Decode ticks go through `GraphStack` or `Flight`: padded buckets, recorded on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(tiny_config(kind, **SHAPE)).float().to(device)
     torch.manual_seed(0)
     prompts = [torch.randint(0, 61, (n,)).tolist() for n in lengths]
     params = SamplingParams(max_tokens=max_tokens)
     wanted = generate(model, prompts, params)
-    llm = LLM(model, EngineConfig(kernels="triton", device=device, prefill_chunk=chunk))
+    config = EngineConfig(kernels="triton", device=device, prefill_chunk=chunk, burst=burst)
+    llm = LLM(model, config)
     for want, got in zip(wanted, llm.generate(prompts, params), strict=True):
         assert got.token_ids == want.token_ids
         assert got.recursion_counts == want.recursion_counts

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from mor.engine.text import TextStream
+from mor.io.text import TextStream
 from mor.io.tokenizer import Tokenizer
 
 SAMPLE = "the cat sat on the mat, the cat ate; naïve café. " * 3 + "猫が座った。😀🎉 " * 2

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mor.errors import ConfigError
-from mor.model.config import MoRConfig
 from mor.io.donor import from_donor
+from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
 from tiny import build, tiny_config
 

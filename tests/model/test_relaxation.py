@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import mor
 from mor.errors import CheckpointError, ConfigError
-from mor.model.config import MoRConfig
 from mor.io.donor import from_donor
+from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
 from mor.model.sharing import original_layers
 from mor.ops.low_rank import Delta, add_deltas

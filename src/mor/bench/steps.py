@@ -93,7 +93,7 @@ class ForcedDepths(TokenChoice):
         self,
         x: Tensor,
         packing: Packing,
-        record: RoutingRecord,
+        record: RoutingRecord | None,
         limits: RecursionLimits | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(N,) counts and (N, 1) weights; see `TokenChoice.choose`."""

@@ -39,6 +39,8 @@ class Plan:
     """Of one window."""
     dtype: str | None = None
     quantization: str | None = None
+    burst: int | None = None
+    """Decode ticks in a row, see `EngineConfig`."""
 
     @property
     def shape(self) -> Shape:
@@ -66,7 +68,8 @@ class Plan:
                 f"{config.max_position_embeddings} positions."
             )
         model = random_model(config, min(512, self.prompt + self.output))
-        chosen = {"dtype": self.dtype, "quantization": self.quantization, **settings}
+        chosen = {"dtype": self.dtype, "quantization": self.quantization, "burst": self.burst}
+        chosen |= settings
         llm = engine(model, count, **chosen)
         return Load(llm, count, self.shape, staggered=not self.decode_only)
 
@@ -128,7 +131,7 @@ def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
         record["details"][name] = {"against_vanilla": result}
         if not plan.decode_only:
             progress(f"{name}: depth-wise against sequence-wise batching")
-            whole = plan.load(recursions, batching="sequence")
+            whole = plan.load(recursions, batching="sequence", burst=None)
             pairs = alternate(depth, whole, rounds=plan.rounds, seconds=plan.seconds)
             result = ratios(pairs)
             record["depth_over_sequence"][name] = result["ratio"]

@@ -89,6 +89,9 @@ def _add_engine_options(p: Parser) -> None:
     p.add_argument("--against", default=None, help="transformers, or float32 for int8 weights")
     p.add_argument("--dtype", default=None, help="of the weights: float32 or bfloat16")
     p.add_argument("--quantization", default=None, help="int8")
+    p.add_argument(
+        "--burst", type=int, default=None, help="decode ticks in a row on a GPU; 1: one by one"
+    )
 
 
 def _train(options: Any) -> tuple[dict[str, Any], Tables]:
@@ -176,6 +179,7 @@ def _plan(options: Any, sequences: int) -> Any:
         seconds=options.seconds,
         dtype=options.dtype,
         quantization=options.quantization,
+        burst=options.burst,
     )
 
 

@@ -111,6 +111,12 @@ def _add_engine(p: Parser) -> None:
     p.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ..")
     p.add_argument("--quantization", default=None, help="int8: weights and inputs, on a CPU")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument(
+        "--burst",
+        type=int | None,
+        default=None,
+        help="decode ticks in a row before the host looks; default: 8 on a GPU, 1 on a CPU",
+    )
     p.add_argument("--num-threads", type=int | None, default=None, help="of the CPU kernels")
 
 
@@ -155,6 +161,7 @@ def _engine(options: Any) -> EngineConfig:
         quantization=options.quantization,
         device="cuda" if has_gpu and options.device != "cpu" else "cpu",
         num_threads=options.num_threads,
+        burst=options.burst,
     )
 
 

@@ -30,6 +30,7 @@ _AT_LEAST: Mapping[str, int] = MappingProxyType(
         "prefill_chunk": 1,
         "least_exit_batch": 1,
         "longest_exit_wait": 0,
+        "burst": 1,
         "num_threads": 1,
     }
 )
@@ -65,6 +66,10 @@ class EngineConfig:
     more than 16, which is enough to keep the processor busy while weights come .."""
     longest_exit_wait: int = 2
     """.. unless one of them has waited for this many ticks, or nothing else can run."""
+    burst: int | None = None
+    """Decode ticks that run in a row before the host looks at what came out: until then routing and
+    sampling stay on the device, and the lane of a sequence that has ended idles. 1: it looks after
+    each. None: 8 on a GPU, 1 on a CPU."""
     prefix_caching: bool = True
     dtype: DType | None = None
     """Of the weights; None: the model's. On a CPU bfloat16 halves what is read; sums are fp32."""

@@ -4,6 +4,8 @@ A graph replays the same kernels on the same memory, so lanes are copied into fi
 filled up to the next bucket: empty lanes see no keys and store nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +14,54 @@ from mor.engine.stack import Stack
 from mor.ops.paged import Lanes
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def bucket_of(lanes: int) -> int:
+    """The size that so many lanes are filled up to."""
+    return next((bucket for bucket in _BUCKETS if bucket >= lanes), -(-lanes // 256) * 256)
+
+
+def unwrapped(stack: Stack) -> Stack:
+    """A stack without graphs of its own, to be part of a larger one."""
+    return stack.stack if isinstance(stack, GraphStack) else stack
+
+
+class Recorded:
+    """A function on fixed memory that is recorded when it first runs, and replayed from then on.
+
+    Its result lies in the graph's memory: the next replay overwrites it.
+
+    Args:
+        capture: record; without, the function runs as it is, for tests on a CPU.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], *, capture: bool) -> None:
+        self._function = function
+        self._capture = capture
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._out: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """The function's result."""
+        if not self._capture:
+            return self._function()
+        if self._graph is None:
+            return self._record()
+        self._graph.replay()
+        assert self._out is not None
+        return self._out
+
+    def _record(self) -> Tensor:
+        """Run once, which compiles every kernel, then record, which runs nothing."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            result = self._function()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._out = self._function()
+        return result
 
 
 class GraphStack:
@@ -34,7 +84,7 @@ class GraphStack:
         *,
         capture: bool,
     ) -> None:
-        self._stack = stack
+        self.stack = stack
         self._width = width
         self._table_width = table_width
         self._dtype = dtype
@@ -46,26 +96,38 @@ class GraphStack:
         """See `Stack.run`. Prefill, and more lanes than the largest bucket, run unrecorded."""
         num = x.shape[0]
         if lanes.longest_run > 1 or num > _BUCKETS[-1]:
-            return self._stack.run(x, lanes)
-        size = next(bucket for bucket in _BUCKETS if bucket >= num)
+            return self.stack.run(x, lanes)
+        size = bucket_of(num)
         if size not in self._buckets:
             self._buckets[size] = _Bucket(
-                size, self._width, self._table_width, self._dtype, self._device
+                self.stack,
+                size,
+                self._width,
+                self._table_width,
+                self._dtype,
+                self._device,
+                self._capture,
             )
-        return self._buckets[size].run(self._stack, x, lanes, self._capture)
+        return self._buckets[size].run(x, lanes)
 
 
 class _Bucket:
     """Fixed memory for so many lanes, and the graph that works on it."""
 
     def __init__(
-        self, size: int, width: int, table_width: int, dtype: torch.dtype, device: torch.device
+        self,
+        stack: Stack,
+        size: int,
+        width: int,
+        table_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capture: bool,
     ) -> None:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self._x = torch.zeros(size, width, dtype=dtype, device=device)
-        self._out = self._x
         self._lanes = Lanes(
             positions=ints(size),
             kv_len=ints(size),
@@ -75,18 +137,12 @@ class _Bucket:
             write_slot=ints(size),
             longest_run=1,
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._run = Recorded(lambda: stack.run(self._x, self._lanes), capture=capture)
 
-    def run(self, stack: Stack, x: Tensor, lanes: Lanes, capture: bool) -> Tensor:
+    def run(self, x: Tensor, lanes: Lanes) -> Tensor:
         """Copy in, replay, and hand out the lanes that are real."""
         self._fill(x, lanes)
-        if not capture:
-            return stack.run(self._x, self._lanes)[: x.shape[0]]
-        if self._graph is None:
-            self._record(stack)
-        assert self._graph is not None
-        self._graph.replay()
-        return self._out[: x.shape[0]].clone()
+        return self._run()[: x.shape[0]].clone()
 
     def _fill(self, x: Tensor, lanes: Lanes) -> None:
         num, writing, columns = x.shape[0], lanes.write_cell.shape[0], lanes.tables.shape[1]
@@ -98,14 +154,3 @@ class _Bucket:
         self._lanes.write_cell.fill_(-1)  # nobody's: lanes that only read, and empty ones
         self._lanes.write_cell[:writing] = lanes.write_cell
         self._lanes.write_slot[:writing] = lanes.write_slot
-
-    def _record(self, stack: Stack) -> None:
-        """Run once to compile every kernel, once more to record."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            stack.run(self._x, self._lanes)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._out = stack.run(self._x, self._lanes)

@@ -28,9 +28,11 @@ class KVCache:
         if model.sharing == "sequence" and model.kv_strategy == "recursion_wise":
             block *= model.num_recursions  # all depths of a token run in one pass
         outer = model.num_prelude_layers + model.num_coda_layers
-        self.layers_per_page = max(block, outer)
+        self.layers_per_page = height = max(block, outer)
         self.block = self._layout(config, block)
         self.outer = self._layout(config, outer) if outer else None
+        self.table_width = -(-model.max_position_embeddings // config.page_size) + height
+        """Cells of the longest page table, with those of a last page that is begun."""
         cell = 2 * kv_heads * head_dim * config.page_size * dtype.itemsize
         self.page_bytes = cell * self.layers_per_page
         self.num_pages = self._num_pages(model, config, device)

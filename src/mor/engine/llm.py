@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+from mor.engine.burst import Burst
 from mor.engine.config import EngineConfig
+from mor.engine.flight import Flight
 from mor.engine.kv_cache import KVCache
 from mor.engine.pages import PagePool, PageTable
 from mor.engine.placement import Placement
@@ -15,12 +17,12 @@ from mor.engine.prefix import PrefixCache
 from mor.engine.request import Chunk, TokenEvent
 from mor.engine.request import Sequence as Track
 from mor.engine.runner import Runner
-from mor.engine.sampler import SamplingRow
+from mor.engine.sampler import sampling_row
 from mor.engine.scheduler import Passes, Scheduler
 from mor.engine.stats import EngineStats, ProgressBar
-from mor.engine.text import TextStream
 from mor.errors import CapacityError, DataError, RequestError
 from mor.io.checkpoint import end_token_ids, load, resolve
+from mor.io.text import TextStream
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.config import MoRConfig
 from mor.model.mor import MoRModel
@@ -89,6 +91,10 @@ class LLM:
         num_rows = self.scheduler.num_rows
         self.runner = Runner(model, self.config, self.cache, kernels, num_rows)
         self.stats = EngineStats(model.config.num_recursions)
+        self._burst: Burst | None = None
+        if self.placement.burst > 1:
+            flight = Flight(self.runner, passes.most, self.placement.burst)
+            self._burst = Burst(self.scheduler, flight, self.stats, self.placement.burst)
         self._requests: dict[str, list[Track]] = {}
         self._done: dict[str, dict[int, Completion]] = {}
         self._texts: dict[Track, TextStream] = {}
@@ -254,6 +260,11 @@ class LLM:
         return name
 
     def _tick(self) -> None:
+        if self._burst is not None and (flying := self._burst.plan()):
+            for track, token, logprob in self._burst.run(flying):
+                track.append(token, logprob, {})
+                self._events.append(self._event(track))
+            return
         chunks = self.scheduler.plan_finish()
         if chunks:
             self._finish(chunks)
@@ -302,7 +313,7 @@ class LLM:
     def _finish(self, chunks: list[Chunk]) -> None:
         """Coda, head and sampling for these chunks; events for the caller."""
         sampling = {
-            i: self._sampling_row(c.sequence)
+            i: sampling_row(c.sequence)
             for i, c in enumerate(chunks)
             if c.start + len(c) == len(c.sequence.tokens)
         }
@@ -316,25 +327,8 @@ class LLM:
             *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True
         ):
             track = chunks[i].sequence
-            track.tokens.append(token)
-            track.logprobs.append(logprob)
-            if track.params.logprobs is not None:
-                track.top_logprobs.append(top)
-            track.uniform = None
+            track.append(token, logprob, top)
             self._events.append(self._event(track))
-
-    def _sampling_row(self, track: Track) -> SamplingRow:
-        p = track.params
-        if track.uniform is None:
-            track.uniform = track.random.random() if p.temperature > 0 else 0.0
-        looks_back = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
-        return SamplingRow(
-            params=p,
-            uniform=track.uniform,
-            prompt=track.tokens[: track.num_prompt] if looks_back else (),
-            output=track.output if looks_back else (),
-            forbidden=sorted(track.stop_ids) if len(track.output) < p.min_tokens else (),
-        )
 
     def _event(self, track: Track) -> TokenEvent:
         """What the caller hears of the token that was just appended."""

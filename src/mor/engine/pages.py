@@ -101,7 +101,7 @@ class PageTable:
         self._pool = pool
 
     def missing(self, count: int) -> int:
-        """Pages to take before `count` more entries fit."""
+        """Pages to take before `count` more entries fit; below 0 if more are reserved."""
         return self.layout.pages_for(self.num_entries + count) - len(self.pages)
 
     def append(self, count: int) -> range:
@@ -110,14 +110,24 @@ class PageTable:
         Raises:
             CapacityError: not enough pages are free; nothing has changed then.
         """
+        self.reserve(count)
+        first = self.num_entries
+        self.num_entries += count
+        return range(first, self.num_entries)
+
+    def reserve(self, count: int) -> None:
+        """Take the pages of `count` more entries, without adding them; errors as for `append`."""
         missing = self.missing(count)
         if missing > self._pool.num_free:
             raise CapacityError(f"{missing} pages are needed, {self._pool.num_free} are free.")
         for _ in range(missing):
             self.adopt(self._pool.take())
-        first = self.num_entries
-        self.num_entries += count
-        return range(first, self.num_entries)
+
+    def trim(self) -> None:
+        """Release pages that hold no entry."""
+        while len(self.pages) > self.layout.pages_for(self.num_entries):
+            self._pool.release(self.pages.pop())
+            del self.cells[-self.layout.groups :]
 
     def adopt(self, page: int) -> None:
         """Add a page that is held on this table's behalf."""

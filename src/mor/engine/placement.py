@@ -16,6 +16,8 @@ from mor.errors import ConfigError
 from mor.model.mor import MoRModel
 from mor.ops.packed import Storage
 
+_BURST = 8  # a few milliseconds on a GPU: what a new request may have to wait
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -27,6 +29,8 @@ class Placement:
     compute: torch.dtype
     """Of hidden states, keys and values."""
     kernels: str
+    burst: int
+    """Decode ticks in a row without the host."""
 
     @classmethod
     def choose(cls, model: MoRModel, config: EngineConfig) -> "Placement":
@@ -66,7 +70,8 @@ class Placement:
                 f"they take), and these settings run with {kernels!r}: leave it out."
             )
         compute = torch.float32 if kernels == "cpu" else weights
-        return cls(device=device, weights=weights, compute=compute, kernels=kernels)
+        burst = _burst(model, config, device, kernels)
+        return cls(device=device, weights=weights, compute=compute, kernels=kernels, burst=burst)
 
     def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> Kernels:
         """Load the kernels."""
@@ -82,12 +87,29 @@ class Placement:
 
     def _graphs(self, model: MoRModel, cache: KVCache) -> Callable[[Stack], Stack]:
         """Decode ticks as CUDA graphs."""
-        size = cache.block.page_size
         return partial(
             GraphStack,
             width=model.config.hidden_size,
-            table_width=-(-model.config.max_position_embeddings // size) + cache.layers_per_page,
+            table_width=cache.table_width,
             dtype=self.compute,
             device=self.device,
             capture=self.device.type == "cuda",
         )
+
+
+def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels: str) -> int:
+    """`EngineConfig.burst`, or what suits; ConfigError if it cannot be."""
+    obstacle = (
+        "kernels='cpu', which wait for nobody"
+        if kernels == "cpu"
+        else "batching='sequence', which waits for the deepest token"
+        if config.batching == "sequence"
+        else "relaxation_rank, whose lanes are sorted by depth on the host"
+        if model.config.relaxation_rank
+        else None
+    )
+    if obstacle is None:
+        return config.burst or (_BURST if device.type == "cuda" else 1)
+    if (config.burst or 1) > 1:
+        raise ConfigError(f"burst={config.burst} does not go with {obstacle}: leave it out.")
+    return 1

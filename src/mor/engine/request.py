@@ -82,8 +82,8 @@ class Sequence:
     num_finished: int = 0
     """.. and is over."""
     finish_reason: FinishReason | None = None
-    uniform: float | None = None
-    """Random number of its next token, once it is drawn."""
+    uniforms: list[float] = field(default_factory=list)
+    """Random numbers of its next tokens, as far as they are drawn."""
     prefix_node: PrefixNode | None = None
     """The last of its own prefixes that the prefix cache knows."""
     prefix_open: bool = True
@@ -109,6 +109,11 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     @property
+    def num_remaining(self) -> int:
+        """Tokens that it may still generate."""
+        return self.params.max_tokens - (len(self.tokens) - self.num_prompt)
+
+    @property
     def num_waiting(self) -> int:
         """Tokens that have not entered yet."""
         return len(self.tokens) - self.num_entered
@@ -117,6 +122,22 @@ class Sequence:
     def prefix_root(self) -> tuple[int, int]:
         """Only sequences with the same recursion limits can share what was computed."""
         return self.least, self.most
+
+    def uniform(self, ahead: int = 0) -> float:
+        """Random number in [0, 1) for the next token, or one further ahead; greedy has none."""
+        if self.params.temperature == 0:
+            return 0.0
+        while len(self.uniforms) <= ahead:
+            self.uniforms.append(self.random.random())
+        return self.uniforms[ahead]
+
+    def append(self, token: int, logprob: float, top_logprobs: dict[int, float]) -> None:
+        """A token that was sampled for it."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.params.logprobs is not None:
+            self.top_logprobs.append(top_logprobs)
+        del self.uniforms[:1]
 
     def note_prompt(
         self, first: int, scores: list[float], likeliest: list[dict[int, float]]

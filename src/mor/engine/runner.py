@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mor.engine.config import EngineConfig
@@ -57,12 +57,12 @@ class Runner:
         self._norm = model.norm
         self._embedding = model.embed_tokens.weight.detach()
         self._head = model.lm_head.weight.detach()
-        self.states = states_for(model, kernels, num_rows, self.dtype, self.device)
+        self.states = states_for(model, kernels, num_rows + 1, self.dtype, self.device)  # one spare
         outer = layers_of(model.prelude) + layers_of(model.coda)
         apps = [Application(layer=m, home=i, writes=True) for i, m in enumerate(outer)]
         num = len(model.prelude)
-        self._prelude = kernels.stack(apps[:num]) if num else None
-        self._coda = kernels.stack(apps[num:]) if apps[num:] else None
+        self.prelude = kernels.stack(apps[:num]) if num else None
+        self.coda = kernels.stack(apps[num:]) if apps[num:] else None
         self.block = kernels.stack(_block(model))
         # Depths that share keys and values see all earlier tokens, so positions are the entries.
         self._shared = model.config.kv_strategy == "shared"
@@ -78,9 +78,9 @@ class Runner:
             return []
         ids = [t for c in plan.chunks for t in c.sequence.tokens[c.start : c.start + len(c)]]
         began = time.perf_counter()
-        x = F.embedding(self._ints(ids), self._embedding).to(self.dtype)
-        if self._prelude is not None:
-            x = self._prelude.run(x, self._outer_lanes(plan.chunks))
+        x = self.embed(self._ints(ids))
+        if self.prelude is not None:
+            x = self.prelude.run(x, self._outer_lanes(plan.chunks))
         goes_on = self.states.enter(plan.chunks, x)
         self.compute_seconds += time.perf_counter() - began
         return goes_on
@@ -103,14 +103,14 @@ class Runner:
         began = time.perf_counter()
         scored = {i: places for i, chunk in enumerate(chunks) if (places := chunk.scored)}
         result = Finished(sampled=Sampled(tokens=[], logprobs=[], top_logprobs=[]))
-        if self._coda is not None or sampling or scored:
+        if self.coda is not None or sampling or scored:
             x = self.states.leave(rows_of(chunks))
-            if self._coda is not None:
-                x = self._coda.run(x, self._outer_lanes(chunks))
+            if self.coda is not None:
+                x = self.coda.run(x, self._outer_lanes(chunks))
             ends = np.cumsum([len(c) for c in chunks])
             if sampling:
                 last = self._ints([int(ends[i]) - 1 for i in sampling])
-                logits = self._readout(x.index_select(0, last))
+                logits = self.readout(x.index_select(0, last))
                 result = Finished(sampled=self._sample(logits, list(sampling.values())))
             lines = [(i, int(ends[i]) - len(chunks[i]) + p, p) for i in scored for p in scored[i]]
             self._score(chunks, lines, x, result)
@@ -122,7 +122,12 @@ class Runner:
     def _ints(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.device)
 
-    def _readout(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n v"]:
+    def embed(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+        """(N, E) what goes into the prelude."""
+        return F.embedding(tokens, self._embedding).to(self.dtype)
+
+    def readout(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n v"]:
+        """(N, V) logits."""
         return self.kernels.readout(self._norm, self._head, x)
 
     def _sample(self, logits: Float[Tensor, "n v"], rows: list[SamplingRow]) -> Sampled:
@@ -140,7 +145,7 @@ class Runner:
             part = lines[start : start + _SCORED_ROWS]
             wanted = [chunks[i].sequence.tokens[chunks[i].start + p + 1] for i, _, p in part]
             tops = [chunks[i].sequence.params.logprobs or 0 for i, _, _ in part]
-            logits = self._readout(x.index_select(0, self._ints([row for _, row, _ in part])))
+            logits = self.readout(x.index_select(0, self._ints([row for _, row, _ in part])))
             best = self.kernels.greedy(logits) if max(tops) <= 1 else None
             scores, likeliest = score(logits, self._ints(wanted), max(tops), MAX_LOGPROBS, best)
             for (i, _, _), num, one, top in zip(part, tops, scores, likeliest, strict=True):

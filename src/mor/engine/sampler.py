@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mor.engine.request import Sequence as Track
 from mor.model.sampling import MAX_LOGPROBS, SamplingParams
-from mor.ops.choice import argmax, column, draw, ranked, wide
+from mor.ops.choice import Draws, argmax, column, draw, ranked, wide
 
 _CPU_ROWS = 8  # at a time: what they are turned into stays in the cache
 
@@ -43,6 +44,56 @@ class Sampled:
     """Of the tokens, under the model: before penalties, temperature and cuts."""
     top_logprobs: list[dict[int, float]]
     """The likeliest tokens and their log-probabilities, as many as the row asks for."""
+
+
+def sampling_row(track: Track) -> SamplingRow:
+    """What the sampler must know about a sequence's next token."""
+    looks_back = _has_penalties(track.params)
+    return SamplingRow(
+        params=track.params,
+        uniform=track.uniform(),
+        prompt=track.tokens[: track.num_prompt] if looks_back else (),
+        output=track.output if looks_back else (),
+        forbidden=sorted(track.stop_ids) if len(track.output) < track.params.min_tokens else (),
+    )
+
+
+class SteadySampler:
+    """Rows whose rules stay what they are from token to token; nothing waits for the device.
+
+    Args:
+        params: of each row; see `takes`.
+        vocabulary: V.
+    """
+
+    def __init__(
+        self, params: Sequence[SamplingParams], vocabulary: int, device: torch.device
+    ) -> None:
+        drawing = [number for number, p in enumerate(params) if p.temperature > 0]
+        self._where = torch.tensor(drawing, device=device)
+        like = torch.empty(0, dtype=torch.float64, device=device)
+        self._draws = Draws.of([params[i] for i in drawing], vocabulary, like) if drawing else None
+
+    def __call__(
+        self, logits: Float[Tensor, "n v"], uniforms: Float[Tensor, " n"]
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """(N,) tokens and their log-probabilities, as `sample` would give them."""
+        logits = wide(logits.detach())
+        tokens = argmax(logits)
+        if self._draws is not None:
+            best, where = tokens[self._where][:, None], self._where
+            scores = logits[where].double()
+            tokens[where] = draw(scores, best, uniforms[where][:, None], self._draws)
+        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+    @staticmethod
+    def takes(track: Track) -> bool:
+        """Whether a sequence's further tokens can be sampled so."""
+        return not (
+            _has_penalties(track.params)
+            or track.params.logprobs
+            or len(track.output) < track.params.min_tokens
+        )
 
 
 def sample(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Sampled:
@@ -102,9 +153,9 @@ def _pick(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Int[Tens
     if drawing:
         where = torch.tensor(drawing, device=logits.device)
         best = tokens[where][:, None]
-        uniforms = [rows[number].uniform for number in drawing]
-        cuts = [rows[number].params for number in drawing]
-        tokens[where] = draw(logits[where], best, uniforms, cuts)
+        uniforms = column([rows[number].uniform for number in drawing], logits)
+        draws = Draws.of([rows[number].params for number in drawing], logits.shape[1], logits)
+        tokens[where] = draw(logits[where], best, uniforms, draws)
     return tokens
 
 

@@ -197,6 +197,11 @@ class Scheduler:
             return [*outer, len(counts)]
         return outer + [sum(c > depth for c in counts) for depth in range(self.passes.most)]
 
+    def lift(self) -> None:
+        """Take all chunks out, for a burst, which gives them back with `place`."""
+        self._present.clear()
+        self._left.clear()
+
     # -- enter ----------------------------------------------------------------------------------
 
     def plan_enter(self) -> EnterPlan:
@@ -210,13 +215,13 @@ class Scheduler:
         pending.sort(key=lambda s: s.num_waiting > 1)  # stable: by arrival within each kind
         for sequence in pending:
             if budget > 0 and sequence.is_running:  # not preempted for another one meanwhile
-                budget -= self._enter(sequence, budget, plan)
+                budget -= self.enter(sequence, budget, plan)
         while budget > 0 and (admitted := self._admit(plan)) is not None:
-            budget -= self._enter(admitted, budget, plan)
+            budget -= self.enter(admitted, budget, plan)
         kept = [c for c in plan.chunks if c in c.sequence.chunks]  # the rest was preempted
         return EnterPlan(chunks=kept, copies=plan.copies)
 
-    def _enter(self, sequence: Sequence, budget: int, plan: EnterPlan) -> int:
+    def enter(self, sequence: Sequence, budget: int, plan: EnterPlan) -> int:
         """Enter a chunk of the sequence's next tokens; how many."""
         count = min(sequence.num_waiting, self.config.prefill_chunk, budget)
         if sequence.outer is not None:
@@ -284,9 +289,10 @@ class Scheduler:
             flags = goes_on[at : at + count]
             chunk.present = [i for i, on in enumerate(flags) if on or forced]
             at += count
-            self._place(chunk)
+            self.place(chunk)
 
-    def _place(self, chunk: Chunk) -> None:
+    def place(self, chunk: Chunk) -> None:
+        """Back into the block, or to those that wait for the coda."""
         if chunk.present:
             self._present.append(chunk)
         else:
@@ -337,7 +343,7 @@ class Scheduler:
         changed = [c for c in self._present if id(c) in moved]
         self._present = remaining
         for chunk in changed:
-            self._place(chunk)
+            self.place(chunk)
 
     # -- invariants -----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mor.engine.request import Chunk
@@ -24,13 +24,16 @@ from mor.model.router import (
     ExpertChoice,
     LinearRouter,
     RecursionLimits,
-    RoutingRecord,
     TokenChoice,
 )
 
 
 class States:
-    """Without a router: every pass replaces a state, and every token takes every pass."""
+    """Without a router: every pass replaces a state, and every token takes every pass.
+
+    `enter`, `take`, `advance` and `leave` are for the host, which reads back who goes on; beneath
+    them `arrive`, `at`, `passed` and `left` leave everything on the device.
+    """
 
     def __init__(self, config: MoRConfig, hidden: Tensor) -> None:
         self.config = config
@@ -38,12 +41,12 @@ class States:
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         """Keep what the prelude gave for the tokens of these chunks; who takes the first pass."""
-        self.hidden.index_copy_(0, self._ints(rows_of(chunks)), x)
-        return [True] * len(x)
+        rows, positions = self._ints(rows_of(chunks)), self._ints(positions_of(chunks))
+        return _listed(self.arrive(rows, positions, x, self._limits(chunks)), len(x))
 
     def take(self, rows: list[int]) -> Float[Tensor, "n e"]:
         """A copy of states, for a pass."""
-        return self.hidden.index_select(0, self._ints(rows))
+        return self.at(self._ints(rows))
 
     def advance(
         self,
@@ -58,12 +61,44 @@ class States:
             depths: passes that each token has behind it.
             x: what the block gave; may be overwritten.
         """
-        self.hidden.index_copy_(0, self._ints(rows), x)
-        return [True] * len(rows)
+        return _listed(self.passed(self._ints(rows), self._ints(depths), positions, x), len(rows))
 
     def leave(self, rows: list[int]) -> Float[Tensor, "n e"]:
         """(N, E) what goes into the coda."""
-        return self.take(rows)
+        return self.left(self._ints(rows))
+
+    def arrive(
+        self,
+        rows: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        x: Float[Tensor, "n e"],
+        limits: RecursionLimits | None,
+    ) -> Bool[Tensor, " n"] | None:
+        """As `enter`; None: all do. Only token choice looks at the limits."""
+        self.hidden.index_copy_(0, rows, x)
+        return None
+
+    def at(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+        """As `take`."""
+        return self.hidden.index_select(0, rows)
+
+    def passed(
+        self,
+        rows: Int[Tensor, " n"],
+        depths: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        x: Float[Tensor, "n e"],
+    ) -> Bool[Tensor, " n"] | None:
+        """As `advance`; None: all do."""
+        self.hidden.index_copy_(0, rows, x)
+        return None
+
+    def left(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+        """As `leave`."""
+        return self.at(rows)
+
+    def _limits(self, chunks: Sequence[Chunk]) -> RecursionLimits | None:
+        return None
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.hidden.device)
@@ -79,34 +114,28 @@ class ExpertStates(States):
         each = map(router.threshold, range(self.config.num_recursions))
         self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=hidden.device)
 
-    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
-        """See `States.enter`."""
-        rows = self._ints(rows_of(chunks))
+    def arrive(
+        self, rows: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
+    ) -> Tensor:
+        """See `States.arrive`."""
         self.hidden.index_copy_(0, rows, x)
-        return self._judge([0] * len(x), x, rows, self._ints(positions_of(chunks)))
+        return self._judge(torch.zeros_like(rows), x, rows, positions)
 
-    def advance(
-        self, rows: list[int], depths: list[int], positions: Tensor, x: Tensor
-    ) -> list[bool]:
-        """See `States.advance`."""
-        at = self._ints(rows)
-        before = self.hidden.index_select(0, at)
+    def passed(self, rows: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+        """See `States.passed`."""
+        before = self.at(rows)
         if self.config.gating == "weighted":
-            x = torch.addcmul(before, x, self._gate.index_select(0, at)[:, None])
+            x = torch.addcmul(before, x, self._gate.index_select(0, rows)[:, None])
         else:
             x = x.add_(before)
-        self.hidden.index_copy_(0, at, x)
-        return self._judge(depths, x, at, positions)
+        self.hidden.index_copy_(0, rows, x)
+        # Who is through has no router any more.
+        return self._judge(depths.clamp(max=self.config.num_recursions - 1), x, rows, positions)
 
-    def _judge(self, depths: list[int], h: Tensor, rows: Tensor, positions: Tensor) -> list[bool]:
-        at = self._ints(self._next(depths))
-        main, decision = self._router.logits_at(at, h, _packing(positions))
+    def _judge(self, depths: Tensor, h: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        main, decision = self._router.logits_at(depths, h, _packing(positions))
         self._gate.index_copy_(0, rows, self._router.gate(main).to(self._gate.dtype))
-        return (decision >= self._thresholds.to(decision.dtype)[at]).tolist()
-
-    def _next(self, depths: list[int]) -> list[int]:
-        last = self.config.num_recursions - 1  # who is through has no router any more
-        return [min(depth, last) for depth in depths]
+        return decision >= self._thresholds.to(decision.dtype)[depths]
 
 
 class FusedStates(ExpertStates):
@@ -141,7 +170,8 @@ class FusedStates(ExpertStates):
         self, rows: list[int], depths: list[int], positions: Tensor, x: Tensor
     ) -> list[bool]:
         """See `States.advance`."""
-        return self._route(rows, self._next(depths), x, self._update)
+        last = self.config.num_recursions - 1  # who is through has no router any more
+        return self._route(rows, [min(depth, last) for depth in depths], x, self._update)
 
     def _route(self, rows: list[int], depths: list[int], x: Tensor, how: int) -> list[bool]:
         goes_on = np.empty(len(rows), np.bool_)
@@ -160,39 +190,34 @@ class TokenStates(States):
         self._router = router
         self._start = torch.zeros_like(hidden)  # x0
         self._weight = hidden.new_zeros(len(hidden), 1)
-        self._target = [0] * len(hidden)  # recursion count of each row's token
+        self._target = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
 
-    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
-        """See `States.enter`."""
-        numbers = rows_of(chunks)
-        rows = self._ints(numbers)
-        limits = [(c.sequence.least, c.sequence.most) for c in chunks for _ in c.rows]
-        least, most = self._ints([a for a, _ in limits]), self._ints([b for _, b in limits])
-        counts, weight = self._router.choose(
-            x,
-            _packing(self._ints(positions_of(chunks))),
-            RoutingRecord(),
-            RecursionLimits(least=least, most=most),
-        )
-        self.hidden[rows] = self._start[rows] = x
-        self._weight[rows] = weight.to(self._weight.dtype)
-        for row, count in zip(numbers, counts.tolist(), strict=True):
-            self._target[row] = count
-        return [True] * len(x)
+    def arrive(
+        self, rows: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
+    ) -> None:
+        """See `States.arrive`."""
+        counts, weight = self._router.choose(x, _packing(positions), None, limits)
+        self.hidden.index_copy_(0, rows, x)
+        self._start.index_copy_(0, rows, x)
+        self._weight.index_copy_(0, rows, weight.to(self._weight.dtype))
+        self._target.index_copy_(0, rows, counts)
 
-    def advance(
-        self, rows: list[int], depths: list[int], positions: Tensor, x: Tensor
-    ) -> list[bool]:
-        """See `States.advance`."""
-        super().advance(rows, depths, positions, x)
-        return [self._target[row] > depth for row, depth in zip(rows, depths, strict=True)]
+    def passed(self, rows: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+        """See `States.passed`."""
+        self.hidden.index_copy_(0, rows, x)
+        return self._target.index_select(0, rows) > depths
 
-    def leave(self, rows: list[int]) -> Float[Tensor, "n e"]:
-        """See `States.leave`: x0 + w * h, or x0 + h."""
-        at, h = self._ints(rows), self.take(rows)
+    def left(self, rows: Tensor) -> Tensor:
+        """See `States.left`: x0 + w * h, or x0 + h."""
+        h = self.at(rows)
         if self.config.gating == "weighted":
-            h = h * self._weight.index_select(0, at)
-        return self._start.index_select(0, at) + h
+            h = h * self._weight.index_select(0, rows)
+        return self._start.index_select(0, rows) + h
+
+    def _limits(self, chunks: Sequence[Chunk]) -> RecursionLimits:
+        pairs = [(c.sequence.least, c.sequence.most) for c in chunks for _ in c.rows]
+        least, most = self._ints([a for a, _ in pairs]), self._ints([b for _, b in pairs])
+        return RecursionLimits(least=least, most=most)
 
 
 def states_for(
@@ -223,6 +248,11 @@ def rows_of(chunks: Sequence[Chunk]) -> list[int]:
 def positions_of(chunks: Sequence[Chunk]) -> list[int]:
     """Positions of all tokens of these chunks in their sequences."""
     return [p for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk))]
+
+
+def _listed(flags: Bool[Tensor, " n"] | None, num: int) -> list[bool]:
+    """On the host: this waits for the device."""
+    return [True] * num if flags is None else flags.tolist()
 
 
 def _packing(positions: Tensor) -> Packing:

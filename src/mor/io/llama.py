@@ -17,10 +17,10 @@ from torch import Tensor
 from mor.errors import CheckpointError, ConfigError
 from mor.io import gguf
 from mor.io.checkpoint import GENERATION, save_new
+from mor.io.donor import from_donor
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.io.weights import read_json, read_weights
 from mor.model.config import LLAMA_FIELDS, MoRConfig
-from mor.io.donor import from_donor
 from mor.model.mor import MoRModel
 from mor.model.sharing import Initialisation
 

@@ -203,13 +203,10 @@ class ExpertChoice(nn.Module):
             )
             main = _wide(F.linear(scaled, torch.cat(linear))).gather(1, depths[:, None])[:, 0]
             return main, main
-        both = _wide(x.new_empty(2, x.shape[0]))
-        for depth in range(self.config.num_recursions):
-            here = (depths == depth).nonzero()[:, 0]
-            if here.shape[0]:
-                part = packing.take(depths == depth)[0]
-                both[:, here] = torch.stack(self.logits(depth, x[here], part))
-        return both[0], both[1]
+        # Every router judges all: which token is whose stays on the device.
+        judged = [self.logits(r, x, packing) for r in range(self.config.num_recursions)]
+        main, decision = (torch.stack(each, 1) for each in zip(*judged, strict=True))
+        return main.gather(1, depths[:, None])[:, 0], decision.gather(1, depths[:, None])[:, 0]
 
     def choose(
         self,
@@ -288,10 +285,14 @@ class TokenChoice(nn.Module):
         self,
         x: Float[Tensor, "n e"],
         packing: Packing,
-        record: RoutingRecord,
+        record: RoutingRecord | None,
         limits: RecursionLimits | None = None,
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 1"]]:
-        """(N,) recursion counts 1..R, within the limits, and (N, 1) weights of the result."""
+        """(N,) recursion counts 1..R, within the limits, and (N, 1) weights of the result.
+
+        Args:
+            record: gets the losses; None: nobody asks for them.
+        """
         config = self.config
         assert config.router_alpha is not None
         logits = _wide(self.router(x / config.router_temperature, packing.positions))
@@ -302,11 +303,11 @@ class TokenChoice(nn.Module):
         choice = score.argmax(-1)
         if limits is not None:
             choice = choice.clamp(limits.least - 1, limits.most - 1)
-        if config.balancing == "loss":
+        if record is not None and config.balancing == "loss":
             fractions = self.fractions(choice + 1)
             balance = (probs.mean(0) * fractions * config.num_recursions).sum()
             record.add_loss("balancing_loss", balance)
-        if config.z_loss_coeff:
+        if record is not None and config.z_loss_coeff:
             record.add_loss("router_z_loss", logits.logsumexp(-1).square().mean())
         return choice + 1, probs.gather(1, choice[:, None])
 

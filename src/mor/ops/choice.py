@@ -4,6 +4,7 @@ Shape letters: N rows, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -78,11 +79,43 @@ def ranked(line: list[float], num_top: int | None) -> dict[int, float]:
     return {int(token): logprob for token, logprob in best[: num_top or 0]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How some rows are drawn, on the device: nothing of it is read back or sent anew."""
+
+    temperature: Float[Tensor, "n 1"]
+    min_p: Float[Tensor, "n 1"]
+    top_k: tuple[Int[Tensor, " k"], Int[Tensor, "k 1"], int] | None
+    """Rows that keep their likeliest, how many each, and the most; None: there are none."""
+    top_p: tuple[Int[Tensor, " p"], Float[Tensor, "p 1"]] | None
+    """Rows that keep a share of the weight, and the shares; None: there are none."""
+    cuts: bool
+    """Whether anything is cut at all."""
+
+    @classmethod
+    def of(cls, cuts: Sequence[Cuts], vocabulary: int, like: Tensor) -> "Draws":
+        """For logits of so many columns, of the dtype and on the device of `like`."""
+
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=like.device)
+
+        few = [i for i, c in enumerate(cuts) if 0 < c.top_k < vocabulary]
+        ks = [cuts[i].top_k for i in few]
+        nuclei = [i for i, c in enumerate(cuts) if c.top_p < 1]
+        return cls(
+            temperature=column([c.temperature for c in cuts], like),
+            min_p=column([c.min_p for c in cuts], like),
+            top_k=(ints(few), ints(ks)[:, None], max(ks)) if few else None,
+            top_p=(ints(nuclei), column([cuts[i].top_p for i in nuclei], like)) if nuclei else None,
+            cuts=any(c.top_k or c.top_p < 1 or c.min_p for c in cuts),
+        )
+
+
 def draw(
     scores: Float[Tensor, "n v"],
     best: Int[Tensor, "n 1"],
-    uniforms: Sequence[float],
-    cuts: Sequence[Cuts],
+    uniforms: Float[Tensor, "n 1"],
+    draws: Draws,
 ) -> Int[Tensor, " n"]:
     """(N,) tokens by inverse CDF over what the cuts leave; the scores are overwritten.
 
@@ -90,21 +123,20 @@ def draw(
         best: the likeliest token of each row.
         uniforms: each row's random number in [0, 1).
     """
-    temperatures = column([c.temperature for c in cuts], scores)
-    weights = scores.sub_(scores.gather(1, best)).div_(temperatures).exp_()
-    least = torch.zeros_like(temperatures)  # each row's smallest weight that is kept
-    if some := [i for i, c in enumerate(cuts) if 0 < c.top_k < weights.shape[1]]:
-        least[some] = _kth(weights[some], [cuts[i].top_k for i in some])
-    if some := [i for i, c in enumerate(cuts) if c.top_p < 1]:
+    weights = scores.sub_(scores.gather(1, best)).div_(draws.temperature).exp_()
+    least = torch.zeros_like(draws.temperature)  # each row's smallest weight that is kept
+    if draws.top_k is not None:
+        some, ks, most = draws.top_k
+        least[some] = weights[some].topk(most).values.gather(1, ks - 1)
+    if draws.top_p is not None:
+        some, shares = draws.top_p
         left = weights[some]
         left = torch.where(left < least[some], 0.0, left)
-        nucleus = _nucleus(left, column([cuts[i].top_p for i in some], weights))
-        least[some] = torch.maximum(least[some], nucleus)
-    if any(c.top_k or c.top_p < 1 or c.min_p for c in cuts):
-        shares = column([c.min_p for c in cuts], weights)  # of the likeliest token's weight, 1
-        weights = torch.where(weights < torch.maximum(least, shares), 0.0, weights)
+        least[some] = torch.maximum(least[some], _nucleus(left, shares))
+    if draws.cuts:  # min_p: a share of the likeliest token's weight, which is 1
+        weights = torch.where(weights < torch.maximum(least, draws.min_p), 0.0, weights)
     sums = weights.cumsum(-1)
-    reached = column(uniforms, sums) * sums[:, -1:]
+    reached = uniforms * sums[:, -1:]
     drawn = torch.searchsorted(sums, reached, right=True).clamp_(max=sums.shape[1] - 1)
     # On a GPU the last bit of a sum may fall again: what was cut must not come even then.
     return torch.where(weights.gather(1, drawn) > 0, drawn, best)[:, 0]
@@ -120,12 +152,6 @@ def argmax(logits: Float[Tensor, "n v"]) -> Int[Tensor, " n"]:
 def column(values: Sequence[float], like: Tensor) -> Float[Tensor, "n 1"]:
     """Numbers as a column, where another tensor is."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _kth(weights: Float[Tensor, "n v"], ks: Sequence[int]) -> Float[Tensor, "n 1"]:
-    """(N, 1) each row's k-th largest weight."""
-    ordered = weights.topk(max(ks)).values
-    return ordered.gather(1, torch.tensor(ks, device=weights.device)[:, None] - 1)
 
 
 def _nucleus(weights: Float[Tensor, "n v"], top_p: Float[Tensor, "n 1"]) -> Float[Tensor, "n 1"]:

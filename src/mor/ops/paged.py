@@ -46,7 +46,7 @@ class Lanes:
     tables: Int[Tensor, "u p"]
     """Cells of each run's pages, for layer 0; entry e lies in cell tables[u, e // S]."""
     write_cell: Int[Tensor, " w"]
-    """Where the first W lanes store their keys and values: the cell for layer 0, .."""
+    """Where the first W lanes store their keys and values: the cell of layer 0 (-1: nowhere) .."""
     write_slot: Int[Tensor, " w"]
     """.. and the slot in it. Lanes from W on find theirs there already."""
     groups: tuple[int, ...] = ()

@@ -30,20 +30,25 @@ def store(
     lanes: Lanes,
 ) -> None:
     """Put the writing lanes' rotated keys and values into their slots."""
-    cells, slots = lanes.write_cell.long() + layer, lanes.write_slot.long()
-    kv.k[cells, :, :, slots] = k.to(kv.k.dtype)
-    kv.v[cells, :, slots] = v.to(kv.v.dtype)
+    stores = lanes.write_cell >= 0
+    cells, slots = lanes.write_cell[stores].long() + layer, lanes.write_slot[stores].long()
+    kv.k[cells, :, :, slots] = k[stores].to(kv.k.dtype)
+    kv.v[cells, :, slots] = v[stores].to(kv.v.dtype)
 
 
 def attend(
     q: Float[Tensor, "n h d"], kv: PagedKV, layer: int, lanes: Lanes
 ) -> Float[Tensor, "n h d"]:
-    """Attention of every lane to the first `kv_len` entries of its run's table."""
-    out = torch.empty_like(q)
+    """Attention of every lane to the first `kv_len` entries of its run's table.
+
+    Where all lanes of a run see none, they get zeros.
+    """
+    out = torch.zeros_like(q)
     bounds, size = lanes.runs.tolist(), kv.k.shape[3]
     for run, (first, last) in enumerate(itertools.pairwise(bounds)):
         seen = lanes.kv_len[first:last].long()
-        reach = int(seen.max())
+        if not (reach := int(seen.max())):
+            continue
         cells = lanes.tables[run, : -(-reach // size)].long() + layer
         keys = kv.k[cells].permute(1, 0, 3, 2).flatten(1, 2)[:, :reach]  # (G, entries, D)
         values = kv.v[cells].permute(1, 0, 2, 3).flatten(1, 2)[:, :reach]

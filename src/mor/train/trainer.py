@@ -14,10 +14,10 @@ from torch import Tensor
 from mor.config import dump_yaml
 from mor.errors import CapacityError, CheckpointError, ConfigError, MorError
 from mor.io.checkpoint import load, newest_step, resolve
+from mor.io.donor import from_donor
 from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.cost import presence_of
-from mor.io.donor import from_donor
 from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
 from mor.train.config import STDLIB, TrainConfig

@@ -1,6 +1,7 @@
 """The throughput benchmark on models that take milliseconds: what it counts, and its bounds."""
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_window_counts_what_the_engine_generated() -> None:
     load.reset()
     window = load.run(0.2)
     assert window.tokens == load.llm.stats.tokens > 0
-    assert window.tokens_per_s == pytest.approx(window.tokens / window.seconds)
+    assert window.tokens_per_s == pytest.approx(window.steady / window.seconds)
     assert window.entered % 8 == 0
 
 
@@ -61,6 +62,19 @@ def test_random_models_keep_the_configured_share_at_each_depth() -> None:
     assert all(count > 0 for count in histogram[1:])
 
 
+def test_a_window_counts_work_in_the_long_runs_mix() -> None:
+    load = plan().load(1)
+    windows = [load.run(0.1) for _ in range(6)]
+    whole = sum(windows, Window())
+    assert whole.tokens == sum(w.tokens for w in windows)
+    decode = decode_flops(load.llm.model_config, 8 + 3).mean
+    prompt = sequence_flops(load.llm.model_config, 8)
+    each = prompt.mean - prompt.head
+    work = whole.tokens * decode + whole.entered * each
+    assert whole.steady * (decode + each * 8 / 6) == pytest.approx(work)
+    assert whole.entered % 8 == 0 < whole.entered
+
+
 def test_request_flops_are_prefill_and_decode() -> None:
     config = tiny_config("vanilla")
     shape = Shape(prompt=10, output=5)
@@ -77,17 +91,25 @@ def test_the_bound_is_one_for_a_model_like_vanilla() -> None:
     assert flops_bound(decode, 3, [0, 10, 0, 0]) > flops_bound(decode, 3, [0, 0, 0, 10])
 
 
-def test_windows_alternate_and_the_first_round_does_not_count() -> None:
+def test_ticks_alternate_and_the_first_round_does_not_count() -> None:
     a, b = plan().load(3), plan().load(1)
+    turns: list[str] = []
+    for name, load in (("a", a), ("b", b)):
+        step = load._step
+        load._step = lambda name=name, step=step: turns.append(name) or step()  # type: ignore[method-assign]
     pairs = alternate(a, b, rounds=3, seconds=0.3)
     assert len(pairs) == 3
+    assert sum(one != other for one, other in pairwise(turns)) > len(turns) / 3
+    for pair in pairs:
+        assert all(side.seconds >= 0.3 for side in pair)
+        assert abs(pair[0].seconds - pair[1].seconds) < 0.3
     assert all(side.tokens > 0 for pair in pairs for side in pair)
     assert 0 < overhead(a.llm) < 1
 
 
 def test_the_ratio_is_the_median_of_rounds() -> None:
-    windows = [Window(seconds=1, tokens=n, entered=0) for n in (10, 30, 20)]
-    one = Window(seconds=1, tokens=10, entered=0)
+    windows = [Window(seconds=1, steady=n) for n in (10, 30, 20)]
+    one = Window(seconds=1, steady=10)
     found = ratios([(w, one) for w in windows])
     assert (found["ratio"], found["ratio_min"], found["ratio_max"]) == (2, 1, 3)
 

@@ -49,16 +49,27 @@ class Shape:
 class Window:
     """What happened in a stretch of time."""
 
-    seconds: float
-    tokens: int
+    seconds: float = 0.0
+    tokens: int = 0
     """Generated tokens."""
-    entered: int
+    entered: int = 0
     """Prompt tokens that were computed."""
+    steady: float = 0.0
+    """Tokens that the same work would have generated in the load's long-run mix with prompts: in a
+    short window one prompt more or less counts for much."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens per second."""
-        return self.tokens / self.seconds
+        """Generated tokens per second, in the long-run mix."""
+        return self.steady / self.seconds
+
+    def __add__(self, other: "Window") -> "Window":
+        return Window(
+            seconds=self.seconds + other.seconds,
+            tokens=self.tokens + other.tokens,
+            entered=self.entered + other.entered,
+            steady=self.steady + other.steady,
+        )
 
 
 class Load:
@@ -76,6 +87,9 @@ class Load:
         self.shape = shape
         self._random = random.Random(seed)
         self._computed = 0
+        self._decode = decode_flops(llm.model_config, shape.prompt + shape.output // 2).mean
+        prefill = sequence_flops(llm.model_config, shape.prompt)
+        self._prefill = prefill.mean - prefill.head  # of one prompt token
         self._staggered = staggered
         for number in range(sequences):
             self._add(1 + number * shape.output // sequences if staggered else shape.output)
@@ -116,20 +130,26 @@ class Load:
         return len(events)
 
     def run(self, seconds: float) -> Window:
-        """Keep going for about so long.
+        """Keep going for about so long, a tick at least.
 
         Raises:
             ConfigError: the last request ended before.
         """
-        before, began, tokens = self._computed, time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - began) < seconds:
+        before, began, tokens, elapsed = self._computed, time.perf_counter(), 0, 0.0
+        while not elapsed or elapsed < seconds:
             if not self.llm.has_unfinished:
                 raise ConfigError(
                     f"all requests ended after {self.shape.output} tokens, before the clock did: "
                     "raise --output, or lower --seconds or --rounds."
                 )
             tokens += self._step()
-        return Window(seconds=elapsed, tokens=tokens, entered=self._computed - before)
+            elapsed = time.perf_counter() - began
+        entered = self._computed - before
+        each = self._decode  # FLOPs that stand behind a generated token
+        if self._staggered:
+            each += self._prefill * self.shape.prompt / self.shape.output
+        steady = (tokens * self._decode + entered * self._prefill) / each
+        return Window(seconds=elapsed, tokens=tokens, entered=entered, steady=steady)
 
 
 def request_flops(config: MoRConfig, shape: Shape, histogram: list[int] | None = None) -> float:

@@ -1,8 +1,8 @@
 """Tokens per second, depth-wise batched MoR against vanilla, and against the FLOP bound.
 
 Every comparison runs two live engines in one process, tick by tick in turns, and takes the median
-of the rounds' ratios. The bound is what the saved FLOPs allow at best: FLOPs of a vanilla request over
-those of a MoR request, by the cost model, at the measured depth histogram.
+of the rounds' ratios. The bound is what the saved FLOPs allow at best: FLOPs of a vanilla request
+over those of a MoR request, by the cost model, at the measured depth histogram.
 """
 
 import statistics

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mor.bench.throughput import Plan, alternate, flops_bound, overhead, ratios
+from mor.bench.throughput import Plan, alternate, flops_bound, measure, overhead, ratios
 from mor.bench.workload import Load, Shape, Window, engine, random_model, request_flops
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
@@ -117,3 +117,18 @@ def test_the_ratio_is_the_median_of_rounds() -> None:
 def test_too_long_requests_are_refused() -> None:
     with pytest.raises(ConfigError, match="positions"):
         plan(prompt=90, output=90).load(3)
+
+
+def test_bursts_are_held_against_vanilla_in_bursts_and_ticks_against_ticks() -> None:
+    loads: list[tuple[int, str]] = []
+
+    class Noting(TinyPlan):
+        def load(self, *args: Any, **fields: Any) -> Load:
+            found = super().load(*args, **fields)
+            loads.append((found.llm.placement.burst, found.llm.config.batching))
+            return found
+
+    tiny = {"sequences": 3, "prompt": 8, "output": 6, "seconds": 0.02, "rounds": 1}
+    record = measure(Noting(**tiny, recursions=(3,), burst=2), lambda _: None)
+    assert loads == [(2, "depth"), (2, "depth"), (1, "sequence"), (1, "depth")]
+    assert record["depth_over_sequence"]["mor3"] > 0

@@ -140,6 +140,8 @@ def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
         if not plan.decode_only:
             progress(f"{name}: depth-wise against sequence-wise batching")
             whole = plan.load(recursions, batching="sequence", burst=None)
+            if depth.llm.placement.burst > 1:  # like with like: it has no bursts
+                depth = plan.load(recursions, burst=1)
             pairs = alternate(depth, whole, rounds=plan.rounds, seconds=plan.seconds)
             result = ratios(pairs)
             record["depth_over_sequence"][name] = result["ratio"]

@@ -25,7 +25,7 @@ class Burst:
     def plan(self) -> list[Chunk]:
         """The token in flight of every running sequence, with pages reserved for what may come.
 
-        None if a prompt is under way, somebody could be admitted, a sequence wants what needs the
+        Empty if a prompt is under way, somebody could be admitted, a sequence wants what needs the
         host at every token, or pages are short: then one tick must do.
         """
         scheduler = self._scheduler

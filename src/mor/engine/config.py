@@ -69,7 +69,7 @@ class EngineConfig:
     burst: int | None = None
     """Decode ticks that run in a row before the host looks at what came out: until then routing and
     sampling stay on the device, and the lane of a sequence that has ended idles. 1: it looks after
-    each. None: 8 on a GPU, 1 on a CPU."""
+    each. None: 8 with Triton's kernels on a GPU, otherwise 1."""
     prefix_caching: bool = True
     dtype: DType | None = None
     """Of the weights; None: the model's. On a CPU bfloat16 halves what is read; sums are fp32."""

@@ -46,10 +46,13 @@ class Flight:
         runner: the model's stages.
         most: passes that a token can take.
         ticks: K at most.
+        stream: see `Recorded`.
     """
 
-    def __init__(self, runner: Runner, most: int, ticks: int) -> None:
-        self._runner, self._most, self._ticks = runner, most, ticks
+    def __init__(
+        self, runner: Runner, most: int, ticks: int, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self._runner, self._most, self._ticks, self._stream = runner, most, ticks, stream
         self._buckets: dict[int, _Bucket] = {}
 
     @torch.inference_mode()
@@ -58,7 +61,7 @@ class Flight:
         began = time.perf_counter()
         size = bucket_of(len(chunks))
         if size not in self._buckets:
-            self._buckets[size] = _Bucket(self._runner, size, self._most, self._ticks)
+            self._buckets[size] = _Bucket(self._runner, size, self._most, self._ticks, self._stream)
         landed = self._buckets[size].run(chunks, ticks)
         self._runner.compute_seconds += time.perf_counter() - began
         return landed
@@ -67,7 +70,9 @@ class Flight:
 class _Bucket:
     """Fixed memory for B lanes, and the halves of a tick on it: before and after the sampler."""
 
-    def __init__(self, runner: Runner, size: int, most: int, ticks: int) -> None:
+    def __init__(
+        self, runner: Runner, size: int, most: int, ticks: int, stream: torch.cuda.Stream | None
+    ) -> None:
         self._runner, self._passes, self._device = runner, most, runner.device
         self._shared = runner.model_config.kv_strategy == "shared"
         self._page = runner.cache.block.page_size
@@ -90,9 +95,8 @@ class _Bucket:
         self._uniforms = torch.zeros(size, ticks, dtype=torch.float64, device=self._device)
         self._lanes = torch.arange(size + 1, dtype=torch.int32, device=self._device)
         self._spare = torch.full_like(self._row, len(runner.states.hidden) - 1)
-        capture = self._device.type == "cuda"
-        self._leave = Recorded(self._left, capture=capture)
-        self._go_on = Recorded(self._gone_on, capture=capture)
+        self._leave = Recorded(self._left, stream)
+        self._go_on = Recorded(self._gone_on, stream)
         self._tick(SteadySampler([], runner.model_config.vocab_size, self._device))  # records both
 
     def run(self, chunks: Sequence[Chunk], ticks: int) -> Landed:

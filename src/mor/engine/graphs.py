@@ -32,35 +32,40 @@ class Recorded:
     Its result lies in the graph's memory: the next replay overwrites it.
 
     Args:
-        capture: record; without, the function runs as it is, for tests on a CPU.
+        stream: records; without, the function runs as it is, for tests on a CPU. Graphs of a stream
+            share its cuBLAS workspace, which torch frees as soon as one of them is dropped (pytorch
+            issue 193402): only graphs that are dropped together may share a stream.
     """
 
-    def __init__(self, function: Callable[[], Tensor], *, capture: bool) -> None:
+    def __init__(
+        self, function: Callable[[], Tensor], stream: torch.cuda.Stream | None = None
+    ) -> None:
         self._function = function
-        self._capture = capture
+        self._stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._out: Tensor | None = None
 
     def __call__(self) -> Tensor:
         """The function's result."""
-        if not self._capture:
+        if self._stream is None:
             return self._function()
         if self._graph is None:
-            return self._record()
+            return self._record(self._stream)
         self._graph.replay()
         assert self._out is not None
         return self._out
 
-    def _record(self) -> Tensor:
+    def _record(self, stream: torch.cuda.Stream) -> Tensor:
         """Run once, which compiles every kernel, then record, which runs nothing."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        caller = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
             result = self._function()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        caller.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             self._out = self._function()
+        self._graph = graph  # not before: a recording that fails is tried again
         return result
 
 
@@ -71,7 +76,7 @@ class GraphStack:
         stack: operations that launch by shapes alone, never by values (`mor.ops.triton`).
         width: E.
         table_width: cells of the longest page table.
-        capture: record graphs; without, the padded buffers run as they are, for tests on a CPU.
+        stream: see `Recorded`; without, the padded buffers run as they are.
     """
 
     def __init__(
@@ -81,15 +86,14 @@ class GraphStack:
         table_width: int,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        capture: bool,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.stack = stack
         self._width = width
         self._table_width = table_width
         self._dtype = dtype
         self._device = device
-        self._capture = capture
+        self._stream = stream
         self._buckets: dict[int, _Bucket] = {}
 
     def run(self, x: Float[Tensor, "n e"], lanes: Lanes) -> Float[Tensor, "n e"]:
@@ -106,7 +110,7 @@ class GraphStack:
                 self._table_width,
                 self._dtype,
                 self._device,
-                self._capture,
+                self._stream,
             )
         return self._buckets[size].run(x, lanes)
 
@@ -122,7 +126,7 @@ class _Bucket:
         table_width: int,
         dtype: torch.dtype,
         device: torch.device,
-        capture: bool,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -137,7 +141,7 @@ class _Bucket:
             write_slot=ints(size),
             longest_run=1,
         )
-        self._run = Recorded(lambda: stack.run(self._x, self._lanes), capture=capture)
+        self._run = Recorded(lambda: stack.run(self._x, self._lanes), stream)
 
     def run(self, x: Tensor, lanes: Lanes) -> Tensor:
         """Copy in, replay, and hand out the lanes that are real."""

@@ -93,8 +93,9 @@ class LLM:
         self.stats = EngineStats(model.config.num_recursions)
         self._burst: Burst | None = None
         if self.placement.burst > 1:
-            flight = Flight(self.runner, passes.most, self.placement.burst)
-            self._burst = Burst(self.scheduler, flight, self.stats, self.placement.burst)
+            ticks, recorder = self.placement.burst, self.placement.recorder
+            flight = Flight(self.runner, passes.most, ticks, recorder)
+            self._burst = Burst(self.scheduler, flight, self.stats, ticks)
         self._requests: dict[str, list[Track]] = {}
         self._done: dict[str, dict[int, Completion]] = {}
         self._texts: dict[Track, TextStream] = {}

@@ -4,7 +4,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -93,8 +93,14 @@ class Placement:
             table_width=cache.table_width,
             dtype=self.compute,
             device=self.device,
-            capture=self.device.type == "cuda",
+            stream=self.recorder,
         )
+
+    @cached_property
+    def recorder(self) -> torch.cuda.Stream | None:
+        """Where all CUDA graphs of this engine are recorded, and no others; None: nothing is."""
+        records = self.kernels == "triton" and self.device.type == "cuda"
+        return torch.cuda.Stream(self.device) if records else None
 
 
 def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels: str) -> int:
@@ -109,7 +115,8 @@ def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels:
         else None
     )
     if obstacle is None:
-        return config.burst or (_BURST if device.type == "cuda" else 1)
+        records = kernels == "triton" and device.type == "cuda"
+        return config.burst or (_BURST if records else 1)
     if (config.burst or 1) > 1:
         raise ConfigError(f"burst={config.burst} does not go with {obstacle}: leave it out.")
     return 1

@@ -91,8 +91,11 @@ class Burst:
 
 
 def _entries(sequence: Sequence, ticks: int) -> list[tuple[PageTable, int]]:
-    """Its tables, and the entries that each may get: the token in flight and its successors pass
-    the block, the successors alone enter."""
+    """Its tables, and the entries that each may get at most.
+
+    The token in flight and its successors pass the block; only the successors enter prelude and
+    coda, and the last token that is sampled does neither.
+    """
     left = sequence.num_remaining
     outer = [] if sequence.outer is None else [(sequence.outer, min(ticks, left - 1))]
     return [*outer, *((table, min(ticks, left)) for table in sequence.depths)]

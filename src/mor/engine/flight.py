@@ -85,11 +85,14 @@ class _Bucket:
         self._depth = ints(size)
         """Passes that the token in flight has behind it."""
         self._present = ints(size).bool()
+        """Whether it takes the coming pass; otherwise it waits for the coda."""
         self._remaining = ints(size)
         """Tokens that may still be sampled; 0: the lane is not in use."""
         self._emitted = ints(size)
+        """Tokens sampled in this burst: the place of the next one's random number."""
         self._least, self._most = ints(size), ints(size) + 1
         self._entries = ints(size, num_tables)
+        """In each of the block's tables: where the next one goes."""
         self._tables = ints(size, 1 + num_tables, runner.cache.table_width).int()
         """The first is that of the unshared layers."""
         self._uniforms = torch.zeros(size, ticks, dtype=torch.float64, device=self._device)
@@ -138,7 +141,7 @@ class _Bucket:
         memory[: len(values)] = torch.tensor(values, dtype=memory.dtype, device=self._device)
 
     def _tick(self, sampler: SteadySampler) -> Float[Tensor, "b 4"]:
-        """One tick; its lines of the log."""
+        """One tick; its lines of the log (`Landed.log`). Nothing here may wait for the device."""
         logits = self._leave()
         tokens, logprobs = sampler(logits, self._uniforms.gather(1, self._emitted[:, None])[:, 0])
         self._sampled.copy_(tokens)
@@ -151,7 +154,7 @@ class _Bucket:
         return ~self._present & (self._remaining > 0)
 
     def _left(self) -> Float[Tensor, "b v"]:
-        """Coda and head for the tokens that have left the block."""
+        """Coda and head for the tokens that have left the block: logits, nonsense for others."""
         leaves, runner = self._leaves(), self._runner
         x = runner.states.left(self._rows(leaves))
         if runner.coda is not None:
@@ -159,7 +162,7 @@ class _Bucket:
         return runner.readout(x)
 
     def _gone_on(self) -> Tensor:
-        """Their successors enter; then all that are present take a pass."""
+        """What was sampled enters in their place; then all that are present take a pass."""
         leaves, states = self._leaves(), self._runner.states
         self._remaining.sub_(leaves.long())
         self._emitted.add_(leaves)

@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mor.errors import CheckpointError, ConfigError, MorError
@@ -122,10 +120,8 @@ class World:
             except MorError as error:
                 failure, answer[1] = error, str(error)
         dist.broadcast_object_list(answer)
-        if failure is not None:
-            raise failure
         if answer[1] is not None:
-            raise SystemExit(1)
+            raise failure or SystemExit(1)
         return answer[0]
 
     @contextmanager
@@ -207,7 +203,7 @@ class World:
         """Scale all gradients so that their common norm is at most `limit`; returns the norm."""
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        whole: Tensor = getattr(norm, "full_tensor", norm.detach)()  # of a DTensor
         nn.utils.clip_grads_with_norm_(parameters, limit, whole)
         return whole
 
@@ -229,7 +225,7 @@ class World:
         for name, value in model.state_dict().items():
             if name == "lm_head.weight" and model.config.tie_word_embeddings:
                 continue
-            full = value.full_tensor() if isinstance(value, DTensor) else value
+            full: Tensor = getattr(value, "full_tensor", value.detach)()  # of a DTensor
             if self.rank == 0:
                 state[name] = full.detach()
         if self.rank == 0:
@@ -282,6 +278,8 @@ class World:
                 return tensor
             here = torch.zeros_like(tensor, device=self.device) if tensor.is_meta else tensor
             if mesh is not None:  # no exchange: every rank has the tensor and keeps its part
+                from torch.distributed.tensor import Shard, distribute_tensor
+
                 here = distribute_tensor(here, mesh, [Shard(0)], src_data_rank=None)
             if tensor.is_meta:
                 wanted[path] = here
@@ -355,6 +353,8 @@ class _Sharded(Spread):
     """
 
     def __init__(self, model: MoRModel, config: TrainConfig, world: World) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard  # loads for a second
+
         super().__init__(model, config, world)
         mesh = init_device_mesh(world.device.type, (world.size,))
         between = reshards_between_recursions(model.config, config)

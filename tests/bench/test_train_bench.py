@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import time
 
 import pytest
 import torch
 
-from mor.bench import steps
+from mor.bench import steps, timing
 from mor.bench.steps import StepPlan
 from mor.bench.timing import PairedTimes, machine, paired
 from mor.bench.train import Comparison, Stepper, compare, comparisons, saved_bytes
@@ -26,9 +25,15 @@ def test_paired_runs_alternate_and_take_the_median_of_ratios() -> None:
     assert fixed.as_dict()["ratio_max"] == 3.0
 
 
-def test_paired_sees_a_slower_side() -> None:
-    times = paired(lambda: time.sleep(0.06), lambda: time.sleep(0.002), rounds=5)
-    assert times.ratio > 3
+def test_paired_sees_a_slower_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
+    times = paired(lambda: takes(0.5), lambda: takes(0.125), rounds=5)
+    assert (times.ratio, len(times.ratios)) == (4.0, 5)
 
 
 def test_saved_bytes_counts_each_kept_storage_once() -> None:

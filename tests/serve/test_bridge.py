@@ -93,8 +93,10 @@ def test_what_the_engine_refuses_leaves_nothing_behind(engine: LLM) -> None:
 
 def test_a_request_that_takes_too_long_is_504(engine: LLM) -> None:
     async def work(bridge: Bridge) -> None:
-        ticket = await bridge.submit([[1]] * 16, LONG)
-        assert (await status(collect(bridge, ticket))).status == 504
+        async def served() -> list[int]:
+            return await collect(bridge, await bridge.submit([[1]] * 16, LONG))
+
+        assert (await status(served())).status == 504
 
     bridged(engine, work, seconds=0.2)
 

@@ -25,6 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Demo:
     monkeypatch.setattr(mor.demo, "SEQUENCE_LENGTH", 48)
     monkeypatch.setattr(mor.demo, "BATCH_SIZE", 2)
     monkeypatch.setattr(mor.demo, "_LEAST_STEPS", 6)
+    monkeypatch.setattr(mor.demo, "_ROUNDS", 1)
     monkeypatch.setattr(mor.demo, "_PROMPT", "def")
     monkeypatch.setattr(mor.demo, "SamplingParams", lambda **kw: _Short(**{**kw, "max_tokens": 4}))
     return Demo(out=tmp_path / "demo", minutes=0.001, screen=Console(width=120))

@@ -39,7 +39,7 @@ train:
   batch_size: 4
   lr: 1.0e-2
   eval_every: 3
-  eval_windows: 4
+  eval_windows: 2
   calibration_windows: 2
   save_every: 2
   device: cpu
@@ -192,6 +192,9 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
         return run(self)
 
     monkeypatch.setattr(Trainer, "run", fails)
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    for name in NAMES[1:3]:  # the one that fails, and the next one
+        shutil.rmtree(tmp_path / "runs" / name)
     called = mor("experiment", spec, "--out", tmp_path)
     assert called.status == 1
     assert called.err == f"{NAMES[1]} failed: the machine caught fire\n"

@@ -113,12 +113,13 @@ def spikes_at_22(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_spike_ends_a_run_that_then_goes_on_as_if_nothing_had_been(
     corpus: Path, tmp_path: Path
 ) -> None:
-    values, out = runs.settings(corpus, save_every=1), tmp_path / "run"
+    values = runs.settings(corpus, save_every=2, eval_every=12)
+    out = tmp_path / "run"
     with pytest.raises(
-        ConfigError, match=r"at step 22 .*step-00000021; try a lower lr \(now 0\.01"
+        ConfigError, match=r"at step 22 .*step-00000020; try a lower lr \(now 0\.01"
     ):
         runs.train(values, out)
-    assert sorted(p.name for p in (out / "checkpoints").iterdir())[-1] == "step-00000021"
+    assert sorted(p.name for p in (out / "checkpoints").iterdir())[-1] == "step-00000020"
     assert [row["step"] for row in runs.rows(out)] == list(range(1, 22))
     resumed = runs.train({**values, "spike_threshold": 30.0}, out, resume="auto")
     assert resumed.step == 24

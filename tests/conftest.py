@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         database=None,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a neighbour's load is no fault
     )
-    for name, most in (("default", 12), ("slow", 25), ("thorough", 250)):
+    for name, most in (("default", 8), ("slow", 25), ("thorough", 250)):
         hypothesis.settings.register_profile(name, base, max_examples=most)
     hypothesis.settings.load_profile("slow" if config.getoption("--runslow") else "default")
 

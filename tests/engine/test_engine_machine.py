@@ -99,9 +99,9 @@ def run_machine(max_examples: int) -> Counter[str]:
 
 
 def test_any_course_of_events() -> None:
-    happened = run_machine(7)
-    assert happened["ticks"] > 500
-    assert happened["completions"] > 50
+    happened = run_machine(5)
+    assert happened["ticks"] > 300
+    assert happened["completions"] > 30
 
 
 @pytest.mark.slow

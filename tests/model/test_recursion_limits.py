@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mor.model.attention import WholeSequence
@@ -60,7 +60,6 @@ def test_every_kind_keeps_to_the_limit(kind: str, name: str) -> None:
         check_limits(tiny_model(kind), name, value)
 
 
-@settings(max_examples=15)
 @given(config=configs(), seed=st.integers(0, 99), data=st.data())
 def test_any_model_keeps_to_the_limit(config: MoRConfig, seed: int, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["recursions", "max_recursions"]))

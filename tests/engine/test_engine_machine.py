@@ -129,7 +129,7 @@ def random_course(seed: int) -> Counter[str]:
 
 def test_the_rare_things_do_happen() -> None:
     happened: Counter[str] = Counter()
-    for seed in range(9):
+    for seed in (5, 0, 1, 2, 3, 4, 6, 7, 8):  # the first two see them all today
         happened.update(random_course(seed))
         missing = [what for what in HAPPENINGS if not happened[what]]
         if not missing:

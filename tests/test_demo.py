@@ -1,6 +1,7 @@
 """The demo end to end on a few small files: stages, interruption, finished runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,14 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Demo:
     monkeypatch.setattr(mor.demo, "BATCH_SIZE", 2)
     monkeypatch.setattr(mor.demo, "_LEAST_STEPS", 6)
     monkeypatch.setattr(mor.demo, "_ROUNDS", 1)
+    monkeypatch.setattr(mor.demo, "train_config", lambda *args: replace(_config(*args), **_FEW))
     monkeypatch.setattr(mor.demo, "_PROMPT", "def")
     monkeypatch.setattr(mor.demo, "SamplingParams", lambda **kw: _Short(**{**kw, "max_tokens": 4}))
     return Demo(out=tmp_path / "demo", minutes=0.001, screen=Console(width=120))
 
 
-_Short = mor.demo.SamplingParams
+_Short, _config = mor.demo.SamplingParams, mor.demo.train_config
+_FEW = {"eval_windows": 16, "calibration_windows": 4}
 
 
 def test_runs_through_and_shows_the_result_again(

@@ -17,7 +17,7 @@ from tiny import tiny_model
 KINDS = ("vanilla", "expert", "expert_shared", "token", "sequence")
 
 
-def pairs_of(seed: int, num: int = 40) -> list[Pair]:
+def pairs_of(seed: int, num: int = 24) -> list[Pair]:
     """Contexts that several continuations share, long ones and short ones."""
     draw = random.Random(seed)
     contexts = [tuple(draw.choices(range(61), k=k)) for k in (1, 5, 17, 40, 40, 60)]

@@ -112,6 +112,9 @@ def test_the_ratio_is_the_median_of_rounds() -> None:
     one = Window(seconds=1, steady=10)
     found = ratios([(w, one) for w in windows])
     assert (found["ratio"], found["ratio_min"], found["ratio_max"]) == (2, 1, 3)
+    assert found["ratio_of_sums"] == 2
+    longer = ratios([(Window(seconds=3, steady=30), one), (Window(seconds=1, steady=30), one)])
+    assert (longer["ratio"], longer["ratio_of_sums"]) == (2, 1.5)
 
 
 def test_too_long_requests_are_refused() -> None:

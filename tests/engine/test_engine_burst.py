@@ -29,7 +29,7 @@ from mor.engine.stack import TorchKernels
 from mor.errors import ConfigError
 from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
-from mor.ops import choice, reference
+from mor.ops import reference
 from tiny import tiny_config, tiny_model
 
 KINDS = (
@@ -300,4 +300,3 @@ def test_flights_keep_their_memory() -> None:
     kept = dict(flight._buckets)
     llm.generate([[1], [2], [3]], SamplingParams(max_tokens=8))
     assert flight._buckets == kept
-    assert choice.Draws.of([], 3, torch.empty(0)).cuts is False

@@ -36,7 +36,7 @@ class Plan:
     """Let all prompts enter before the clock starts, and start no new ones."""
     rounds: int = 5
     seconds: float = 6.0
-    """Of one window."""
+    """Of each engine in a round."""
     dtype: str | None = None
     quantization: str | None = None
     burst: int | None = None

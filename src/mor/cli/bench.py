@@ -77,7 +77,7 @@ def _add_engine_options(p: Parser) -> None:
     p.add_argument("--sequences", type=int, nargs="+", default=[64], help="in flight")
     p.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     p.add_argument("--output", type=int, default=128, help="tokens generated for each")
-    p.add_argument("--seconds", type=float, default=6.0, help="length of a window")
+    p.add_argument("--seconds", type=float, default=6.0, help="of each engine in a round")
     p.add_argument(
         "--decode-only", action="store_true", help="start the clock when all prompts have entered"
     )

@@ -2,8 +2,9 @@
 
 import asyncio
 import signal
+import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -181,14 +182,9 @@ def _run_until_ctrl_c(work: Coroutine[Any, Any, None]) -> None:
     async def main() -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        # Windows has no such handlers, and only the main thread may set one.
-        with suppress(NotImplementedError, RuntimeError, ValueError):
+        if sys.platform != "win32":  # whose loops take no handlers; closing the loop removes it
             loop.add_signal_handler(signal.SIGINT, task.cancel)
-        try:
-            await work
-        finally:
-            with suppress(NotImplementedError):
-                loop.remove_signal_handler(signal.SIGINT)
+        await work
 
     try:
         asyncio.run(main())

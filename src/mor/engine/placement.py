@@ -99,8 +99,12 @@ class Placement:
     @cached_property
     def recorder(self) -> torch.cuda.Stream | None:
         """Where all CUDA graphs of this engine are recorded, and no others; None: nothing is."""
-        records = self.kernels == "triton" and self.device.type == "cuda"
-        return torch.cuda.Stream(self.device) if records else None
+        return torch.cuda.Stream(self.device) if _records(self.kernels, self.device) else None
+
+
+def _records(kernels: str, device: torch.device) -> bool:
+    """Whether ticks become CUDA graphs."""
+    return kernels == "triton" and device.type == "cuda"
 
 
 def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels: str) -> int:
@@ -115,8 +119,7 @@ def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels:
         else None
     )
     if obstacle is None:
-        records = kernels == "triton" and device.type == "cuda"
-        return config.burst or (_BURST if records else 1)
+        return config.burst or (_BURST if _records(kernels, device) else 1)
     if (config.burst or 1) > 1:
         raise ConfigError(f"burst={config.burst} does not go with {obstacle}: leave it out.")
     return 1

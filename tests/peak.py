@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from mor.train import watch
+from mor.train import spike_detector as watch
 
 
 @pytest.fixture(scope="session", autouse=True)

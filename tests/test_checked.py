@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mor.engine.pages import PagePool
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 
 CALLS = {
     "a type": lambda: PagePool("x"),

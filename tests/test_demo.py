@@ -9,8 +9,8 @@ from rich.console import Console
 
 import mor.demo
 from mor.cli.main import main
+from mor.data.sources import Document
 from mor.demo import Demo
-from mor.train.sources import Document
 
 
 @pytest.fixture

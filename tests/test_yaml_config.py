@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor.config import dump_yaml, merge, read_yaml
 from mor.errors import ConfigError
+from mor.yaml_config import dump_yaml, merge, read_yaml
 
 Scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 Plain = st.recursive(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from mor.model.config import MoRConfig
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,

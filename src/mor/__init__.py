@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mor import registration
+from mor.io.hf import registration
 
 if TYPE_CHECKING:
     from mor import io
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mor.io.tokenizer import Tokenizer
     from mor.model.config import MoRConfig
     from mor.model.generation import generate
-    from mor.model.mor import MoRModel, MoROutput
     from mor.model.sampling import Completion, SamplingParams
+    from mor.model.transformer import MoRModel, MoROutput
 
 __version__ = "0.1.0"
 
@@ -73,8 +73,8 @@ _HOMES: Mapping[str, str] = MappingProxyType(
         "Tokenizer": "mor.io.tokenizer",
         "MoRConfig": "mor.model.config",
         "generate": "mor.model.generation",
-        "MoRModel": "mor.model.mor",
-        "MoROutput": "mor.model.mor",
+        "MoRModel": "mor.model.transformer",
+        "MoROutput": "mor.model.transformer",
         "Completion": "mor.model.sampling",
         "SamplingParams": "mor.model.sampling",
     }

@@ -16,18 +16,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from mor.bench.report import ColouredText
-from mor.bench.summary import RunSummary, comparison_rows, report_page
-from mor.bench.timing import machine, timed
-from mor.bench.train import Stepper
-from mor.cli.colour import coloured_text, depth_legend
-from mor.cli.train import watched
+from mor.bench.timing import timed
+from mor.bench.train_ab import Stepper
+from mor.data.corpus import build_from_documents
+from mor.data.stdlib_corpus import stdlib_documents
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import CheckpointError, ConfigError
+from mor.io.atomic_files import storage_error, write_file
 from mor.io.checkpoint import load
-from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import Tokenizer
+from mor.machine import machine
 from mor.model.config import MoRConfig
 from mor.model.cost import (
     kv_bytes_per_token,
@@ -37,12 +36,14 @@ from mor.model.cost import (
     sequence_flops,
     training_flops,
 )
-from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
+from mor.model.transformer import MoRModel
+from mor.report.comparison import RunSummary, comparison_rows, report_page
+from mor.report.html import ColouredText
+from mor.terminal.color import coloured_text, depth_legend
+from mor.terminal.training_progress import watched
 from mor.train.config import TrainConfig
-from mor.train.corpus import build_from_documents
-from mor.train.metrics import MetricsFile
-from mor.train.stdlib import stdlib_documents
+from mor.train.metrics_file import MetricsFile
 from mor.train.trainer import Trainer
 
 VOCAB_SIZE = 4096

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mor.bench import data_share
-from mor.bench.train import Comparison
+from mor.bench import data_loading as data_share
+from mor.bench.train_ab import Comparison
+from mor.data.batches import Batches, TokenShards
 from mor.model.config import MoRConfig
-from mor.train.data import Batches, TokenShards
 from tiny import tiny_config
 
 

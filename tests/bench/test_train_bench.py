@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
-from mor.bench import steps, timing
-from mor.bench.steps import StepPlan
-from mor.bench.timing import PairedTimes, machine, paired
-from mor.bench.train import Comparison, Stepper, compare, comparisons, saved_bytes
+from mor.bench import timing
+from mor.bench import train_step as steps
+from mor.bench.timing import PairedTimes, paired
+from mor.bench.train_ab import Comparison, Stepper, compare, comparisons, saved_bytes
+from mor.bench.train_step import StepPlan
 from mor.cli.main import main
 from mor.errors import ConfigError
+from mor.machine import machine
 from tiny import tiny_config
 
 

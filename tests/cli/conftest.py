@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calling import Called, Mor, TinyRun, invoke
+from cli_helpers import Called, Mor, TinyRun, invoke
 
 from mor import MoRConfig, MoRModel, Tokenizer, save
 from peak import one_gemm_peak

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import MAIN, TinyRun, environment, invoke
+from cli_helpers import MAIN, TinyRun, environment, invoke
 from rich.console import Console
 
 from fake_server import TOKENS, Fake, serving
 from mor import LLM, SamplingParams
-from mor.cli.colour import coloured_text
-from mor.cli.partners import Turn, pieces, plain
+from mor.cli.chat_backends import Turn, pieces, plain
 from mor.engine.request import TokenEvent
+from mor.terminal.color import coloured_text
 
 SENTENCE = "The token goes deeper."
 Talk = Callable[..., tuple[int, list[str], str]]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from calling import Mor, one_sentence
+from cli_helpers import Mor, one_sentence
 from golden import Golden, files
 
 import mor as package

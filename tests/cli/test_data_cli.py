@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from calling import Mor, TinyRun, one_sentence
+from cli_helpers import Mor, TinyRun, one_sentence
 
-from mor.train.data import TokenShards
+from mor.data.batches import TokenShards
 
 
 def table(out: str) -> dict[str, list[int]]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from calling import Mor, TinyRun, one_sentence
+from cli_helpers import Mor, TinyRun, one_sentence
 
 from mor import Tokenizer, load
-from mor.train.data import TokenShards, sequential_windows
-from mor.train.metrics import evaluate
+from mor.data.batches import TokenShards, sequential_windows
+from mor.train.evaluate import evaluate
 
 
 def as_json(mor: Mor, *args: object) -> dict[str, Any]:

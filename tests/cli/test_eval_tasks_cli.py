@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from calling import Mor, TinyRun, one_sentence
+from cli_helpers import Mor, TinyRun, one_sentence
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval, datasets and what they import

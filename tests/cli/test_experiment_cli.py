@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from calling import Called, Mor, TinyRun, one_sentence, start
+from cli_helpers import Called, Mor, TinyRun, one_sentence, start
 
-from mor.bench import experiment as grid
-from mor.bench.experiment import Experiment
 from mor.cli import experiment as verb
 from mor.errors import ConfigError
+from mor.experiments import experiment as grid
+from mor.experiments.experiment import Experiment
 from mor.io.checkpoint import load
-from mor.train.metrics import MetricsFile
+from mor.train.metrics_file import MetricsFile
 from mor.train.trainer import Trainer
 
 SPECS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))

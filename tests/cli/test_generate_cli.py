@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import Mor, TinyRun, one_sentence
+from cli_helpers import Mor, TinyRun, one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from mor import SamplingParams, Tokenizer, generate, load
 from mor.cli import generate as cli
-from mor.cli.colour import coloured_text
-from mor.io.text import PieceStream
+from mor.io.detokenizer import PieceStream
+from mor.terminal.color import coloured_text
 
 KEYS = {
     *("text", "prompt_token_ids", "token_ids", "recursion_counts", "prompt_recursion_counts"),

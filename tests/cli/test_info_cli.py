@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import Mor, TinyRun, one_sentence
+from cli_helpers import Mor, TinyRun, one_sentence
 
 from mor import MoRModel, load
 from mor.cli.info import find_config

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from calling import Mor, TinyRun, invoke, one_sentence, start
+from cli_helpers import Mor, TinyRun, invoke, one_sentence, start
 
 from mor import __version__
 from mor.cli import info

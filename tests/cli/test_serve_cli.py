@@ -4,7 +4,7 @@ import socket
 import sys
 
 import pytest
-from calling import Mor, TinyRun, one_sentence
+from cli_helpers import Mor, TinyRun, one_sentence
 
 from mor.engine.llm import LLM
 

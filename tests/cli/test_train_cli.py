@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from calling import Mor, TinyRun, one_sentence, start
+from cli_helpers import Mor, TinyRun, one_sentence, start
 
 from mor import load
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from calling import Mor, TinyRun
+from cli_helpers import Mor, TinyRun
 
 from mor import MoRConfig, MoRModel, Tokenizer, load, save
 

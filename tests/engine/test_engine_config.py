@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import shared_model
 
+from engine_helpers import shared_model
+from mor.engine.backend import Placement
 from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache, free_memory
 from mor.engine.llm import LLM
-from mor.engine.placement import Placement
 from mor.errors import CapacityError, ConfigError
 from tiny import KINDS, tiny_config, tiny_model
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import VOCAB, check_close, check_empty, prompts_with_shared_starts, run_all
 
+from engine_helpers import VOCAB, check_close, check_empty, prompts_with_shared_starts, run_all
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.model.generation import generate
-from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
 from mor.model.sampling import Completion, SamplingParams
+from mor.model.transformer import MoRModel
 from tiny import KINDS, build, tiny_config, tiny_model
 
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "vocab_size": VOCAB}

@@ -4,7 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engines import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_helpers import (
     EOS,
     check_empty,
     check_equals_oracle,
@@ -16,9 +19,6 @@ from engines import (
     run_all,
     shared_model,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.model.config import MoRConfig

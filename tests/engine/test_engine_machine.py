@@ -5,8 +5,6 @@ from collections import Counter
 from typing import Any, ClassVar
 
 import pytest
-from driving import COURSES, STARTS, Drive
-from engines import engine_settings
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -16,6 +14,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+from engine_driver import COURSES, STARTS, Drive
+from engine_helpers import engine_settings
 
 MACHINE_KINDS = ("expert", "expert_bare", "token", "expert_shared", "sequence")
 HAPPENINGS = (

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import check_empty, check_equals_oracle, prompts_with_shared_starts, run_all
 
+from engine_helpers import check_empty, check_equals_oracle, prompts_with_shared_starts, run_all
 from mor.engine.config import EngineConfig
+from mor.engine.layer_stack import CpuStack
 from mor.engine.llm import LLM
-from mor.engine.stack import CpuStack
 from mor.model.generation import generate
-from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
+from mor.model.transformer import MoRModel
 from tiny import tiny_model
 
 KINDS = ("recursive", "recursive_shared", "sequence", "expert_shared", "expert_aux_router", "token")

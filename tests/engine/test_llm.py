@@ -4,8 +4,16 @@ import itertools
 from typing import Any
 
 import pytest
-from engines import VOCAB, check_empty, check_same, engine_of, memory_for, shared_model, step_until
 
+from engine_helpers import (
+    VOCAB,
+    check_empty,
+    check_same,
+    engine_of,
+    memory_for,
+    shared_model,
+    step_until,
+)
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import CapacityError, RequestError

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engines import VOCAB, check_empty, check_same, engine_of, shared_model, step_until
 
+from engine_helpers import VOCAB, check_empty, check_same, engine_of, shared_model, step_until
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.model.cost import kv_bytes_per_token, presence_of

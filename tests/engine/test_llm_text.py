@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import check_empty, check_same, engine_of
 
 import mor
+from engine_helpers import check_empty, check_same, engine_of
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import CheckpointError, DataError
 from mor.io.tokenizer import Tokenizer
 from mor.model.generation import generate
-from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
+from mor.model.transformer import MoRModel
 from tiny import tiny_model
 
 TEXT = "the cat sat on the mat, the cat ate the rat; naïve café 猫が座った。😀🎉 "

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Simulation, after_the_first, always, by_token
+from scheduler_simulation import Simulation, after_the_first, always, by_token
 
 from mor.engine.request import Sequence
 

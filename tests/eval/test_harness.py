@@ -11,11 +11,11 @@ import torch
 import mor
 from mor.errors import ConfigError, DataError
 from mor.eval.harness import Words, evaluate
+from mor.eval.local_tasks import TASKS, read_set, write_tasks
 from mor.eval.scoring import EngineScorer, TopkScorer
-from mor.eval.sets import TASKS, read_set, write_tasks
 from mor.io.llama import from_llama
 from mor.io.tokenizer import Tokenizer
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval, datasets and what they import

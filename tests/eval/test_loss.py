@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from mor.data.batches import TokenShards, sequential_windows
+from mor.data.corpus import build_from_documents
+from mor.data.sources import Document
 from mor.errors import ConfigError, DataError
 from mor.eval.loss import (
     batched,
@@ -19,10 +22,7 @@ from mor.eval.loss import (
     text_windows,
 )
 from mor.io.tokenizer import Tokenizer
-from mor.train.corpus import build_from_documents
-from mor.train.data import TokenShards, sequential_windows
-from mor.train.metrics import evaluate
-from mor.train.sources import Document
+from mor.train.evaluate import evaluate
 from tiny import tiny_model
 
 TEXTS = ("def 数学(x): return x * 2\n", "", "🙂🙂🙂 über " * 9, "a", "while True:\n\tpass\n" * 5)

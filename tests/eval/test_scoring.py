@@ -11,7 +11,7 @@ import mor
 from mor.errors import RequestError
 from mor.eval import scoring
 from mor.eval.scoring import EngineScorer, Pair, TopkScorer
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 from tiny import tiny_model
 
 KINDS = ("vanilla", "expert", "expert_shared", "token", "sequence")

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.io.hf.auto_model import MoRForCausalLM
 from mor.io.hf.configuration import MoRPretrainedConfig
-from mor.io.hf.local import MoRForCausalLM
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 from tiny import tiny_model
 
 

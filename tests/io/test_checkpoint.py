@@ -17,7 +17,7 @@ from mor.io import checkpoint
 from mor.io.checkpoint import CONFIG, GENERATION, WEIGHTS, load, load_config, resolve, save
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.config import MoRConfig
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 from tiny import KINDS, build, configs, tiny_config, tiny_model
 
 IDS = torch.arange(20).view(2, 10)

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from mor.errors import CheckpointError
 from mor.io import hf
 from mor.io.checkpoint import load, save
-from mor.io.hf.local import MoRForCausalLM
+from mor.io.hf.auto_model import MoRForCausalLM
 from mor.io.tokenizer import Tokenizer
 from mor.model import cost
 from mor.model.generation import generate
-from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
+from mor.model.transformer import MoRModel
 from tiny import tiny_model
 
 TEXT = "a token goes on, another token stops; the block is the same for both. " * 4
@@ -131,7 +131,7 @@ def test_the_auto_classes_know_our_models_after_import_mor(
     exported: Path, model: MoRModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     known = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
-    assert type(known).__module__ == "mor.io.hf.local"
+    assert type(known).__module__ == "mor.io.hf.auto_model"
     assert known.config.to_mor() == model.config
     known.save_pretrained(tmp_path / "again")
     for name in ("modeling_mor.py", "configuration_mor.py"):

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from mor.errors import ConfigError, RequestError
+from mor.io.hf.auto_model import MoRForCausalLM
 from mor.io.hf.configuration import MoRPretrainedConfig
-from mor.io.hf.local import MoRForCausalLM
 from tiny import KINDS, tiny_config
 
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-10}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mor.io import hf
 from mor.io.checkpoint import load, save
-from mor.io.hf.local import MoRForCausalLM
+from mor.io.hf.auto_model import MoRForCausalLM
 from mor.io.tokenizer import Tokenizer
 from tiny import tiny_model
 

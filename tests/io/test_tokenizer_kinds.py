@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mor.io.text import PieceStream
+from mor.io.detokenizer import PieceStream
 from mor.io.tokenizer import Tokenizer
 
 SAMPLE = "the cat sat on the mat; naïve café 猫が座った 😀🎉 the cat\n"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mor.model.config import MoRConfig
-from naive import Naive
+from reference_model import Naive
 from tiny import KINDS, build, configs, tiny_model
 
 

@@ -25,7 +25,7 @@ from mor.model.cost import (
     training_flops,
 )
 from mor.model.generation import RaggedKVCache, ragged_packing
-from mor.model.mor import MoRModel, MoROutput
+from mor.model.transformer import MoRModel, MoROutput
 from tiny import KINDS, build, configs, tiny_config, tiny_model
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mor.model.attention import Rope
-from mor.model.mor import MoRModel
-from mor.model.packing import Packing
-from mor.ops.sequences import number_documents
+from mor.model.ragged_batch import Packing
+from mor.model.transformer import MoRModel
+from mor.ops.document_attention import number_documents
 from tiny import KINDS, tiny_config
 
 END = 0
@@ -120,7 +120,7 @@ def test_topk_packs_what_it_selects_and_masks_nothing_else(
         if masked:
             shared = model.config.kv_strategy == "shared"
             oracle_kv = Masked(number_documents(ids, END), shared)
-            monkeypatch.setattr("mor.model.mor.WholeSequence", partial(one_of, oracle_kv))
+            monkeypatch.setattr("mor.model.transformer.WholeSequence", partial(one_of, oracle_kv))
         model.zero_grad()
         torch.manual_seed(0)  # for a random router
         out = model(ids, targets=ids, selection="topk", document_end=END)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from mor.errors import RequestError
 from mor.model.config import MoRConfig
 from mor.model.generation import RaggedKVCache, generate, pick, ragged_packing
-from mor.model.mor import MoRModel
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.sharing import UNSHARED
+from mor.model.transformer import MoRModel
 from tiny import KINDS, build, configs, tiny_model
 
 

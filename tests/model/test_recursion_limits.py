@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from mor.model.attention import WholeSequence
 from mor.model.config import MoRConfig
 from mor.model.generation import generate
-from mor.model.mor import MoRModel
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 from mor.model.router import RecursionLimits
 from mor.model.sampling import Completion, SamplingParams
-from naive import Naive
+from mor.model.transformer import MoRModel
+from reference_model import Naive
 from tiny import KINDS, build, configs, tiny_config, tiny_model
 
 PROMPTS = [[5, 7, 11, 2], [3], [9, 1, 1, 8, 30, 60, 4, 4, 12]]

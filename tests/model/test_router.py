@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mor.errors import ConfigError
-from mor.model.mor import MoRModel
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 from mor.model.router import ExpertChoice, RandomRouter, RoutingRecord, TokenChoice, warmed_capacity
+from mor.model.transformer import MoRModel
 from tiny import tiny_config, tiny_model
 
 CPU = torch.device("cpu")

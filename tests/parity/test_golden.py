@@ -8,7 +8,7 @@ from golden import Golden, files
 from torch import Tensor
 
 from mor.errors import CheckpointError, ConfigError
-from mor.io.official import from_official, official_names
+from mor.io.reference_checkpoint import from_official, official_names
 
 PATHS = list(files())
 

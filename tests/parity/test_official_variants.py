@@ -1,7 +1,7 @@
 """Variants that no golden file has: our models under the reference's names, and back.
 
 The names follow the README of the golden files and are written down here once more, so that a
-mistake in `mor.io.official` cannot hide.
+mistake in `mor.io.reference_checkpoint` cannot hide.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mor.errors import CheckpointError
-from mor.io.official import from_official
-from mor.model.mor import MoRModel
+from mor.io.reference_checkpoint import from_official
+from mor.model.transformer import MoRModel
 from tiny import build, tiny_config
 
 ENDS: dict[str, Any] = {"num_prelude_layers": 0, "num_coda_layers": 0}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from running import KEY, MODEL_LEN, Running
+from live_server import KEY, MODEL_LEN, Running
 
 import mor
 from mor.engine.config import EngineConfig

@@ -5,7 +5,7 @@ import base64
 import httpx
 import openai
 import pytest
-from running import KEY, Running
+from live_server import KEY, Running
 
 ROUTES = [
     ("POST", "/v1/completions"),

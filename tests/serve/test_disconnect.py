@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from running import KEY, Running
+from live_server import KEY, Running
 
 BODY = {"prompt": "the cat", "max_tokens": 250, "ignore_eos": True}
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from running import Running
+from live_server import Running
 
 NUM = 9
 BODY = {"prompt": "the cat", "max_tokens": 160, "ignore_eos": True, "temperature": 0}

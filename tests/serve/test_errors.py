@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from running import MODEL_LEN, NAME, Running
+from live_server import MODEL_LEN, NAME, Running
 
 LIMITS = {"temperature": -1, "top_p": 0, "n": 0, "logprobs": 21, "seed": -1, "top_k": -2}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import KEY, NAME, Running
+from live_server import KEY, NAME, Running
 
 import mor
 from mor.engine.llm import LLM

@@ -9,12 +9,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from running import KEY, Running
+from live_server import KEY, Running
 
-from mor.bench.palette import DEPTH_SHADES, shade_index
+from mor.report.palette import DEPTH_SHADES, shade_index
 
 CHROMIUM = Path("/usr/bin/chromium")
-PAGE = Path(__file__).parents[2] / "src/mor/serve/page"
+PAGE = Path(__file__).parents[2] / "src/mor/serve/static"
 RECURSIONS = 3
 PROMPT = "the cat sat on"
 

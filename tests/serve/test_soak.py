@@ -10,7 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from running import KEY, Running
+from live_server import KEY, Running
 
 from mor.engine.llm import LLM
 from mor.model.sampling import SamplingParams

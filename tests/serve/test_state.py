@@ -4,7 +4,7 @@ from typing import Any
 
 import openai
 import pytest
-from running import MODEL_LEN, NAME, Running
+from live_server import MODEL_LEN, NAME, Running
 
 import mor
 from mor.engine.llm import LLM

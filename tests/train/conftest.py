@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+import run_helpers as runs
 from peak import one_gemm_peak
 
 __all__ = ["one_gemm_peak"]

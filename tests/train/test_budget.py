@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
+import run_helpers as runs
 from mor.errors import ConfigError
 from mor.model.cost import sequence_flops
 from mor.train import trainer as trainer_module
 from mor.train.budget import Budget
 from mor.train.config import TrainConfig
-from mor.train.course import is_over, resolve_budget, step_flops, total_steps
+from mor.train.schedule import is_over, resolve_budget, step_flops, total_steps
 from mor.train.trainer import Trainer
 from tiny import tiny_config
 

@@ -12,15 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mor.errors import ConfigError
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 from mor.train.config import TrainConfig
-from mor.train.optim import (
-    balancing_at,
-    build_optimizer,
-    capacities_at,
-    learning_rate,
-    set_learning_rate,
-)
+from mor.train.optim import build_optimizer, set_learning_rate
+from mor.train.schedule import balancing_at, capacities_at, learning_rate
 from tiny import KINDS, tiny_config
 
 

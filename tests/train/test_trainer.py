@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from safetensors import SafetensorError
 
+import run_helpers as runs
 from mor.errors import CapacityError, CheckpointError, ConfigError, DataError
 from mor.io import checkpoint
 from mor.io.checkpoint import load, resolve
 from mor.io.tokenizer import Tokenizer
-from mor.model.mor import MoRModel
 from mor.model.router import TokenChoice
-from mor.train import state
+from mor.model.transformer import MoRModel
+from mor.train import checkpoint as state
 from mor.train.config import TrainConfig
 from mor.train.trainer import Trainer
 

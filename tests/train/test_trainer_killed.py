@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
+
+import run_helpers as runs
 
 KINDS = ("muon", "expert", "loss_free", "random")
 

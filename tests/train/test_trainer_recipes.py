@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import runs
 
+import run_helpers as runs
 from mor.train.config import TrainConfig
-from mor.train.metrics import evaluate
+from mor.train.evaluate import evaluate
 from mor.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ from mor.bench.throughput import Plan
 from mor.bench.workload import Load, engine, random_model
 from mor.errors import MissingExtraError
 from mor.model.config import MoRConfig
-from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
+from mor.model.transformer import MoRModel
 
 
 def transformers_twin(model: MoRModel) -> Any:

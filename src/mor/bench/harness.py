@@ -12,8 +12,8 @@ from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import MissingExtraError
 from mor.eval.harness import Words, evaluate, run_tasks
+from mor.eval.local_tasks import write_tasks
 from mor.eval.scoring import EngineScorer
-from mor.eval.sets import write_tasks
 from mor.io.checkpoint import load, resolve
 from mor.io.tokenizer import Tokenizer
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from mor.bench.timing import paired
 from mor.model.config import MoRConfig
-from mor.ops import cpu
-from mor.ops.packed import PackedLinear, Storage
+from mor.ops.cpu import kernels as cpu
+from mor.ops.cpu.packed_weights import PackedLinear, Storage
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mor.bench.workload import Load, Shape, Window, engine, random_model, request_flops
+from mor.engine.layer_stack import CpuKernels, CpuStack
 from mor.engine.llm import LLM
-from mor.engine.stack import CpuKernels, CpuStack
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import decode_flops, kv_bytes_per_token, presence_of

@@ -1,13 +1,9 @@
 """Paired timing: on a shared machine only ratios of alternating runs mean anything."""
 
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -77,37 +73,3 @@ def gemm_gflops(size: int = 1536, rounds: int = 5) -> float:
     a, b = torch.randn(size, size), torch.randn(size, size)
     best = min(timed(lambda: a @ b) for _ in range(rounds))
     return 2 * size**3 / best / 1e9
-
-
-def machine() -> dict[str, object]:
-    """What a record needs to be understood later: machine, versions, commit, command."""
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "command": " ".join(["mor", *sys.argv[1:]]),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mor.engine.config import EngineConfig
+from mor.engine.layer_stack import CpuStack
 from mor.engine.llm import LLM
-from mor.engine.stack import CpuStack
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import (
@@ -17,9 +17,9 @@ from mor.model.cost import (
     presence_of,
     sequence_flops,
 )
-from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
-from mor.train.metrics import calibrate
+from mor.model.transformer import MoRModel
+from mor.train.calibrate import calibrate
 
 
 def random_model(config: MoRConfig, length: int, seed: int = 0) -> MoRModel:

@@ -10,11 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from mor.bench.palette import MAX_RECURSIONS
-from mor.cli.colour import coloured_text, depth_legend
-from mor.cli.partners import Dials, LocalPartner, Partner, RemotePartner, Turn, template_of
-from mor.cli.terminal import console, err_console, fail, parser
+from mor.cli.chat_backends import Dials, LocalPartner, Partner, RemotePartner, Turn, template_of
+from mor.cli.options.parser import parser
 from mor.errors import ConfigError, MorError, nearest
+from mor.report.palette import MAX_RECURSIONS
+from mor.terminal.color import coloured_text, depth_legend
+from mor.terminal.console import console, err_console, fail
 
 EXAMPLES = (
     "mor chat runs/smoke",

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from mor.cli.overrides import model_fields
-from mor.cli.terminal import Parser, console, fail, parser
+from mor.cli.options.overrides import model_fields
+from mor.cli.options.parser import Parser, parser
 from mor.errors import ConfigError, nearest
-from mor.io.card import model_card, write_card
 from mor.io.hf import export
 from mor.io.llama import convert_llama
-from mor.io.official import convert_official
+from mor.io.model_card import model_card, write_card
+from mor.io.reference_checkpoint import convert_official
 from mor.model import cost
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
+from mor.terminal.console import console, fail
 
 HELP = "Turn checkpoints of other programs into ours, and ours into theirs."
 

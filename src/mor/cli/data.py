@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from mor.cli.table import print_table
-from mor.cli.terminal import console, fail, parser, progress
+from mor.cli.options.parser import parser
+from mor.data.batches import TokenShards
+from mor.data.corpus import build_corpus
+from mor.data.shards import CorpusIndex
 from mor.errors import ConfigError, nearest
-from mor.train.corpus import build_corpus
-from mor.train.data import TokenShards
-from mor.train.shards import CorpusIndex
+from mor.terminal.console import console, fail, progress
+from mor.terminal.table import print_table
 
 HELP = "Turn text into tokenised shards, and look at them."
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mor.cli.terminal import console, parser
+from mor.cli.options.parser import parser
 from mor.demo import Demo
 from mor.errors import ConfigError
+from mor.terminal.console import console
 
 EXAMPLES = (
     "mor demo",

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from mor.cli import eval_tasks
 from mor.cli.generate import open_model
-from mor.cli.table import print_table
-from mor.cli.terminal import console, parser, progress
+from mor.cli.options.parser import parser
 from mor.cli.train import load_train_config
+from mor.data.batches import TokenShards, sequential_windows
+from mor.data.mixture import quotas, spread_mixture
+from mor.data.shards import INDEX_FILE
+from mor.data.sources import Document, SourceDocuments
+from mor.data.stdlib_corpus import stdlib_documents
 from mor.engine.config import EngineConfig
 from mor.errors import ConfigError, DataError
 from mor.eval.depth import TokenDepth, extremes, tokens_by_depth
@@ -30,18 +34,15 @@ from mor.eval.loss import (
     perplexity,
     text_windows,
 )
-from mor.eval.weights import WeightCost, weight_cost
+from mor.eval.quantization_loss import WeightCost, weight_cost
 from mor.io.checkpoint import resolve
 from mor.io.tokenizer import Tokenizer
-from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice
+from mor.model.transformer import MoRModel
+from mor.terminal.console import console, progress
+from mor.terminal.table import print_table
+from mor.train.calibrate import calibrate
 from mor.train.config import STDLIB, TrainConfig
-from mor.train.data import TokenShards, sequential_windows
-from mor.train.metrics import calibrate
-from mor.train.mixture import quotas, spread_mixture
-from mor.train.shards import INDEX_FILE
-from mor.train.sources import Document, SourceDocuments
-from mor.train.stdlib import stdlib_documents
 
 HELP = "Loss of a model under both selection rules, depth histogram, router accuracy."
 

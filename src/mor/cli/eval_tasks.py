@@ -8,20 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mor.bench.timing import machine
 from mor.cli.generate import open_model
-from mor.cli.table import print_table
-from mor.cli.terminal import Parser, console, progress
+from mor.cli.options.parser import Parser
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import ConfigError, DataError, nearest
 from mor.eval.harness import Words, evaluate
+from mor.eval.local_tasks import TASKS, write_tasks
 from mor.eval.scoring import EngineScorer, Scorer, TopkScorer
-from mor.eval.sets import TASKS, write_tasks
+from mor.io.atomic_files import storage_error, write_file
 from mor.io.checkpoint import resolve
-from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import Tokenizer
-from mor.model.mor import MoRModel
+from mor.machine import machine
+from mor.model.transformer import MoRModel
+from mor.terminal.console import console, progress
+from mor.terminal.table import print_table
 
 _SELECTIONS = ("threshold", "topk")
 _KV_MEMORY = 2**30  # bytes; prompts of tasks are short

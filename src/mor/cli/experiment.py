@@ -8,13 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mor.bench.experiment import Cell, Experiment
-from mor.bench.results import collect, planned, rows, write
-from mor.cli.table import print_table
-from mor.cli.terminal import console, err_console, parser
-from mor.cli.train import watched
+from mor.cli.options.parser import parser
 from mor.errors import ConfigError, MorError
-from mor.io.storage import storage_error
+from mor.experiments.experiment import Cell, Experiment
+from mor.experiments.results import collect, planned, rows, write
+from mor.io.atomic_files import storage_error
+from mor.terminal.console import console, err_console
+from mor.terminal.table import print_table
+from mor.terminal.training_progress import watched
 from mor.train.trainer import Trainer
 
 HELP = "Run a grid of trainings, and compare them in one table and one plot."

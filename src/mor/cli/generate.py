@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mor.bench.palette import MAX_RECURSIONS
-from mor.cli.colour import coloured_text, depth_legend
-from mor.cli.table import print_table
-from mor.cli.terminal import Parser, console, err_console, parser
+from mor.cli.options.parser import Parser, parser
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.engine.request import TokenEvent
@@ -20,8 +17,12 @@ from mor.errors import ConfigError, DataError
 from mor.eval.depth import depth_histogram, mean_recursions, recursion_counts
 from mor.io.checkpoint import load, resolve
 from mor.io.tokenizer import Tokenizer
-from mor.model.mor import MoRModel
 from mor.model.sampling import Completion, SamplingParams
+from mor.model.transformer import MoRModel
+from mor.report.palette import MAX_RECURSIONS
+from mor.terminal.color import coloured_text, depth_legend
+from mor.terminal.console import console, err_console
+from mor.terminal.table import print_table
 
 HELP = "Continue a prompt; without one, start a text from nothing."
 

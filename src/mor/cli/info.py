@@ -7,13 +7,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mor.cli.table import print_table
-from mor.cli.terminal import console, parser
+from mor.cli.options.parser import parser
 from mor.cli.train import load_train_config
 from mor.errors import ConfigError
 from mor.io.checkpoint import load_config, newest_step
 from mor.model import cost
 from mor.model.config import MoRConfig
+from mor.terminal.console import console
+from mor.terminal.table import print_table
 
 HELP = "Parameters, FLOPs per token by depth and KV bytes, next to the vanilla twin."
 

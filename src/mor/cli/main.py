@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mor.cli.terminal import err_console, fail
 from mor.errors import MorError, nearest
+from mor.terminal.console import err_console, fail
 
 VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -28,7 +28,7 @@ VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "convert": ("mor.cli.convert", "checkpoints of other programs in, ours out"),
         "push": ("mor.cli.push", "upload a model to Hugging Face's hub"),
         "info": ("mor.cli.info", "parameters, FLOPs and KV bytes, next to the vanilla twin"),
-        "bench": ("mor.cli.bench", "measure against baselines in the same run"),
+        "bench": ("mor.cli.bench.main", "measure against baselines in the same run"),
     }
 )
 

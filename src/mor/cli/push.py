@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from mor.cli.terminal import console, parser
+from mor.cli.options.parser import parser
 from mor.io.hub import push_to_hub
+from mor.terminal.console import console
 
 EXAMPLES = (
     "mor push runs/mor3 owner/mor3 --private",

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mor.bench.run_report import find_runs, run_report
-from mor.bench.timing import machine
-from mor.cli.terminal import console, parser
+from mor.cli.options.parser import parser
 from mor.errors import CapacityError, ConfigError
-from mor.io.storage import storage_error, write_file
+from mor.io.atomic_files import storage_error, write_file
+from mor.machine import machine
+from mor.report.run_page import find_runs, run_report
+from mor.terminal.console import console
 
 HELP = "Curves and final numbers of training runs, as one HTML page that needs nothing else."
 

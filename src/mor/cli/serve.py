@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from mor import __version__
-from mor.cli.terminal import Parser, err_console, parser
+from mor.cli.options.parser import Parser, parser
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import ConfigError, MissingExtraError
+from mor.terminal.console import err_console
 
 HELP = "Serve a model over HTTP, as OpenAI's clients expect it, and the depth page at /."
 
@@ -38,8 +39,8 @@ def run(args: Sequence[str]) -> int:
     try:
         from mor.serve.app import App
         from mor.serve.config import ServeConfig
+        from mor.serve.served_model import Service
         from mor.serve.server import Server, bind
-        from mor.serve.service import Service
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "serve") from error
     _set_up_logging(options.log_level)

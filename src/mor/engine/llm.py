@@ -7,25 +7,24 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from mor.engine.burst import Burst
+from mor.engine.backend import Placement
 from mor.engine.config import EngineConfig
-from mor.engine.flight import Flight
 from mor.engine.kv_cache import KVCache
+from mor.engine.model_runner import Runner
+from mor.engine.multistep.device_decoder import Flight
+from mor.engine.multistep.scheduler import Burst
 from mor.engine.pages import PagePool, PageTable
-from mor.engine.placement import Placement
 from mor.engine.prefix import PrefixCache
 from mor.engine.request import Chunk, TokenEvent
 from mor.engine.request import Sequence as Track
-from mor.engine.runner import Runner
 from mor.engine.sampler import sampling_row
 from mor.engine.scheduler import Passes, Scheduler
 from mor.engine.stats import EngineStats, ProgressBar
 from mor.errors import CapacityError, DataError, RequestError
 from mor.io.checkpoint import end_token_ids, load, resolve
-from mor.io.text import TextStream
+from mor.io.detokenizer import TextStream
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.config import MoRConfig
-from mor.model.mor import MoRModel
 from mor.model.sampling import (
     Completion,
     FinishReason,
@@ -33,6 +32,7 @@ from mor.model.sampling import (
     check_request,
     params_for_each,
 )
+from mor.model.transformer import MoRModel
 
 Prompt = str | Sequence[int]
 

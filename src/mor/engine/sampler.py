@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mor.engine.request import Sequence as Track
 from mor.model.sampling import MAX_LOGPROBS, SamplingParams
-from mor.ops.choice import Draws, argmax, column, draw, ranked, wide
+from mor.ops.sampling import Draws, argmax, column, draw, ranked, wide
 
 _CPU_ROWS = 8  # at a time: what they are turned into stays in the cache
 

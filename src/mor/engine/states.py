@@ -15,17 +15,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mor.engine.layer_stack import CpuKernels, Kernels
 from mor.engine.request import Chunk
-from mor.engine.stack import CpuKernels, Kernels
 from mor.model.config import MoRConfig
-from mor.model.mor import MoRModel
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 from mor.model.router import (
     ExpertChoice,
     LinearRouter,
     RecursionLimits,
     TokenChoice,
 )
+from mor.model.transformer import MoRModel
 
 
 class States:
@@ -142,7 +142,7 @@ class FusedStates(ExpertStates):
     """Expert choice with linear routers, compiled for CPUs; fp32."""
 
     def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoice) -> None:
-        from mor.ops import cpu_route
+        from mor.ops.cpu import router as cpu_route
 
         super().__init__(config, hidden, router)
         self._ops = ops = cpu_route

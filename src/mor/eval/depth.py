@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mor.io.tokenizer import Tokenizer
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def tokens_by_depth(
     """Every token that occurs, with its mean recursion count; the deepest first.
 
     Args:
-        batches: (B, T + 1) windows, of which the T inputs count, as in `mor.train.metrics`.
+        batches: (B, T + 1) windows, of which the T inputs count, as in `mor.train.evaluate`.
         document_end: id at which attention stops; None: it spans documents.
     """
     was_training = model.training

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mor.data.sources import Document
 from mor.errors import ConfigError, DataError
 from mor.eval.depth import mean_recursions
 from mor.io.tokenizer import Tokenizer
-from mor.model.mor import MoRModel
-from mor.train.metrics import Evaluation, evaluate
-from mor.train.sources import Document
+from mor.model.transformer import MoRModel
+from mor.train.evaluate import Evaluation, evaluate
 
 Window = npt.NDArray[np.int64]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mor.engine.llm import LLM
 from mor.errors import RequestError
-from mor.model.mor import MoRModel
 from mor.model.sampling import SamplingParams
+from mor.model.transformer import MoRModel
 
 _WAVE_TOKENS = 8192  # of contexts that are started together, so that the cache still holds them
 _TOPK_TOKENS = 4096  # in one forward pass

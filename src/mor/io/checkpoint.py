@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mor.errors import CheckpointError, ConfigError
-from mor.io.storage import staged_folder, storage_error
+from mor.io.atomic_files import staged_folder, storage_error
 from mor.io.tokenizer import Tokenizer
 from mor.io.weights import read_weights
 from mor.model.config import MoRConfig
-from mor.model.mor import MoRModel
+from mor.model.transformer import MoRModel
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 MODEL_TYPE = "mor"

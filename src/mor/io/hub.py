@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mor.errors import CheckpointError, MissingExtraError
-from mor.io.card import CARD, model_card
 from mor.io.checkpoint import WEIGHTS, has_weights, load_config, resolve
+from mor.io.model_card import CARD, model_card
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.py", CARD)  # not the trainer's state
 

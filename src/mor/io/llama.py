@@ -17,12 +17,12 @@ from torch import Tensor
 from mor.errors import CheckpointError, ConfigError
 from mor.io import gguf
 from mor.io.checkpoint import GENERATION, save_new
-from mor.io.donor import from_donor
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
+from mor.io.uptrain import from_donor
 from mor.io.weights import read_json, read_weights
 from mor.model.config import LLAMA_FIELDS, MoRConfig
-from mor.model.mor import MoRModel
 from mor.model.sharing import Initialisation
+from mor.model.transformer import MoRModel
 
 # What transformers' LlamaConfig means where a config.json says nothing.
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mor.errors import ConfigError, DataError
-from mor.io.storage import storage_error, write_file
+from mor.io.atomic_files import storage_error, write_file
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mor.model.config import MoRConfig
-from mor.model.packing import Packing
-from mor.model.relaxation import DepthLinear
+from mor.model.depth_lora import DepthLinear
+from mor.model.ragged_batch import Packing
 from mor.model.sharing import Slot
-from mor.ops.lean import rotate
-from mor.ops.sequences import attend_at, attend_inside
+from mor.ops.document_attention import attend_at, attend_inside
+from mor.ops.memory_efficient import rotate
 
 
 class Rope(NamedTuple):

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from mor.errors import RequestError
 from mor.model.config import MoRConfig
-from mor.model.mor import MoRModel
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 from mor.model.router import RecursionLimits
 from mor.model.sampling import Completion, SamplingParams, check_request, params_for_each
 from mor.model.sharing import UNSHARED, Slot
+from mor.model.transformer import MoRModel
 
 
 class RaggedKVCache:

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from mor.model.attention import Attention, Context
 from mor.model.config import MoRConfig
-from mor.model.relaxation import DepthLinear
+from mor.model.depth_lora import DepthLinear
 from mor.model.sharing import UNSHARED, Slot
-from mor.ops.lean import rms_norm, swiglu
+from mor.ops.memory_efficient import rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mor.model.config import MoRConfig
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 
 Selection = Literal["topk", "threshold"]
 

@@ -16,13 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from mor.serve.auth import Auth
-from mor.serve.chat import create_chat_completion
-from mor.serve.completions import create_completion
-from mor.serve.depths import EngineState
+from mor.serve.engine_state import EngineState
 from mor.serve.errors import HTTPError, invalid
 from mor.serve.limits import BodyLimit
 from mor.serve.log import RequestLog
-from mor.serve.protocol import (
+from mor.serve.openai.chat import create_chat_completion
+from mor.serve.openai.completions import create_completion
+from mor.serve.openai.protocol import (
     ChatChunk,
     ChatRequest,
     ChatResponse,
@@ -38,10 +38,10 @@ from mor.serve.protocol import (
     TokenizeResponse,
     VersionResponse,
 )
-from mor.serve.service import Service
+from mor.serve.served_model import Service
 
-_PAGE = Path(__file__).with_name("page")
-_PAGE_HEADERS: Mapping[str, str] = MappingProxyType(
+_STATIC = Path(__file__).with_name("static")
+_STATIC_HEADERS: Mapping[str, str] = MappingProxyType(
     {
         "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
@@ -210,12 +210,12 @@ def _add_version(api: FastAPI, version: str) -> None:
 
 def _add_page(api: FastAPI) -> None:
     """The depth page. What lies in its folder now is all that is ever given out."""
-    files = {path.name: path for path in _PAGE.glob("*") if path.is_file()}
+    files = {path.name: path for path in _STATIC.glob("*") if path.is_file()}
 
     def file(name: str) -> Response:
         if name not in files:
             raise HTTPError(404, f"{name[:200]!r} is not part of the page.")
-        return FileResponse(files[name], headers=_PAGE_HEADERS)
+        return FileResponse(files[name], headers=_STATIC_HEADERS)
 
     @api.get("/", include_in_schema=False)
     async def index() -> Response:

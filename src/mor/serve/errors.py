@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from mor.errors import CapacityError, MorError
-from mor.serve.protocol import ErrorDetail, ErrorResponse
+from mor.serve.openai.protocol import ErrorDetail, ErrorResponse
 
 _TYPES = (  # by status, as OpenAI names them
     (401, "authentication_error"),

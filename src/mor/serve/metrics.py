@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from mor.engine.llm import LLM
 from mor.engine.request import TokenEvent
 from mor.model.sampling import FinishReason
-from mor.serve.depths import EngineState
+from mor.serve.engine_state import EngineState
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
 _LONG = (*_SECONDS[6:], 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)

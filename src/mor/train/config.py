@@ -113,7 +113,7 @@ class TrainConfig:
     """Newest checkpoints to keep; 0 keeps all."""
     spike_threshold: float = 10.0
     """Stop when the loss is so many robust standard deviations above its latest values; 0: never
-    (`mor.train.watch`)."""
+    (`mor.train.spike_detector`)."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (extra `track`)."""
 

@@ -11,31 +11,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mor.config import dump_yaml
+from mor.data.corpus import build_from_documents
+from mor.data.stdlib_corpus import stdlib_documents
 from mor.errors import CapacityError, CheckpointError, ConfigError, MorError
+from mor.io.atomic_files import storage_error, write_file
 from mor.io.checkpoint import load, newest_step, resolve
-from mor.io.donor import from_donor
-from mor.io.storage import storage_error, write_file
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
+from mor.io.uptrain import from_donor
 from mor.model.cost import presence_of
-from mor.model.mor import MoRModel
 from mor.model.router import ExpertChoice, TokenChoice
+from mor.model.transformer import MoRModel
+from mor.train.calibrate import calibrate
+from mor.train.checkpoint import TrainState, read_state, rng_state, set_rng_state
 from mor.train.config import STDLIB, TrainConfig
-from mor.train.corpus import build_from_documents
-from mor.train.course import is_over, resolve_budget, total_steps
-from mor.train.metrics import MetricsFile, calibrate, evaluate
-from mor.train.mixture import TrainingData
-from mor.train.optim import (
+from mor.train.distributed import World
+from mor.train.evaluate import evaluate
+from mor.train.metrics_file import MetricsFile
+from mor.train.optim import build_optimizer, set_learning_rate
+from mor.train.parallelize import parallelize
+from mor.train.schedule import (
     balancing_at,
-    build_optimizer,
     capacities_at,
+    is_over,
     learning_rate,
-    set_learning_rate,
+    resolve_budget,
+    total_steps,
 )
-from mor.train.parallel import World
-from mor.train.state import TrainState, read_state, rng_state, set_rng_state
-from mor.train.stdlib import stdlib_documents
-from mor.train.watch import TensorBoard, Watch, summary_writer
+from mor.train.spike_detector import Watch
+from mor.train.tensorboard import TensorBoard, summary_writer
+from mor.train.training_data import TrainingData
+from mor.yaml_config import dump_yaml
 
 Row = dict[str, Any]
 Outcome = Literal["finished", "stopped"]
@@ -92,7 +97,7 @@ class Trainer:
         with self.world.together():
             self.model = self._open(corpora, checkpoint).to(self.device)
             self.config = config = resolve_budget(config, self.model.config)
-        self._spread = self.world.spread(self.model, config)
+        self._spread = parallelize(self.model, config, self.world)
         self.optimizer = build_optimizer(self.model, config)
         self.step = 0
         """Optimizer steps done."""

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from mor.errors import CheckpointError, DataError
-from mor.io.card import model_card, write_card
+from mor.io.atomic_files import staged_folder, storage_error
 from mor.io.checkpoint import CONFIG, GENERATION, load, resolve, write_model
-from mor.io.storage import staged_folder, storage_error
+from mor.io.model_card import model_card, write_card
 from mor.io.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, Tokenizer
 from mor.io.weights import read_json
 from mor.model.config import MoRConfig
@@ -39,16 +39,16 @@ _CODE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "configuration_mor": ("mor.errors", "mor.model.config", "mor.io.hf.configuration"),
         "modeling_mor": (
             "mor.ops.cross_entropy",
-            "mor.ops.lean",
+            "mor.ops.memory_efficient",
             "mor.ops.low_rank",
-            "mor.ops.sequences",
+            "mor.ops.document_attention",
             "mor.model.sharing",
-            "mor.model.packing",
-            "mor.model.relaxation",
+            "mor.model.ragged_batch",
+            "mor.model.depth_lora",
             "mor.model.attention",
             "mor.model.layers",
             "mor.model.router",
-            "mor.model.mor",
+            "mor.model.transformer",
             "mor.io.hf.cache",
             "mor.io.hf.tokens",
             "mor.io.hf.modeling",

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 from mor.model.attention import WholeSequence
 from mor.model.config import MoRConfig
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 from mor.model.sharing import Slot
 
 _NOWHERE = 1 << 40  # the position of an entry that is not there

@@ -25,10 +25,10 @@ from mor.io.hf.tokens import Tokens
 from mor.model.attention import Context, WholeSequence
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer
-from mor.model.mor import MoRModel, shift_labels
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 from mor.model.router import ExpertChoice, RecursionLimits, Selection
 from mor.model.sharing import UNSHARED, Slot, block_schedule
+from mor.model.transformer import MoRModel, shift_labels
 from mor.ops.cross_entropy import IGNORE
 
 _DECODING = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")

@@ -13,7 +13,7 @@ from torch import Tensor
 from mor.errors import RequestError
 from mor.io.hf.cache import MoRCache
 from mor.model.config import MoRConfig
-from mor.model.packing import Packing
+from mor.model.ragged_batch import Packing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,208 @@
+"""Whom `mor chat` talks with: a model in this process, or one behind an OpenAI-compatible API."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from mor.engine.llm import LLM
+from mor.errors import MissingExtraError, RequestError
+from mor.io.tokenizer import Tokenizer
+from mor.model.sampling import SamplingParams
+from mor.serve.client import Client, read_event
+
+Emit = Callable[[str, int], None]
+"""Takes the text of a token as it comes, and its recursion count."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What somebody said."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(kw_only=True)
+class Dials:
+    """How the next answer is made; commands change it."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    seed: int | None = None
+    max_recursions: int | None = None
+
+
+@runtime_checkable
+class Partner(Protocol):
+    """Answers conversations."""
+
+    name: str
+    num_recursions: int
+    has_template: bool
+    """Whether it knows turns; otherwise it continues the text."""
+
+    def answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+        """Say what comes next, token by token.
+
+        Raises:
+            MorError: it cannot.
+        """
+        ...
+
+
+def plain(turns: Sequence[Turn]) -> str:
+    """A conversation as one text, for a model that knows no turns."""
+    return "\n".join(turn.text for turn in turns)
+
+
+class LocalPartner:
+    """A model on the engine in this process."""
+
+    def __init__(self, name: str, llm: LLM, tokenizer: Tokenizer, template: Any) -> None:
+        """`template` is the model's `ChatTemplate`, or None."""
+        self.name = name
+        self.num_recursions = llm.model_config.num_recursions
+        self.has_template = template is not None
+        self._llm, self._tokenizer, self._template = llm, tokenizer, template
+
+    def answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+        """See `Partner`."""
+        prompt = self._encode(turns)
+        room = self._llm.model_config.max_position_embeddings - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the conversation has {len(prompt)} tokens, and the model takes "
+                f"{self._llm.model_config.max_position_embeddings}: start again with /reset."
+            )
+        params = SamplingParams(
+            max_tokens=min(dials.max_tokens, room),
+            temperature=dials.temperature,
+            top_p=dials.top_p,
+            seed=dials.seed,
+            max_recursions=dials.max_recursions,
+        )
+        with closing(self._llm.stream(prompt, params)) as events:
+            for event in events:
+                emit(event.text, event.recursion_count)
+
+    def _encode(self, turns: Sequence[Turn]) -> list[int]:
+        if self._template is None:
+            return self._tokenizer.encode(plain(turns)) or [self._tokenizer.eos_id]
+        from mor.serve.errors import HTTPError
+        from mor.serve.openai.protocol import Message
+
+        try:
+            messages = [Message(role=turn.role, content=turn.text) for turn in turns]
+            return self._template.encode(messages, self._tokenizer)
+        except HTTPError as error:
+            raise RequestError(str(error)) from error
+
+
+def template_of(tokenizer: Tokenizer) -> Any:
+    """The `ChatTemplate` that came with a tokenizer; None if there is none.
+
+    Raises:
+        MissingExtraError: there is one, and what reads it is not installed.
+        ConfigError: it is not valid.
+    """
+    try:
+        from mor.serve.text.chat_template import ChatTemplate
+    except ModuleNotFoundError as error:
+        if any("chat_template" in name + text for name, text in tokenizer.companions.items()):
+            raise MissingExtraError(str(error.name), "serve") from error
+        return None
+    return ChatTemplate.of(tokenizer.companions)
+
+
+class RemotePartner:
+    """A model behind the API."""
+
+    def __init__(self, client: Client, model: str | None) -> None:
+        """Asks the server what it serves.
+
+        Raises:
+            RequestError: it cannot be reached, or serves no such model.
+        """
+        self._client = client
+        card = asyncio.run(client.card(model))
+        self.name: str = card["id"]
+        self.num_recursions: int = card.get("num_recursions") or 1
+        self.has_template = asyncio.run(self._knows_turns())
+
+    async def _knows_turns(self) -> bool:
+        body = {"model": self.name, "messages": [{"role": "user", "content": "Hi"}]}
+        try:
+            await self._client.post("/tokenize", body)
+        except RequestError as error:
+            return "no chat template" not in str(error)  # another server may not know the route
+        return True
+
+    def answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+        """See `Partner`."""
+        _run_until_ctrl_c(self._answer(turns, dials, emit))
+
+    async def _answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+        path, body = "/v1/completions", self._body(dials)
+        if self.has_template:
+            path = "/v1/chat/completions"
+            body["messages"] = [{"role": t.role, "content": t.text} for t in turns]
+        else:
+            body["prompt"] = plain(turns)
+        async with aclosing(self._client.stream(path, body)) as events:
+            async for data in events:
+                for choice in read_event(data).get("choices") or ():
+                    for text, count in pieces(choice):
+                        emit(text, count)
+
+    def _body(self, dials: Dials) -> dict[str, Any]:
+        optional = {"seed": dials.seed, "max_recursions": dials.max_recursions}
+        return {
+            "model": self.name,
+            "stream": True,
+            "max_tokens": dials.max_tokens,
+            "temperature": dials.temperature,
+            "top_p": dials.top_p,
+            "logprobs": True if self.has_template else 0,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+
+def _run_until_ctrl_c(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, where Ctrl-C cancels between two steps of the event loop.
+
+    asyncio's own handler cancels at once, even while the loop is setting the very future that the
+    task waits for; asyncio then prints "Fatal error".
+    """
+
+    async def main() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        if sys.platform != "win32":  # whose loops take no handlers; closing the loop removes it
+            loop.add_signal_handler(signal.SIGINT, task.cancel)
+        await work
+
+    try:
+        asyncio.run(main())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def pieces(choice: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The texts and recursion counts that a streamed choice adds.
+
+    Tokens that came together are told apart where their names add up to the text; otherwise they
+    are shown as one, as deep as the deepest.
+    """
+    delta = choice.get("delta") or {}
+    text = choice.get("text") or delta.get("content") or ""
+    counts = choice.get("recursion_counts") or [1]
+    scores = choice.get("logprobs") or {}
+    names = scores.get("tokens") or [entry["token"] for entry in scores.get("content") or ()]
+    if len(names) == len(counts) and "".join(names) == text:
+        return list(zip(names, counts, strict=True))
+    return [(text, max(counts))] if text else []

@@ -1,0 +1,70 @@
+"""Which documents are held out for validation."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mor.data.sources import Document
+
+
+class HeldOut:
+    """Decides which documents go to the `valid` split, after a survey of all of them."""
+
+    def __init__(self, fraction: float, seed: int) -> None:
+        """Args:
+        fraction: share of the documents to hold out whose source names no split.
+        seed: of the choice.
+        """
+        self.num_documents = 0
+        self.num_empty = 0
+        self._fraction = fraction
+        self._seed = seed
+        # The documents that stand for their split even if the fraction would leave it empty.
+        self._lowest: tuple[float, int] = (2.0, -1)  # score and number
+        self._highest: tuple[float, int] = (-1.0, -1)
+
+    def survey(self, documents: Iterable[Document]) -> Iterator[str]:
+        """Passes on the texts of `documents` and takes note of them.
+
+        Texts of sources that are held out as a whole are noted only.
+        """
+        for document in documents:
+            if not document.text:
+                self.num_empty += 1
+                continue
+            score = self._score(document)
+            if score < self._lowest[0]:
+                self._lowest = (score, self.num_documents)
+            if score >= self._highest[0]:
+                self._highest = (score, self.num_documents)
+            self.num_documents += 1
+            if document.split != "valid":
+                yield document.text
+
+    def state(self) -> dict[str, Any]:
+        """What the survey has found, as plain data for `restore`."""
+        return {
+            "documents": self.num_documents,
+            "empty": self.num_empty,
+            "lowest": self._lowest,
+            "highest": self._highest,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Knows what an earlier survey has found."""
+        self.num_documents, self.num_empty = state["documents"], state["empty"]
+        self._lowest, self._highest = tuple(state["lowest"]), tuple(state["highest"])
+
+    def split_of(self, number: int, document: Document) -> str:
+        """`train` or `valid`, where `number` counts the documents with text from 0."""
+        if document.split is not None:
+            return document.split
+        if self._fraction == 0 or number == self._highest[1]:
+            return "train"
+        held_out = number == self._lowest[1] or self._score(document) < self._fraction
+        return "valid" if held_out else "train"
+
+    def _score(self, document: Document) -> float:
+        """Uniform in [0, 1) and the same wherever and whenever the document is seen."""
+        name = f"{self._seed}:{document.name}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(name, digest_size=6).digest()) / 2**48

@@ -1,0 +1,125 @@
+"""Where and how a model runs: device, dtype, kernels, and the memory for keys and values."""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+
+from mor.engine.config import EngineConfig
+from mor.engine.kv_cache import KVCache
+from mor.engine.layer_stack import CpuKernels, Kernels, Stack, TorchKernels, fits_cpu_kernels
+from mor.engine.multistep.cuda_graphs import GraphStack
+from mor.errors import ConfigError
+from mor.model.transformer import MoRModel
+from mor.ops.cpu.packed_weights import Storage
+
+_BURST = 8  # a few milliseconds on a GPU: what a new request may have to wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The choice that was made."""
+
+    device: torch.device
+    weights: torch.dtype
+    """How weights are kept (int8 apart)."""
+    compute: torch.dtype
+    """Of hidden states, keys and values."""
+    kernels: str
+    burst: int
+    """Decode ticks in a row without the host."""
+
+    @classmethod
+    def choose(cls, model: MoRModel, config: EngineConfig) -> "Placement":
+        """The fastest way that fits.
+
+        Raises:
+            ConfigError: the settings contradict each other or the model's shapes.
+        """
+        own = model.embed_tokens.weight
+        try:
+            device = torch.device(config.device) if config.device else own.device
+        except RuntimeError as error:
+            raise ConfigError(f"device={config.device!r} is none: use 'cpu' or 'cuda'.") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device={str(device)!r} is not supported: use 'cpu' or 'cuda'.")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device={config.device!r}: torch sees no GPU here; use 'cpu'.")
+        weights = getattr(torch, config.dtype) if config.dtype else own.dtype
+        fits = fits_cpu_kernels(model.config, config.page_size)
+        small = weights in (torch.float32, torch.bfloat16)
+        best = "triton" if device.type == "cuda" else "cpu" if fits and small else "reference"
+        kernels = config.kernels or best
+        if kernels == "cpu" and (device.type != "cpu" or not small or not fits):
+            raise ConfigError(
+                "kernels='cpu' needs a CPU, float32 or bfloat16, and hidden_size, "
+                "intermediate_size, head_dim and page_size that are multiples of 16; here: "
+                f"{device.type}, {weights}, {model.config.hidden_size}, "
+                f"{model.config.intermediate_size}, {model.config.head_dim}, {config.page_size}. "
+                "Use kernels='reference'."
+            )
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if kernels == "triton" and device.type != "cuda" and not interpreted:
+            raise ConfigError(f"kernels='triton' needs device='cuda', not {device.type!r}.")
+        if config.quantization and kernels != "cpu":
+            raise ConfigError(
+                f"quantization={config.quantization!r} needs kernels='cpu' (see there for what "
+                f"they take), and these settings run with {kernels!r}: leave it out."
+            )
+        compute = torch.float32 if kernels == "cpu" else weights
+        burst = _burst(model, config, device, kernels)
+        return cls(device=device, weights=weights, compute=compute, kernels=kernels, burst=burst)
+
+    def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> Kernels:
+        """Load the kernels."""
+        if self.kernels == "cpu":
+            plain: Storage = "bfloat16" if self.weights == torch.bfloat16 else "float32"
+            storage: Storage = "int8" if config.quantization == "int8" else plain
+            return CpuKernels(model.config, cache.kv, storage, config.num_threads)
+        operations = importlib.import_module(f"mor.ops.{self.kernels}")
+        # A graph has fixed shapes, and the lanes of each depth, which have deltas, vary in number.
+        graphs = self.kernels == "triton" and not model.config.relaxation_rank
+        wrap = self._graphs(model, cache) if graphs else None
+        return TorchKernels(model.config, operations, cache.kv, self.compute, wrap)
+
+    def _graphs(self, model: MoRModel, cache: KVCache) -> Callable[[Stack], Stack]:
+        """Decode ticks as CUDA graphs."""
+        return partial(
+            GraphStack,
+            width=model.config.hidden_size,
+            table_width=cache.table_width,
+            dtype=self.compute,
+            device=self.device,
+            stream=self.recorder,
+        )
+
+    @cached_property
+    def recorder(self) -> torch.cuda.Stream | None:
+        """Where all CUDA graphs of this engine are recorded, and no others; None: nothing is."""
+        return torch.cuda.Stream(self.device) if _records(self.kernels, self.device) else None
+
+
+def _records(kernels: str, device: torch.device) -> bool:
+    """Whether ticks become CUDA graphs."""
+    return kernels == "triton" and device.type == "cuda"
+
+
+def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels: str) -> int:
+    """`EngineConfig.burst`, or what suits; ConfigError if it cannot be."""
+    obstacle = (
+        "kernels='cpu', which wait for nobody"
+        if kernels == "cpu"
+        else "batching='sequence', which waits for the deepest token"
+        if config.batching == "sequence"
+        else "relaxation_rank, whose lanes are sorted by depth on the host"
+        if model.config.relaxation_rank
+        else None
+    )
+    if obstacle is None:
+        return config.burst or (_BURST if _records(kernels, device) else 1)
+    if (config.burst or 1) > 1:
+        raise ConfigError(f"burst={config.burst} does not go with {obstacle}: leave it out.")
+    return 1

@@ -1,0 +1,229 @@
+"""Plans into tensors: the model's stages over the lanes of a tick.
+
+Shape letters: N lanes, E width, V vocabulary.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mor.engine.config import EngineConfig
+from mor.engine.kv_cache import KVCache
+from mor.engine.layer_stack import Application, Kernels, layers_of
+from mor.engine.pages import PageTable
+from mor.engine.request import Chunk
+from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample
+from mor.engine.scheduler import AdvancePlan, EnterPlan
+from mor.engine.states import rows_of, states_for
+from mor.model.sampling import MAX_LOGPROBS
+from mor.model.sharing import block_schedule
+from mor.model.transformer import MoRModel
+from mor.ops.paged import Lanes
+from mor.ops.sampling import score
+
+_SCORED_ROWS = 128  # logits that are whole at one time: an allocation that is used again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What came out of a finish phase."""
+
+    sampled: Sampled
+    prompt_logprobs: dict[int, tuple[list[float], list[dict[int, float]]]] = field(
+        default_factory=dict
+    )
+    """By the chunk's place in the plan: log-probabilities of the token after each of its `scored`
+    ones, and of the likeliest ones there."""
+
+
+class Runner:
+    """Runs what the scheduler has planned; knows nothing of requests beyond their chunks."""
+
+    def __init__(
+        self, model: MoRModel, config: EngineConfig, cache: KVCache, kernels: Kernels, num_rows: int
+    ) -> None:
+        self.model_config = model.config
+        self.cache = cache
+        self.kernels = kernels
+        self.device = cache.kv.k.device
+        self.dtype = cache.kv.k.dtype
+        self.compute_seconds = 0.0
+        """Time inside layers, head, routers and sampler: the rest of a tick is bookkeeping."""
+        self._norm = model.norm
+        self._embedding = model.embed_tokens.weight.detach()
+        self._head = model.lm_head.weight.detach()
+        self.states = states_for(model, kernels, num_rows + 1, self.dtype, self.device)  # one spare
+        outer = layers_of(model.prelude) + layers_of(model.coda)
+        apps = [Application(layer=m, home=i, writes=True) for i, m in enumerate(outer)]
+        num = len(model.prelude)
+        self.prelude = kernels.stack(apps[:num]) if num else None
+        self.coda = kernels.stack(apps[num:]) if apps[num:] else None
+        self.block = kernels.stack(_block(model))
+        # Depths that share keys and values see all earlier tokens, so positions are the entries.
+        self._shared = model.config.kv_strategy == "shared"
+        self._num_groups = 1 if model.config.sharing == "sequence" else model.config.num_recursions
+
+    # -- phases ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def enter(self, plan: EnterPlan) -> list[bool]:
+        """Embed and run the prelude; for each token, whether it takes its first pass."""
+        self.cache.copy_pages(plan.copies)
+        if not plan.chunks:
+            return []
+        ids = [t for c in plan.chunks for t in c.sequence.tokens[c.start : c.start + len(c)]]
+        began = time.perf_counter()
+        x = self.embed(self._ints(ids))
+        if self.prelude is not None:
+            x = self.prelude.run(x, self._outer_lanes(plan.chunks))
+        goes_on = self.states.enter(plan.chunks, x)
+        self.compute_seconds += time.perf_counter() - began
+        return goes_on
+
+    @torch.inference_mode()
+    def advance(self, plan: AdvancePlan) -> list[bool]:
+        """One pass of the block over all present tokens; for each, whether it is sent on."""
+        lanes = self._block_lanes(plan)
+        rows = [c.rows[i] for c in plan.chunks for i in c.present]
+        depths = [c.depth + 1 for c in plan.chunks for _ in c.present]
+        began = time.perf_counter()
+        update = self.block.run(self.states.take(rows), lanes)
+        goes_on = self.states.advance(rows, depths, lanes.positions, update)
+        self.compute_seconds += time.perf_counter() - began
+        return goes_on
+
+    @torch.inference_mode()
+    def finish(self, chunks: list[Chunk], sampling: dict[int, SamplingRow]) -> Finished:
+        """Run coda and head; sample after the last token of each chunk that `sampling` names."""
+        began = time.perf_counter()
+        scored = {i: places for i, chunk in enumerate(chunks) if (places := chunk.scored)}
+        result = Finished(sampled=Sampled(tokens=[], logprobs=[], top_logprobs=[]))
+        if self.coda is not None or sampling or scored:
+            x = self.states.leave(rows_of(chunks))
+            if self.coda is not None:
+                x = self.coda.run(x, self._outer_lanes(chunks))
+            ends = np.cumsum([len(c) for c in chunks])
+            if sampling:
+                last = self._ints([int(ends[i]) - 1 for i in sampling])
+                logits = self.readout(x.index_select(0, last))
+                result = Finished(sampled=self._sample(logits, list(sampling.values())))
+            lines = [(i, int(ends[i]) - len(chunks[i]) + p, p) for i in scored for p in scored[i]]
+            self._score(chunks, lines, x, result)
+        self.compute_seconds += time.perf_counter() - began
+        return result
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _ints(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def embed(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+        """(N, E) what goes into the prelude."""
+        return F.embedding(tokens, self._embedding).to(self.dtype)
+
+    def readout(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n v"]:
+        """(N, V) logits."""
+        return self.kernels.readout(self._norm, self._head, x)
+
+    def _sample(self, logits: Float[Tensor, "n v"], rows: list[SamplingRow]) -> Sampled:
+        if all(is_plain(row) and row.params.logprobs is None for row in rows):
+            found = self.kernels.greedy(logits)
+            if found is not None:
+                return Sampled(tokens=found[0], logprobs=found[1], top_logprobs=[{} for _ in rows])
+        return sample(logits, rows)
+
+    def _score(
+        self, chunks: list[Chunk], lines: list[tuple[int, int, int]], x: Tensor, result: Finished
+    ) -> None:
+        """Note scores of prompt tokens; a line is a chunk, a row of `x`, a place in the chunk."""
+        for start in range(0, len(lines), _SCORED_ROWS):
+            part = lines[start : start + _SCORED_ROWS]
+            wanted = [chunks[i].sequence.tokens[chunks[i].start + p + 1] for i, _, p in part]
+            tops = [chunks[i].sequence.params.logprobs or 0 for i, _, _ in part]
+            logits = self.readout(x.index_select(0, self._ints([row for _, row, _ in part])))
+            best = self.kernels.greedy(logits) if max(tops) <= 1 else None
+            scores, likeliest = score(logits, self._ints(wanted), max(tops), MAX_LOGPROBS, best)
+            for (i, _, _), num, one, top in zip(part, tops, scores, likeliest, strict=True):
+                found, others = result.prompt_logprobs.setdefault(i, ([], []))
+                found.append(one)
+                others.append(dict(list(top.items())[:num]))
+
+    # -- lanes ----------------------------------------------------------------------------------
+
+    def _outer_lanes(self, chunks: list[Chunk]) -> Lanes:
+        """Every token of these chunks, in the unshared layers: entry and position are the same."""
+        tables = [c.sequence.outer for c in chunks]
+        ranges = [list(range(c.start, c.start + len(c))) for c in chunks]
+        return self._lanes(tables, ranges, ranges, len(chunks))
+
+    def _block_lanes(self, plan: AdvancePlan) -> Lanes:
+        tables: list[PageTable | None] = []
+        positions: list[list[int]] = []
+        entries: list[list[int]] = []
+        for chunk, first in zip(plan.chunks, plan.first_entries, strict=True):
+            tables.append(chunk.sequence.depths[0 if self._shared else chunk.depth])
+            positions.append([chunk.start + i for i in chunk.present])
+            ordinal = range(first, first + len(chunk.present))
+            entries.append(positions[-1] if self._shared else list(ordinal))
+        depths = [chunk.depth for chunk in plan.chunks for _ in chunk.present]
+        groups = tuple(np.searchsorted(depths, range(self._num_groups + 1)).tolist())
+        return self._lanes(tables, positions, entries, plan.num_writing, groups)
+
+    def _lanes(
+        self,
+        tables: list[PageTable | None],
+        positions: list[list[int]],
+        entries: list[list[int]],
+        num_writing: int,
+        groups: tuple[int, ...] = (),
+    ) -> Lanes:
+        """The first `num_writing` runs store their keys and values; `entries` sees itself last."""
+        width = max(len(t.cells) for t in tables if t is not None)
+        table = np.zeros((len(tables), width), np.int32)
+        slots: list[tuple[int, int]] = []
+        for number, (t, run) in enumerate(zip(tables, entries, strict=True)):
+            assert t is not None
+            table[number, : len(t.cells)] = t.cells
+            if number < num_writing:
+                slots += [t.slot(entry) for entry in run]
+        runs = np.cumsum([0, *map(len, entries)])
+        return Lanes(
+            positions=self._int32([p for run in positions for p in run]),
+            kv_len=self._int32([entry + 1 for run in entries for entry in run]),
+            runs=self._int32(runs),
+            tables=self._int32(table),
+            write_cell=self._int32([cell for cell, _ in slots]),
+            write_slot=self._int32([slot for _, slot in slots]),
+            groups=groups,
+            longest_run=max(map(len, entries)),
+        )
+
+    def _int32(self, values: list[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int32)).to(self.device)
+
+
+def _block(model: MoRModel) -> list[Application]:
+    """One pass of the shared block; with sharing='sequence' one pass is all recursions."""
+    config = model.config
+    layers = layers_of(model.block)
+    every = tuple(range(config.num_recursions)) if config.relaxation_rank else ()
+    if config.sharing == "cycle":
+        return [
+            Application(layer=m, home=i, writes=True, depths=every) for i, m in enumerate(layers)
+        ]
+    schedule = block_schedule(config.sharing, config.num_block_layers, config.num_recursions)
+    shared = config.kv_strategy == "shared"
+    return [
+        Application(
+            layer=layers[slot.layer],
+            home=slot.layer if shared else i,
+            writes=slot.depth == 0 or not shared,
+            depths=every[slot.depth : slot.depth + 1],
+        )
+        for i, slot in enumerate(schedule)
+    ]

@@ -1,0 +1,160 @@
+"""CUDA graphs for decode ticks: one recorded launch instead of a few hundred.
+
+A graph replays the same kernels on the same memory, so lanes are copied into fixed buffers and
+filled up to the next bucket: empty lanes see no keys and store nothing.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mor.engine.layer_stack import Stack
+from mor.ops.paged import Lanes
+
+_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def bucket_of(lanes: int) -> int:
+    """The size that so many lanes are filled up to."""
+    return next((bucket for bucket in _BUCKETS if bucket >= lanes), -(-lanes // 256) * 256)
+
+
+def unwrapped(stack: Stack) -> Stack:
+    """A stack without graphs of its own, to be part of a larger one."""
+    return stack.stack if isinstance(stack, GraphStack) else stack
+
+
+class Recorded:
+    """A function on fixed memory that is recorded when it first runs, and replayed from then on.
+
+    Its result lies in the graph's memory: the next replay overwrites it.
+
+    Args:
+        stream: records; without, the function runs as it is, for tests on a CPU. Graphs of a stream
+            share its cuBLAS workspace, which torch frees as soon as one of them is dropped (pytorch
+            issue 193402): only graphs that are dropped together may share a stream.
+    """
+
+    def __init__(
+        self, function: Callable[[], Tensor], stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self._function = function
+        self._stream = stream
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._out: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """The function's result."""
+        if self._stream is None:
+            return self._function()
+        if self._graph is None:
+            return self._record(self._stream)
+        self._graph.replay()
+        assert self._out is not None
+        return self._out
+
+    def _record(self, stream: torch.cuda.Stream) -> Tensor:
+        """Run once, which compiles every kernel, then record, which runs nothing."""
+        caller = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            result = self._function()
+        caller.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._out = self._function()
+        self._graph = graph  # not before: a recording that fails is tried again
+        return result
+
+
+class GraphStack:
+    """A stack whose decode ticks, where every run is one lane, replay a recorded graph.
+
+    Args:
+        stack: operations that launch by shapes alone, never by values (`mor.ops.triton`).
+        width: E.
+        table_width: cells of the longest page table.
+        stream: see `Recorded`; without, the padded buffers run as they are.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        width: int,
+        table_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self.stack = stack
+        self._width = width
+        self._table_width = table_width
+        self._dtype = dtype
+        self._device = device
+        self._stream = stream
+        self._buckets: dict[int, _Bucket] = {}
+
+    def run(self, x: Float[Tensor, "n e"], lanes: Lanes) -> Float[Tensor, "n e"]:
+        """See `Stack.run`. Prefill, and more lanes than the largest bucket, run unrecorded."""
+        num = x.shape[0]
+        if lanes.longest_run > 1 or num > _BUCKETS[-1]:
+            return self.stack.run(x, lanes)
+        size = bucket_of(num)
+        if size not in self._buckets:
+            self._buckets[size] = _Bucket(
+                self.stack,
+                size,
+                self._width,
+                self._table_width,
+                self._dtype,
+                self._device,
+                self._stream,
+            )
+        return self._buckets[size].run(x, lanes)
+
+
+class _Bucket:
+    """Fixed memory for so many lanes, and the graph that works on it."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        size: int,
+        width: int,
+        table_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self._x = torch.zeros(size, width, dtype=dtype, device=device)
+        self._lanes = Lanes(
+            positions=ints(size),
+            kv_len=ints(size),
+            runs=torch.arange(size + 1, dtype=torch.int32, device=device),
+            tables=ints(size, table_width),
+            write_cell=ints(size),
+            write_slot=ints(size),
+            longest_run=1,
+        )
+        self._run = Recorded(lambda: stack.run(self._x, self._lanes), stream)
+
+    def run(self, x: Tensor, lanes: Lanes) -> Tensor:
+        """Copy in, replay, and hand out the lanes that are real."""
+        self._fill(x, lanes)
+        return self._run()[: x.shape[0]].clone()
+
+    def _fill(self, x: Tensor, lanes: Lanes) -> None:
+        num, writing, columns = x.shape[0], lanes.write_cell.shape[0], lanes.tables.shape[1]
+        self._x[:num] = x
+        self._lanes.positions[:num] = lanes.positions
+        self._lanes.kv_len.zero_()
+        self._lanes.kv_len[:num] = lanes.kv_len
+        self._lanes.tables[:num, :columns] = lanes.tables
+        self._lanes.write_cell.fill_(-1)  # nobody's: lanes that only read, and empty ones
+        self._lanes.write_cell[:writing] = lanes.write_cell
+        self._lanes.write_slot[:writing] = lanes.write_slot

@@ -1,0 +1,62 @@
+"""What rounded weights cost: loss, and routing decisions that come out differently."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from mor.engine.config import EngineConfig
+from mor.engine.llm import LLM
+from mor.model.sampling import Completion, SamplingParams
+from mor.model.transformer import MoRModel
+
+_SEQUENCES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightCost:
+    """The engine with rounded weights beside the engine with the model's own."""
+
+    tokens: int
+    nll: float
+    """Mean over predicted tokens, in nats, under the causal `threshold` rule."""
+    nll_rounded: float
+    changed_counts: float
+    """Share of tokens whose recursion count differs."""
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {**asdict(self), "nll_cost": self.nll_rounded - self.nll}
+
+
+def weight_cost(model: MoRModel, batches: Iterable[Tensor], rounded: EngineConfig) -> WeightCost:
+    """Run the same windows through two engines.
+
+    Args:
+        batches: (B, T + 1) windows of token ids.
+        rounded: an engine with `quantization` or a `dtype`.
+
+    Raises:
+        ConfigError: the model or this machine cannot run so.
+    """
+    longest = model.config.max_position_embeddings - 1  # one token is generated
+    prompts = [row[:longest] for batch in batches for row in batch.tolist()]
+    plain = EngineConfig(max_sequences=_SEQUENCES, prefix_caching=False)
+    both = [_read(model, prompts, config) for config in (plain, rounded)]
+    scores = [[s for d in side for s in d.prompt_logprobs if s is not None] for side in both]
+    predicted = max(1, len(scores[0]))
+    counts = [[c for d in side for c in d.prompt_recursion_counts] for side in both]
+    changed = sum(a != b for a, b in zip(*counts, strict=True))
+    return WeightCost(
+        tokens=len(scores[0]),
+        nll=-sum(scores[0]) / predicted,
+        nll_rounded=-sum(scores[1]) / predicted,
+        changed_counts=changed / max(1, len(counts[0])),
+    )
+
+
+def _read(
+    model: MoRModel, prompts: Sequence[Sequence[int]], config: EngineConfig
+) -> list[Completion]:
+    params = SamplingParams(max_tokens=1, prompt_logprobs=True, ignore_eos=True)
+    return LLM(model, config).generate(prompts, params)

@@ -1,0 +1,252 @@
+"""What an experiment found: one table for people, one file for machines, one plot."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mor.experiments.experiment import Cell, Experiment
+from mor.io.atomic_files import write_file
+from mor.machine import machine
+from mor.model.cost import parameters_non_embedding
+from mor.report.charts import Series, line_chart
+from mor.report.comparison import depths
+from mor.report.run import Run
+from mor.train.budget import Budget
+
+Result = dict[str, Any]
+Group = tuple[str, str, str]
+"""Size, budget, variant."""
+
+
+def collect(experiment: Experiment, out: Path, failures: Mapping[str, str]) -> list[Result]:
+    """One result per cell of the grid; what is not finished has a status and no numbers."""
+    found = []
+    for cell in experiment.cells:
+        folder = out / "runs" / cell.name
+        result: Result = {
+            "name": cell.name,
+            "variant": cell.variant,
+            "size": cell.size,
+            "budget": cell.budget,
+            "seed": cell.seed,
+            "status": failures.get(cell.name, cell.state(folder)),
+        }
+        if result["status"] == "done":
+            run = Run.open(folder, cell.name)
+            result |= {**run.summary(), "command": run.command, "curve": _curve(run)}
+        found.append(result)
+    _compare(found, "vs_random", lambda variant: experiment.twins.get(variant))
+    _compare(found, "vs_baseline", lambda variant: experiment.baseline)
+    return found
+
+
+def _curve(run: Run) -> list[tuple[float, float]]:
+    """(training FLOPs, NLL under `threshold`) of each evaluation."""
+    return [(row.get("flops") or row["tokens"], row["nll_threshold"]) for row in run.evaluations]
+
+
+def _compare(found: list[Result], key: str, other: Callable[[str], str | None]) -> None:
+    """Differences of the causal NLL to the same size, budget and seed of another variant."""
+    by_cell = {(r["variant"], r["size"], r["budget"], r["seed"]): r for r in found}
+    for result in found:
+        place = (result["size"], result["budget"], result["seed"])
+        theirs = by_cell.get((other(result["variant"]) or "", *place), {})
+        if theirs is not result and "nll_threshold" in result and "nll_threshold" in theirs:
+            result[key] = result["nll_threshold"] - theirs["nll_threshold"]
+
+
+def write(experiment: Experiment, out: Path, command: str, failures: Mapping[str, str]) -> bool:
+    """Write `results.json`, `results.md` and `plot.svg`; returns whether every run is done.
+
+    Raises:
+        CapacityError, DataError: they cannot be written.
+    """
+    found = collect(experiment, out, failures)
+    complete = all(result["status"] == "done" for result in found)
+    where = {**machine(), "command": command}
+    values = {
+        "experiment": experiment.name,
+        "about": experiment.about,
+        "complete": complete,
+        "machine": where,
+        "runs": found,
+        "settings": {
+            c.name: json.loads(json.dumps(asdict(c.config), default=str)) for c in experiment.cells
+        },
+    }
+    write_file(out / "results.json", (json.dumps(values, indent=1) + "\n").encode())
+    write_file(out / "plot.svg", plot(experiment, found).encode())
+    write_file(out / "results.md", markdown(experiment, found, where).encode())
+    return complete
+
+
+def groups(found: Sequence[Result]) -> dict[Group, list[Result]]:
+    """Finished runs by size, budget and variant: each group holds the seeds."""
+    grouped: dict[Group, list[Result]] = {}
+    for result in found:
+        if result["status"] == "done":
+            key = (result["size"], result["budget"], result["variant"])
+            grouped.setdefault(key, []).append(result)
+    order = {key: i for i, key in enumerate(dict.fromkeys((r["size"], r["budget"]) for r in found))}
+    return dict(sorted(grouped.items(), key=lambda item: order[item[0][:2]]))
+
+
+# -- the table --------------------------------------------------------------------------------
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:.2f}M"
+
+
+def _flops(value: float) -> str:
+    return f"{value:.3g}"
+
+
+_COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
+    {
+        "parameters": ("parameters", _count),
+        "parameters_non_embedding": ("no embedding", _count),
+        "tokens": ("tokens", _count),
+        "training_flops": ("FLOPs", _flops),
+        "nll_topk": ("NLL topk", "{:.4f}".format),
+        "nll_threshold": ("NLL threshold", "{:.4f}".format),
+        "nll_gap": ("gap", "{:+.4f}".format),
+        "vs_random": ("vs random", "{:+.4f}".format),
+        "vs_baseline": ("vs baseline", "{:+.4f}".format),
+        "depth_histogram": ("recursions", depths),
+        "router_accuracy": ("accuracy", "{:.1%}".format),
+        "dead_share": ("dead", "{:.1%}".format),
+    }
+)
+_PER_SEED = ("nll_topk", "nll_threshold", "nll_gap", "vs_random", "vs_baseline", "depth_histogram")
+
+
+def rows(found: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of means over seeds, without columns that nothing fills."""
+    grouped = groups(found)
+    filled = [k for k in _COLUMNS if any(r.get(k) is not None for g in grouped.values() for r in g)]
+    sizes = len({size for size, _, _ in grouped}) > 1
+    header = ["variant", *(["size"] if sizes else []), "budget", "seeds"]
+    lines = []
+    for (size, budget, variant), group in grouped.items():
+        line = [variant, *([size] if sizes else []), budget, str(len(group))]
+        lines.append([*line, *(_mean(key, [r.get(key) for r in group]) for key in filled)])
+    return [*header, *(_COLUMNS[key][0] for key in filled)], lines
+
+
+def _mean(key: str, values: Sequence[Any]) -> str:
+    """The mean over seeds, and with several seeds the standard deviation of the losses."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    show = _COLUMNS[key][1]
+    if key == "depth_histogram":
+        return show([statistics.fmean(column) for column in zip(*known, strict=True)])
+    text = show(statistics.fmean(known))
+    spread = key in ("nll_topk", "nll_threshold") and len(known) > 1
+    return f"{text} ± {statistics.stdev(known):.4f}" if spread else text
+
+
+def markdown(experiment: Experiment, found: Sequence[Result], where: Mapping[str, object]) -> str:
+    """`results.md`."""
+    done = [r for r in found if r["status"] == "done"]
+    baseline = f'; "vs baseline" is against `{experiment.baseline}`' if experiment.baseline else ""
+    parts = [
+        f"# {experiment.name}",
+        experiment.about,
+        f"{len(done)} of {len(found)} runs are done. {where['cpu']}, threads: {where['threads']}, "
+        f"GPU: {where['gpu'] or 'none'}; torch {where['torch']}, commit {where['commit']}:",
+        f"    {where['command']}",
+        "Validation NLL in nats per token, under both selection rules: `topk` looks ahead, "
+        "`threshold` is causal, and the gap is their difference. Means over seeds, with the "
+        "standard deviation. Differences are of the causal NLL, paired by seed; below 0 is better. "
+        f'"vs random" is against random routing at equal capacity{baseline}.',
+        _table(*rows(found)),
+        "![NLL](plot.svg)",
+        "## By seed",
+        _table(*_by_seed(done)),
+    ]
+    if len(done) < len(found):
+        parts += ["## Not done", *(f"- {r['name']}: {r['status']}" for r in found if r not in done)]
+    commands = "\n".join(f"    {r['command']}" for r in done)
+    parts += ["## Single runs", "What repeats each of them:", commands]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _by_seed(done: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    filled = [k for k in _PER_SEED if any(r.get(k) is not None for r in done)]
+    lines = []
+    for result in done:
+        cells = [result.get(key) for key in filled]
+        shown = ["" if c is None else _COLUMNS[k][1](c) for k, c in zip(filled, cells, strict=True)]
+        lines.append([result["name"], *shown])
+    return ["run", *(_COLUMNS[key][0] for key in filled)], lines
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    split = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, split, *lines))
+
+
+# -- the plot ---------------------------------------------------------------------------------
+
+
+def plot(experiment: Experiment, found: Sequence[Result]) -> str:
+    """Causal NLL: by size where there are several, else by budget, else along the training."""
+    grouped = groups(found)
+    sizes, budgets = ({key[i] for key in grouped} for i in (0, 1))
+    y_label = "validation NLL (threshold), nats per token"
+    if len(sizes) > 1:
+        series = _final(grouped, "parameters_non_embedding", (2, 1) if len(budgets) > 1 else (2,))
+        return _chart(experiment, "parameters without embedding", y_label, series)
+    if len(budgets) > 1:
+        series = _final(grouped, "training_flops", (2,))
+        return _chart(experiment, "training FLOPs", y_label, series)
+    series = []
+    for (_, _, variant), group in grouped.items():
+        points = list(zip(*(r["curve"] for r in group), strict=False))
+        xs = [statistics.fmean(x for x, _ in point) for point in points]
+        ys = [statistics.fmean(y for _, y in point) for point in points]
+        series.append(Series(name=variant, xs=xs, ys=ys, dashed=variant in _twins(experiment)))
+    return line_chart(experiment.name, "training FLOPs", y_label, series, height=380)
+
+
+def _twins(experiment: Experiment) -> set[str]:
+    return set(experiment.twins.values())
+
+
+def _final(
+    grouped: Mapping[Group, list[Result]], x: str, names: tuple[int, ...]
+) -> dict[str, list[tuple[float, float]]]:
+    """Points of the final losses, by the parts of the group that name a line."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for key, group in grouped.items():
+        mean = statistics.fmean(r["nll_threshold"] for r in group)
+        line = lines.setdefault(", ".join(key[i] for i in names), [])
+        line.append((statistics.fmean(r[x] for r in group), mean))
+    return lines
+
+
+def _chart(
+    experiment: Experiment, x: str, y: str, lines: Mapping[str, list[tuple[float, float]]]
+) -> str:
+    series = []
+    for name, points in lines.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        dashed = name.split(", ")[0] in _twins(experiment)
+        series.append(Series(name=name, xs=xs, ys=ys, dashed=dashed))
+    return line_chart(experiment.name, x, y, series, height=380, log_x=True)
+
+
+def planned(cells: Sequence[Cell]) -> list[list[str]]:
+    """A row per cell for people: name, steps, parameters without embedding, FLOPs."""
+    lines = []
+    for cell in cells:
+        timed = Budget.parse(cell.budget).unit == "seconds"
+        steps, flops = ("", "") if timed else (str(cell.config.steps), _flops(cell.flops))
+        lines.append([cell.name, steps, _count(parameters_non_embedding(cell.model)), flops])
+    return lines

@@ -1,0 +1,288 @@
+"""Checkpoints of the paper's own code, read into our models.
+
+The reference implementation builds a Llama and then rewrites its layers, so where a parameter lies
+depends on routing and sharing:
+
+    expert choice  model.layers.{P + r}.block.{i}   and a `mor_router` per depth
+    token choice   model.layers.{P}.block_list.{r}.{i}   and one `mor_router`
+    recursive      plain layer numbers, the shared ones repeated
+
+with P = 1 for the `middle_` sharings and 0 otherwise. Tied parameters may appear once, under their
+first name, or under every name.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor.errors import CheckpointError, ConfigError
+from mor.io.checkpoint import save_new
+from mor.io.llama import llama_fields
+from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
+from mor.io.weights import read_json, read_weights
+from mor.model.config import MoRConfig
+from mor.model.sharing import block_schedule
+from mor.model.transformer import MoRModel
+from mor.yaml_config import read_yaml
+
+
+def from_official(
+    state_dict: Mapping[str, Tensor],
+    llama_config: Mapping[str, Any],
+    cfg: Mapping[str, Any],
+) -> MoRModel:
+    """A model with the reference implementation's parameters.
+
+    Args:
+        state_dict: its parameters by its names.
+        llama_config: its Llama config (`config.json`).
+        cfg: its own config (YAML): `recursive`, `kv_sharing`, `mor`.
+
+    Raises:
+        ConfigError: the configuration asks for something that has no counterpart here.
+        CheckpointError: a parameter is missing, unexpected or has the wrong shape.
+    """
+    state = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    config = config_from_official(state, llama_config, cfg)
+    model = MoRModel(config).to(next(iter(state.values())).dtype)
+    renamed = _rename(state, config)
+    expected = model.state_dict()
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+        renamed.pop("lm_head.weight", None)
+    for name, value in expected.items():
+        if name not in renamed:
+            raise CheckpointError(f"the checkpoint lacks a parameter for {name!r}.")
+        if renamed[name].shape != value.shape:
+            raise CheckpointError(
+                f"the parameter for {name!r} has shape {tuple(renamed[name].shape)}, the "
+                f"configuration says {tuple(value.shape)}."
+            )
+    unexpected = sorted(set(renamed) - set(expected))
+    if unexpected:
+        raise CheckpointError(f"the checkpoint has a parameter too many: {unexpected[0]!r}.")
+    model.load_state_dict(renamed, strict=False)
+    return model
+
+
+def convert_official(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    config: Path | str | None = None,
+    llama_config: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+) -> MoRModel:
+    """A published checkpoint, written to a new folder, or not at all.
+
+    Args:
+        folder: holds the weights, safetensors or `pytorch_model.bin`, whole or in shards.
+        config: its YAML; None: the only one in the folder.
+        llama_config: its Llama's `config.json`; None: the one in the folder.
+        tokenizer: `tokenizer.json` or its folder; None: the one in the folder, if any.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a parameter does not fit.
+        ConfigError: the configuration asks for something that has no counterpart here.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no folder: give the one that holds the weights.")
+    found = [Path(config)] if config is not None else sorted(source.glob("*.y*ml"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"{source} holds {names} as YAML: say which with config=FILE.")
+    llama = Path(llama_config) if llama_config is not None else source / "config.json"
+    if not llama.is_file():
+        raise CheckpointError(f"{llama} is missing: give the Llama's config.json, llama_config=.")
+    words: Tokenizer | None = None
+    if tokenizer is not None or (source / TOKENIZER_FILE).is_file():
+        words = Tokenizer.load(source if tokenizer is None else tokenizer)
+    model = from_official(read_weights(source), read_json(llama), read_yaml(found[0]))
+    save_new(model, out, words)
+    return model.eval()
+
+
+def config_from_official(
+    state: Mapping[str, Tensor], llama_config: Mapping[str, Any], cfg: Mapping[str, Any]
+) -> MoRConfig:
+    """Our config of a reference checkpoint; layer counts are read off its parameters."""
+    shape = llama_fields(llama_config)
+    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        shape["tie_word_embeddings"] = False  # whatever the Llama config says
+    recursive = cfg.get("recursive") or {}
+    mor = cfg.get("mor") or {}
+    sharing = _supported(cfg, recursive)
+    if not recursive.get("enable"):
+        layers = {int(m[1]) for m in map(_PLAIN.match, state) if m}
+        return MoRConfig(
+            **shape,
+            num_prelude_layers=0,
+            num_block_layers=len(layers),
+            num_coda_layers=0,
+            num_recursions=1,
+            routing="none",
+        )
+    middle = sharing.startswith("middle_")
+    fields: dict[str, Any] = {
+        **shape,
+        "num_prelude_layers": int(middle),
+        "num_coda_layers": int(middle),
+        "num_recursions": recursive["num_recursion"],
+        "sharing": sharing.removeprefix("middle_"),
+        "kv_strategy": "shared"
+        if (cfg.get("kv_sharing") or {}).get("enable")
+        else "recursion_wise",
+        "twin_num_layers": llama_config.get("num_hidden_layers"),
+    }
+    if mor.get("enable"):
+        block = {m[1] for m in map(_BLOCK.match, state) if m}
+        return MoRConfig.from_dict(
+            {**fields, "num_block_layers": len(block), **_routing_fields(mor)}
+        )
+    applied = llama_config["num_hidden_layers"] - 2 * int(middle)
+    return MoRConfig(
+        **fields, num_block_layers=applied // recursive["num_recursion"], routing="none"
+    )
+
+
+def official_names(config: MoRConfig) -> Callable[[str], str | None]:
+    """The map from the reference implementation's parameter names to ours (None: nothing learned).
+
+    Raises (when called):
+        CheckpointError: no layer of such a model has a parameter of that name.
+    """
+    places = _layer_places(config)
+    return lambda name: _our_name(name, places, config)
+
+
+_PLAIN = re.compile(r"model\.layers\.(\d+)\.(?!block|mor_router|mlp_router|router_bias)")
+_BLOCK = re.compile(r"model\.layers\.(?:\d+\.block|(?:\d+\.)?block_list\.\d+)\.(\d+)\.")
+
+
+def _supported(cfg: Mapping[str, Any], recursive: Mapping[str, Any]) -> str:
+    """The sharing's name; refuses what we have no counterpart for."""
+    sharing = str(recursive.get("sharing", "cycle"))
+    refused = {
+        "recursive.ln_share=false (norms that differ by depth)": (
+            recursive.get("enable") and recursive.get("ln_share") is False
+        ),
+        "relaxation.enable=true (depth-specific LoRA)": (cfg.get("relaxation") or {}).get("enable"),
+        "kv_sharing.update_cache=true": (cfg.get("kv_sharing") or {}).get("update_cache"),
+        f"recursive.sharing={sharing!r}": sharing
+        not in ("cycle", "sequence", "middle_cycle", "middle_sequence"),
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise ConfigError(f"{what} of the reference implementation is not supported.")
+    return sharing
+
+
+def _routing_fields(mor: Mapping[str, Any]) -> dict[str, Any]:
+    """Routing fields of our config from its `mor` section."""
+    router_type = str(mor.get("router_type", "linear"))
+    fields: dict[str, Any] = {
+        "router_type": "random" if mor.get("rand_router") else router_type.removeprefix("wide_"),
+        "router_temperature": float(mor.get("temp", 1.0)),
+        "z_loss_coeff": float(mor.get("z_coeff", 0.001)) if mor.get("z_loss") else 0.0,
+    }
+    own = mor.get(mor["type"]) or {}
+    activation = own.get("router_func")
+    if mor["type"] == "expert":
+        sampling = own.get("sampling") or "none"
+        return fields | {
+            "routing": "expert_choice",
+            "capacities": tuple(float(c) for c in str(mor["capacity"]).split(",")),
+            "router_activation": activation or "none",
+            "router_alpha": float(own.get("alpha", 0.1)),
+            "selection_training": "none" if mor.get("rand_router") else sampling,
+            "aux_loss_coeff": float(own.get("coeff", 0.001)),
+            "gating": own.get("gating") or "weighted",
+        }
+    sigmoid = activation == "sigmoid"
+    balancing = own.get("balancing") or "none"
+    return fields | {
+        "routing": "token_choice",
+        "router_activation": "sigmoid" if sigmoid else "softmax",
+        "router_alpha": float(own.get("alpha", 0.1 if sigmoid else 1.0)),
+        "balancing": "none" if mor.get("rand_router") else balancing,
+        "balancing_coeff": float(own.get("coeff", 0.1)),
+        "balancing_update_rate": float(own.get("u", 0.001)),
+        "gating": own.get("gating") or "weighted",
+    }
+
+
+def _rename(state: Mapping[str, Tensor], config: MoRConfig) -> dict[str, Tensor]:
+    """Parameters under our names; later copies of tied ones must equal the first."""
+    our_name = official_names(config)
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        ours = our_name(name)
+        if ours is None:
+            continue
+        if ours in renamed and not torch.equal(renamed[ours], value):
+            raise CheckpointError(
+                f"{name!r} differs from another parameter that it is tied to ({ours!r}): the "
+                "checkpoint was written by a version that lost its weight sharing."
+            )
+        renamed[ours] = value
+    return renamed
+
+
+def _layer_places(config: MoRConfig) -> dict[str, str]:
+    """Prefixes of layers and routers in the reference implementation -> ours."""
+    first, loops = config.num_prelude_layers, config.num_recursions
+    schedule = block_schedule(config.sharing, config.num_block_layers, loops)
+    expert, token = config.routing == "expert_choice", config.routing == "token_choice"
+    places = {f"model.layers.{i}.": f"prelude.{i}." for i in range(first)}
+    for i, slot in enumerate(schedule):
+        if expert:
+            theirs = f"model.layers.{first + slot.depth}.block.{slot.layer}."
+        elif token:
+            outer = f"{first}." if first else ""
+            theirs = f"model.layers.{outer}block_list.{slot.depth}.{slot.layer}."
+        else:
+            theirs = f"model.layers.{first + i}."
+        places[theirs] = f"block.{slot.layer}."
+    for r in range(loops if expert else 0):
+        places[f"model.layers.{first + r}.mor_router."] = f"router.routers.{r}."
+        places[f"model.layers.{first + r}.mlp_router."] = f"router.aux_routers.{r}."
+    outer = f"model.layers.{first}." if first else "model.layers."
+    if token:
+        places[f"{outer}mor_router."] = "router.router."
+        places[f"{outer}router_bias"] = "router.bias"
+    middle = loops if expert else 1 if token else len(schedule)
+    for i in range(config.num_coda_layers):
+        places[f"model.layers.{first + middle + i}."] = f"coda.{i}."
+    return places
+
+
+def _our_name(name: str, places: Mapping[str, str], config: MoRConfig) -> str | None:
+    """Our name of a parameter; None for buffers that hold nothing learned."""
+    outer = {
+        "model.embed_tokens.weight": "embed_tokens.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    if name in outer:
+        return outer[name]
+    if name.endswith("rotary_emb.inv_freq"):
+        return None
+    matches = [prefix for prefix in places if name.startswith(prefix)]
+    if not matches:
+        raise CheckpointError(
+            f"the checkpoint has a parameter {name!r} that no layer of a model with "
+            f"routing={config.routing!r} and sharing={config.sharing!r} has."
+        )
+    prefix = max(matches, key=len)
+    rest = name.removeprefix(prefix)
+    if "router" in prefix and "bias" not in prefix:
+        linear = {"router.weight": "proj.weight"}
+        mlp = {"router.0.weight": "up.weight", "router.2.weight": "down.weight"}
+        rest = (linear | mlp).get(rest, rest)
+    return places[prefix] + rest

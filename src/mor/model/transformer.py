@@ -1,0 +1,337 @@
+"""The Mixture-of-Recursions language model, as stages that training and inference both call.
+
+    embed -> prelude -> block, up to R times for the tokens that go on -> coda -> readout
+
+Hidden states travel packed, (N, E): only tokens that are present are computed (see `packing`).
+Shape letters: B batch, T time, N packed tokens, R recursions, E width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mor.errors import ConfigError, RequestError
+from mor.model.attention import Context, KVAccess, Rope, WholeSequence
+from mor.model.config import MoRConfig
+from mor.model.depth_lora import DepthLinear
+from mor.model.layers import Layer, RMSNorm
+from mor.model.ragged_batch import Packing
+from mor.model.router import (
+    ExpertChoice,
+    RecursionLimits,
+    RoutingRecord,
+    Selection,
+    TokenChoice,
+    num_selected,
+)
+from mor.model.sharing import UNSHARED, Slot, block_schedule
+from mor.ops.cross_entropy import IGNORE, linear_cross_entropy
+from mor.ops.document_attention import number_documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoROutput:
+    """What one forward pass gives."""
+
+    logits: Float[Tensor, "b t v"] | None
+    """None if they were not asked for."""
+    loss: Float[Tensor, ""] | None
+    """Language-model loss in nats: the sum over predicted tokens divided by the labels that count.
+
+    With `labels`, position 0 counts but is not predicted, as in the reference implementation.
+    """
+    total_loss: Float[Tensor, ""] | None
+    """`loss` plus each auxiliary loss times its coefficient: what training minimises."""
+    aux_losses: dict[str, Tensor]
+    """Unscaled: `sampling_loss`, `balancing_loss`, `router_z_loss`, as far as they apply."""
+    recursion_counts: Int[Tensor, "b t"]
+    """Passes of the block that each token took (0 if depth 0 has capacity below 1 and left it)."""
+    selected: list[Tensor]
+    """Expert choice by `topk`: for each depth the (B, k_r) selected positions; otherwise empty."""
+    router_accuracy: list[Tensor]
+    """Expert choice by `topk`: for each depth that left tokens out, the share of candidates on
+    which `threshold` agrees."""
+
+
+class MoRModel(nn.Module):
+    """Vanilla, recursive and Mixture-of-Recursions Transformers (arXiv 2507.10524).
+
+    Args:
+        config: what to build. Parameters are drawn from N(0, initializer_range).
+    """
+
+    layer_type: ClassVar[type[Layer]] = Layer
+    """What the layers are made of; a subclass may bring its own."""
+
+    def __init__(self, config: MoRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layer = self.layer_type
+        self.prelude = nn.ModuleList(layer(config) for _ in range(config.num_prelude_layers))
+        rank = config.relaxation_rank
+        self.block = nn.ModuleList(layer(config, rank) for _ in range(config.num_block_layers))
+        self.coda = nn.ModuleList(layer(config) for _ in range(config.num_coda_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialise)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        # Routers and deltas come last: models that differ only in them start from equal weights.
+        self.router: ExpertChoice | TokenChoice | None = None
+        if config.routing == "expert_choice":
+            self.router = ExpertChoice(config).apply(self._initialise)
+        elif config.routing == "token_choice":
+            self.router = TokenChoice(config).apply(self._initialise)
+        for module in self.block.modules():
+            if isinstance(module, DepthLinear):
+                module.reset_deltas(config.initializer_range)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    def set_thresholds(self, thresholds: tuple[float, ...]) -> None:
+        """Use other routing thresholds from now on, e.g. calibrated ones; saved with the model.
+
+        Raises:
+            ConfigError: the model has no thresholds, or not this many.
+        """
+        if not isinstance(self.router, ExpertChoice):
+            raise ConfigError(
+                f"thresholds need routing='expert_choice'; this model has "
+                f"routing={self.config.routing!r}."
+            )
+        self.config = self.router.config = self.config.with_thresholds(thresholds)
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def context(self, packing: Packing, kv: KVAccess) -> Context:
+        """The context of the tokens in `packing`, with their rotation angles."""
+        _, _, head_dim = self.config.num_heads_and_dim
+        dtype = self.embed_tokens.weight.dtype
+        rope = Rope.at(packing.positions, head_dim, self.config.rope_theta, dtype)
+        return Context(packing=packing, rope=rope, kv=kv)
+
+    def run_prelude(self, x: Float[Tensor, "n e"], context: Context) -> Float[Tensor, "n e"]:
+        """The unshared first layers."""
+        for i, layer in enumerate(self.prelude):
+            x = layer(x, Slot(UNSHARED, i), context)
+        return x
+
+    def run_block(
+        self, x: Float[Tensor, "n e"], depth: int, context: Context
+    ) -> Float[Tensor, "n e"]:
+        """f(h): one pass of the shared block, its own residuals included."""
+        for i, layer in enumerate(self.block):
+            x = layer(x, Slot(depth, i), context)
+        return x
+
+    def run_coda(self, x: Float[Tensor, "n e"], context: Context) -> Float[Tensor, "n e"]:
+        """The unshared last layers."""
+        for i, layer in enumerate(self.coda):
+            x = layer(x, Slot(UNSHARED, len(self.prelude) + i), context)
+        return x
+
+    def readout(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n v"]:
+        """Final norm and head: logits."""
+        return self.lm_head(self.norm(x))
+
+    def recurse(
+        self,
+        x: Float[Tensor, "n e"],
+        context: Context,
+        selection: Selection,
+        capacities: Sequence[float] | None = None,
+        limits: RecursionLimits | None = None,
+    ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingRecord]:
+        """All recursions: (N, E) states after the block, (N,) recursion counts, what routers did.
+
+        Args:
+            capacities: (R,) fractions for the `topk` rule; None takes the config's. Of the whole
+                sequence's length, which is the packing's width here.
+            limits: (N,) least and most passes of each token; not with `topk`, nor with
+                `sharing='sequence'`, where tokens cannot stop early.
+        """
+        record = RoutingRecord()
+        if isinstance(self.router, ExpertChoice):
+            out, counts = self._expert_choice(x, context, selection, capacities, record, limits)
+        elif isinstance(self.router, TokenChoice):
+            out, counts = self._token_choice(x, context, record, limits)
+        else:
+            out, counts = self._unrouted(x, context, limits)
+        return out, counts, record
+
+    def _unrouted(
+        self, x: Tensor, context: Context, limits: RecursionLimits | None
+    ) -> tuple[Tensor, Tensor]:
+        """h <- f(h), R times or up to the limit."""
+        config = self.config
+        if limits is not None:
+            assert config.sharing == "cycle", "a layer finishes all its passes before the next one"
+            return self._repeat(x, limits.most, context), limits.most
+        counts = torch.full_like(context.packing.flat, config.num_recursions)
+        if config.sharing == "cycle":
+            for depth in range(config.num_recursions):
+                x = self.run_block(x, depth, context)
+            return x, counts
+        for slot in block_schedule(config.sharing, config.num_block_layers, config.num_recursions):
+            x = self.block[slot.layer](x, slot, context)
+        return x, counts
+
+    def _expert_choice(
+        self,
+        x: Tensor,
+        context: Context,
+        selection: Selection,
+        capacities: Sequence[float] | None,
+        record: RoutingRecord,
+        limits: RecursionLimits | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Section 3 of the design: h_sel <- h_sel + g * f(h_sel), depth by depth."""
+        assert isinstance(self.router, ExpertChoice)
+        fractions = self.config.depth_capacities if capacities is None else capacities
+        sequences = context.packing
+        counts = torch.zeros_like(context.packing.flat)
+        h = candidates = x
+        for depth in range(self.config.num_recursions):
+            num = num_selected(fractions[depth], sequences)
+            choice = self.router.choose(
+                depth, candidates, context.packing, selection, num, record, limits
+            )
+            if choice.places is not None:
+                candidates = candidates.index_select(0, choice.places)
+                context = context.narrow(choice.packing, choice.places)
+            if choice.packing.num_tokens == 0:
+                break
+            update = self.run_block(candidates, depth, context)
+            if self.config.gating == "weighted":
+                update = choice.gate.to(update.dtype) * update
+            candidates = candidates + update
+            whole = choice.packing.num_tokens == h.shape[0]
+            h = candidates if whole else h.index_copy(0, choice.packing.flat, candidates)
+            counts[choice.packing.flat] += 1
+        return h, counts
+
+    def _token_choice(
+        self, x0: Tensor, context: Context, record: RoutingRecord, limits: RecursionLimits | None
+    ) -> tuple[Tensor, Tensor]:
+        """Section 3 of the design: x0 + w * f^count(x0), the count fixed from the start."""
+        assert isinstance(self.router, TokenChoice)
+        counts, weight = self.router.choose(x0, context.packing, record, limits)
+        h = self._repeat(x0, counts, context)
+        if self.config.gating == "weighted":
+            h = weight.to(h.dtype) * h
+        return x0 + h, counts
+
+    def _repeat(self, x: Tensor, counts: Tensor, context: Context) -> Tensor:
+        """f^count(x): each token passes the block as often as its count says, at least once."""
+        h = present = x
+        for depth in range(self.config.num_recursions):
+            if depth > 0:
+                goes_on = counts[context.packing.flat] > depth
+                packing, places = context.packing.take(goes_on)
+                if packing.num_tokens == 0:
+                    break
+                present = present.index_select(0, places)
+                context = context.narrow(packing, places)
+            present = self.run_block(present, depth, context)
+            whole = context.packing.num_tokens == h.shape[0]
+            h = present if whole else h.index_copy(0, context.packing.flat, present)
+        return h
+
+    # -- the whole --------------------------------------------------------------------------------
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        selection: Selection,
+        capacities: Sequence[float] | None = None,
+        document_end: int | None = None,
+    ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingRecord]:
+        """(B * T, E) states before the final norm, recursion counts, and what the routers did.
+
+        Arguments as those of `forward`.
+
+        Raises:
+            RequestError: the sequence is longer than `max_position_embeddings`, or empty.
+        """
+        batch, time = input_ids.shape
+        if not 0 < time <= self.config.max_position_embeddings:
+            raise RequestError(
+                f"a sequence of {time} tokens does not fit this model: it takes 1 to "
+                f"max_position_embeddings={self.config.max_position_embeddings}."
+            )
+        packing = Packing.full(batch, time, input_ids.device)
+        documents = None if document_end is None else number_documents(input_ids, document_end)
+        context = self.context(packing, WholeSequence(self.config, documents))
+        x = self.run_prelude(self.embed_tokens(input_ids.reshape(-1)), context)
+        x, counts, record = self.recurse(x, context, selection, capacities)
+        return self.run_coda(x, context), counts, record
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"] | None = None,
+        *,
+        targets: Int[Tensor, "b t"] | None = None,
+        selection: Selection | None = None,
+        capacities: Sequence[float] | None = None,
+        document_end: int | None = None,
+        return_logits: bool = True,
+    ) -> MoROutput:
+        """Logits and, with labels or targets, losses.
+
+        Args:
+            input_ids: (B, T) token ids.
+            labels: (B, T) the ids themselves, shifted in here; -100 does not count.
+            targets: (B, T) the next token of each position, already shifted; -100 does not count.
+            selection: how expert choice selects: `topk` of the whole sequence (looks ahead) or
+                `threshold` (causal). None: `topk` in training mode, `threshold` in evaluation.
+            capacities: (R,) instead of the config's, e.g. during capacity warm-up.
+            document_end: id that ends a document: attention then stays inside documents. RoPE
+                sees distances only, so positions need not start anew. None: it spans them.
+            return_logits: False never forms all logits: less memory in training.
+
+        Raises:
+            RequestError: the sequence is too long or empty.
+        """
+        selection = selection or ("topk" if self.training else "threshold")
+        hidden, counts, record = self.hidden_states(input_ids, selection, capacities, document_end)
+        hidden = self.norm(hidden)
+        logits = self.lm_head(hidden).view(*input_ids.shape, -1) if return_logits else None
+        loss = total = None
+        counted = labels if targets is None else targets
+        if counted is not None:
+            following = shift_labels(counted) if targets is None else targets
+            summed = linear_cross_entropy(hidden, self.lm_head.weight, following.reshape(-1))
+            loss = summed / (counted != IGNORE).sum().clamp(min=1)
+            total = loss + self.scaled_aux_loss(record.losses)
+        return MoROutput(
+            logits=logits,
+            loss=loss,
+            total_loss=total,
+            aux_losses=record.losses,
+            recursion_counts=counts.view(input_ids.shape),
+            selected=record.selected,
+            router_accuracy=record.correct,
+        )
+
+    def scaled_aux_loss(self, losses: dict[str, Tensor]) -> Tensor | float:
+        """Sum of the auxiliary losses, each times its coefficient."""
+        coefficients = {
+            "sampling_loss": self.config.aux_loss_coeff,
+            "balancing_loss": self.config.balancing_coeff,
+            "router_z_loss": self.config.z_loss_coeff,
+        }
+        return sum((coefficients[name] * loss for name, loss in losses.items()), 0.0)
+
+
+def shift_labels(labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """Targets of each position: the label after it; nothing after the last one."""
+    nothing = torch.full_like(labels[:, :1], IGNORE)
+    return torch.cat((labels[:, 1:], nothing), dim=1)

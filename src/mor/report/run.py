@@ -1,0 +1,90 @@
+"""Reading run folders: what a run was told, what it measured, and curves of it."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mor.errors import DataError
+from mor.eval.depth import mean_recursions
+from mor.io.checkpoint import load_config, newest_step
+from mor.model.config import MoRConfig
+from mor.model.cost import parameters, parameters_non_embedding, sequence_flops
+from mor.train.config import TrainConfig
+from mor.train.metrics_file import MetricsFile
+from mor.yaml_config import read_yaml
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A folder that `mor train` has written."""
+
+    name: str
+    folder: Path
+    config: TrainConfig
+    model: MoRConfig
+    rows: Sequence[Row]
+    """Lines of `metrics.jsonl`, one per step."""
+
+    @classmethod
+    def open(cls, folder: Path, name: str = "") -> "Run":
+        """Read a run's folder; the run may still go on.
+
+        Raises:
+            DataError: it is no run's folder, or the run has not measured anything yet.
+        """
+        file = folder / "metrics.jsonl"
+        rows = MetricsFile(file).rows()
+        if not rows or not (folder / "config.yaml").is_file():
+            raise DataError(
+                f"{folder} is no run with measurements (no lines in {file.name}, or no "
+                "config.yaml): give folders that `mor train --out` has written to."
+            )
+        config = TrainConfig.from_dict(read_yaml(folder / "config.yaml"))
+        model = load_config(folder) if newest_step(folder) else config.model_config()
+        return cls(name=name or folder.name, folder=folder, config=config, model=model, rows=rows)
+
+    @property
+    def evaluations(self) -> list[Row]:
+        """Lines with an evaluation."""
+        return [row for row in self.rows if "nll_threshold" in row]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, evaluated and saved."""
+        last, newest = self.rows[-1], newest_step(self.folder)
+        over = last["step"] == last.get("total_steps", self.config.steps) and "nll_topk" in last
+        return over and newest is not None and newest.name == f"step-{last['step']:08d}"
+
+    @property
+    def command(self) -> str:
+        """What repeats this run, in a folder of its own."""
+        return f"mor train {self.folder / 'config.yaml'} --out {self.folder}-again"
+
+    def summary(self) -> Row:
+        """The final numbers; None where something was not measured."""
+        last = self.rows[-1]
+        final = next(reversed(self.evaluations), {})
+        seconds = sum(row["step_s"] for row in self.rows)
+        histogram = final.get("depth_histogram")
+        utilisation = [row["mfu"] for row in self.rows if row.get("mfu")]
+        return {
+            "steps": last["step"],
+            "tokens": last["tokens"],
+            "training_flops": last.get("flops"),
+            "parameters": parameters(self.model),
+            "parameters_non_embedding": parameters_non_embedding(self.model),
+            "flops_per_token": sequence_flops(self.model, self.config.sequence_length).mean,
+            "train_loss": statistics.fmean(row["loss"] for row in self.rows[-20:]),
+            **{k: final.get(k) for k in ("nll_topk", "nll_threshold", "nll_gap")},
+            **{k: final.get(k) for k in ("router_accuracy", "dead_share")},
+            "depth_histogram": histogram,
+            "mean_recursions": mean_recursions(histogram) if histogram else None,
+            "step_seconds": seconds,
+            "tokens_per_s": last["tokens"] / seconds,
+            "mfu": statistics.median(utilisation) if utilisation else None,
+            "memory_bytes": last.get("memory_bytes"),
+        }

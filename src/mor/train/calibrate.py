@@ -1,0 +1,62 @@
+"""Thresholds under which routing by threshold keeps the shares of tokens that capacities say."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mor.model.router import ExpertChoice
+from mor.model.transformer import MoRModel
+
+_EVERYBODY = -1e30  # a threshold that lets all pass, and survives JSON
+
+
+@torch.no_grad()
+def calibrate(
+    model: MoRModel, windows: Sequence[Tensor], document_end: int | None = None
+) -> tuple[float, ...]:
+    """Thresholds under which each depth keeps the share of tokens that its capacity says.
+
+    Depth by depth, since who survives the earlier depths decides what the next router sees: tau_r
+    is the (1 - c_r / c_{r-1}) quantile of the logits of depth r - 1's survivors.
+
+    Args:
+        windows: batches of (B, T + 1) tokens, best of training text: thresholds are parameters.
+        document_end: id at which attention stops; None: it spans documents.
+
+    Returns:
+        (R,) thresholds, not yet set in the model.
+    """
+    assert isinstance(model.router, ExpertChoice)
+    assert model.config.capacities is not None
+    before, was_training = model.config.thresholds, model.training
+    assert before is not None
+    model.eval()
+    device = model.embed_tokens.weight.device
+    thresholds = list(before)
+    previous = 1.0
+    for depth, capacity in enumerate(model.config.capacities):
+        keep = capacity / previous
+        previous = capacity
+        if keep == 1:
+            thresholds[depth] = _EVERYBODY if depth else 0.0
+        else:
+            ids = (window[:, :-1].to(device) for window in windows)
+            passes = (
+                model.hidden_states(i, "threshold", document_end=document_end)[2] for i in ids
+            )
+            logits = [p.decisions[depth] for p in passes if len(p.decisions) > depth]
+            thresholds[depth] = _split_at(torch.cat(logits), keep) if logits else 0.0
+        model.set_thresholds(tuple(thresholds))
+    model.set_thresholds(before)
+    model.train(was_training)
+    return tuple(thresholds)
+
+
+def _split_at(logits: Tensor, keep: float) -> float:
+    """The value half-way between the last logit that stays and the first that goes."""
+    ordered = logits.double().sort(descending=True).values
+    num = min(max(1, round(keep * len(ordered))), len(ordered))
+    if num == len(ordered):
+        return float(ordered[-1])
+    return float((ordered[num - 1] + ordered[num]) / 2)

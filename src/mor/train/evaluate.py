@@ -1,0 +1,96 @@
+"""What a run measures: loss under both selection rules, depths, routers; kept as JSON lines."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor.errors import DataError
+from mor.model.router import ExpertChoice, Selection
+from mor.model.transformer import MoRModel
+from mor.ops.cross_entropy import token_nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss of a model on some windows, in nats per token, the way the paper and a user see it."""
+
+    nll_topk: float
+    """Selecting the best of the whole sequence, which looks ahead: what papers report."""
+    nll_threshold: float
+    """Selecting by thresholds, causally: what a user gets."""
+    depth_histogram: tuple[float, ...]
+    """(R + 1,) share of tokens by recursion count 0..R, under `threshold`."""
+    router_accuracy: float | None
+    """Share of decisions on which both rules agree; None without expert choice."""
+    dead_share: float | None
+    """Share of positions that the deepest recursion never selects; None where no learned router
+    selects."""
+    tokens: int
+
+    @property
+    def gap(self) -> float:
+        """What causality costs."""
+        return self.nll_threshold - self.nll_topk
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "nll_gap": self.gap}
+
+
+@torch.no_grad()
+def evaluate(
+    model: MoRModel, windows: Iterable[Tensor], document_end: int | None = None
+) -> Evaluation:
+    """Evaluate on batches of windows, each (B, T + 1): inputs `[:, :-1]`, targets `[:, 1:]`.
+
+    Args:
+        document_end: id at which attention stops; None: it spans documents.
+
+    Raises:
+        DataError: there are no windows.
+    """
+    was_training = model.training
+    model.eval()
+    two_rules = isinstance(model.router, ExpertChoice)
+    sums = {"topk": 0.0, "threshold": 0.0}
+    histogram = torch.zeros(model.config.num_recursions + 1, dtype=torch.long)
+    agreements: list[Tensor] = []
+    reached: Tensor | None = None  # positions that the deepest recursion selected at least once
+    tokens = 0
+    device = model.embed_tokens.weight.device
+    for batch in windows:
+        ids, targets = batch[:, :-1].to(device), batch[:, 1:].to(device)
+        nll, counts, _ = _nll(model, ids, targets, "threshold", document_end)
+        sums["threshold"] += nll
+        histogram += torch.bincount(counts.cpu(), minlength=len(histogram))
+        if two_rules:
+            nll, counts, correct = _nll(model, ids, targets, "topk", document_end)
+            agreements += correct
+            deepest = (counts == model.config.num_recursions).view(ids.shape).any(0)
+            reached = deepest if reached is None else reached | deepest
+        sums["topk"] += nll
+        tokens += targets.numel()
+    model.train(was_training)
+    if tokens == 0:
+        raise DataError("there is nothing to evaluate on: no window of validation text.")
+    learned = model.config.router_type != "random"
+    dead = 1 - float(reached.float().mean()) if reached is not None and learned else None
+    return Evaluation(
+        nll_topk=sums["topk"] / tokens,
+        nll_threshold=sums["threshold"] / tokens,
+        depth_histogram=tuple((histogram / histogram.sum()).tolist()),
+        router_accuracy=float(torch.stack(agreements).mean()) if agreements else None,
+        dead_share=dead,
+        tokens=tokens,
+    )
+
+
+def _nll(
+    model: MoRModel, ids: Tensor, targets: Tensor, selection: Selection, document_end: int | None
+) -> tuple[float, Tensor, list[Tensor]]:
+    hidden, counts, record = model.hidden_states(ids, selection, document_end=document_end)
+    nll = token_nll(model.norm(hidden), model.lm_head.weight, targets.reshape(-1))
+    return float(nll.double().sum()), counts, record.correct

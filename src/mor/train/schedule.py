@@ -1,0 +1,110 @@
+"""How far a run goes: its budget in optimizer steps, by the cost model or by the clock."""
+
+import math
+from dataclasses import replace
+
+from mor.errors import ConfigError
+from mor.model.config import MoRConfig
+from mor.model.cost import training_flops
+from mor.model.router import warmed_capacity
+from mor.train.budget import Budget
+from mor.train.config import TrainConfig
+
+_GUESS = 1000  # steps that a run by the clock is taken to have before its first one is timed
+
+
+def step_flops(config: TrainConfig, model: MoRConfig, step: int) -> float:
+    """Training FLOPs of optimizer step `step`, from 0: three forward passes of all its tokens.
+
+    Expert choice is counted with the tokens that it selects at this step, capacity warm-up
+    included; token choice as if its router were balanced.
+    """
+    length, presence = config.sequence_length, None
+    capacities = capacities_at(model, config, step)
+    if capacities is not None:
+        presence = tuple(max(1, int(c * length)) / length for c in capacities)
+    return config.tokens_per_step * training_flops(model, length, presence)
+
+
+def resolve_budget(config: TrainConfig, model: MoRConfig) -> TrainConfig:
+    """The config with the number of steps nearest to its budget.
+
+    A budget of time leaves `steps` alone: `total_steps` tells while the run goes on.
+
+    Raises:
+        ConfigError: the budget is less than half a step.
+    """
+    budget = None if config.budget is None else Budget.parse(config.budget)
+    if budget is None or budget.unit == "seconds":
+        return config
+    if budget.unit == "flops":
+        warmup = config.capacity_warmup_steps if model.capacities is not None else 0
+        left, steps = budget.amount, 0
+        while steps < warmup and left >= (cost := step_flops(config, model, steps)) / 2:
+            left, steps = left - cost, steps + 1
+        later = step_flops(config, model, warmup)
+        if steps == warmup:
+            steps += max(0, round(left / later))
+        one = step_flops(config, model, 0)
+    else:
+        one = config.tokens_per_step if budget.unit == "tokens" else 1
+        steps = round(budget.amount / one)
+    if steps < 1:
+        raise ConfigError(
+            f"budget={config.budget!r} is not enough for a step, which takes {one:.3g} "
+            f"{budget.unit}: raise it, or lower batch_size or sequence_length."
+        )
+    return replace(config, steps=steps)
+
+
+def total_steps(config: TrainConfig, step: int, elapsed: float) -> float:
+    """Steps of the whole run: known, or by the clock as many as fit at the pace so far.
+
+    Args:
+        step: optimizer steps done.
+        elapsed: seconds that they took.
+    """
+    budget = None if config.budget is None else Budget.parse(config.budget)
+    if budget is None or budget.unit != "seconds":
+        return config.steps
+    return budget.amount * step / elapsed if step and elapsed else _GUESS
+
+
+def is_over(step: int, total: float) -> bool:
+    """Whether a run of `total` steps ends here: at the whole number of steps nearest to it."""
+    return step > 0 and step + 0.5 >= total
+
+
+def learning_rate(config: TrainConfig, step: int, total: float | None = None) -> float:
+    """Learning rate of optimizer step `step`, numbered from 0.
+
+    `trapezoid`: linear rise, plateau, linear fall. `cosine`: linear rise, cosine fall. Both fall to
+    `final_lr_fraction` of the peak.
+
+    Args:
+        total: steps of the whole run as far as is known now; None: `steps`.
+    """
+    total = config.steps if total is None else total
+    warmup = max(1, round(config.warmup_fraction * total))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "cosine":
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        height = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        cooldown = round(config.cooldown_fraction * total)
+        height = max(0.0, min(1.0, (total - step) / (cooldown + 1)))
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
+
+
+def capacities_at(model: MoRConfig, config: TrainConfig, step: int) -> tuple[float, ...] | None:
+    """(R,) capacities of step `step`, numbered from 0; None where the model has none."""
+    if model.capacities is None:
+        return None
+    warmup = config.capacity_warmup_steps
+    return tuple(warmed_capacity(c, step + 1, warmup) for c in model.capacities)
+
+
+def balancing_at(config: TrainConfig, step: int) -> float:
+    """Share of token choice's balancing strength at step `step`, numbered from 0: rises to 1."""
+    return min(1.0, (step + 1) / max(1, config.balancing_warmup_steps))

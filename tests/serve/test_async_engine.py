@@ -1,0 +1,175 @@
+"""The bridge and its engine thread: room, time-outs, failures, and an end."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from mor.engine.llm import LLM
+from mor.errors import MorError
+from mor.model.sampling import SamplingParams
+from mor.serve.async_engine import Bridge
+from mor.serve.errors import HTTPError
+from mor.serve.metrics import Metrics
+from mor.serve.request_stream import Ticket
+
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
+
+
+def bridged(engine: LLM, work: Callable[[Bridge], Awaitable[None]], **options: Any) -> None:
+    """Run something with a bridge to the engine, which must be whole and empty afterwards."""
+    fields = {"max_waiting": 8, "seconds": 60.0, **options}
+
+    async def main() -> None:
+        bridge = Bridge(engine, Metrics("tiny", 3), **fields)
+        bridge.start()
+        try:
+            async with asyncio.timeout(60):
+                await work(bridge)
+        finally:
+            await bridge.stop()
+
+    asyncio.run(main())
+    engine.check_integrity()
+    assert not engine.has_unfinished
+
+
+async def collect(bridge: Bridge, ticket: Ticket) -> list[int]:
+    """The tokens of a request, which is released."""
+    try:
+        return [event.token_id async for tokens in ticket for _, event in tokens]
+    finally:
+        bridge.release(ticket)
+
+
+async def status(awaited: Awaitable[Any]) -> HTTPError:
+    with pytest.raises(HTTPError) as caught:
+        await awaited
+    return caught.value
+
+
+def test_many_requests_at_once_get_their_own_tokens(engine: LLM) -> None:
+    prompts = [[5 + i, 7, 9] for i in range(40)]
+    want = [c.token_ids for c in engine.generate(prompts, SHORT)]
+
+    async def work(bridge: Bridge) -> None:
+        tickets = [await bridge.submit([p], SHORT) for p in prompts]
+        got = await asyncio.gather(*(collect(bridge, ticket) for ticket in tickets))
+        assert list(got) == want
+
+    bridged(engine, work)
+
+
+def test_no_room_is_429_and_too_much_is_400(engine: LLM) -> None:
+    most = engine.config.max_sequences + 2
+
+    async def work(bridge: Bridge) -> None:
+        tickets = [await bridge.submit([[1]] * most, LONG)]
+        full = await status(bridge.submit([[1]], SHORT))
+        assert (full.status, full.code) == (429, "queue_full")
+        assert 1 <= int(full.headers["Retry-After"]) <= 60
+        assert (await status(bridge.submit([[1]] * (most + 1), SHORT))).status == 400
+        for ticket in tickets:
+            bridge.release(ticket)
+        again = await bridge.submit([[1]] * most, SHORT)
+        assert len(await collect(bridge, again)) == most * 3
+
+    bridged(engine, work, max_waiting=2)
+
+
+def test_what_the_engine_refuses_leaves_nothing_behind(engine: LLM) -> None:
+    async def work(bridge: Bridge) -> None:
+        refused = await status(bridge.submit([[1], [2], [9999]], SHORT))
+        assert refused.status == 400
+        assert isinstance(refused.__cause__, MorError)
+        assert "9999" in str(refused)
+        assert await bridge.ask(lambda llm: llm.has_unfinished) is False
+
+    bridged(engine, work)
+
+
+def test_a_request_that_takes_too_long_is_504(engine: LLM) -> None:
+    async def work(bridge: Bridge) -> None:
+        async def served() -> list[int]:
+            return await collect(bridge, await bridge.submit([[1]] * 16, LONG))
+
+        assert (await status(served())).status == 504
+
+    bridged(engine, work, seconds=0.2)
+
+
+def test_a_client_that_leaves_while_it_is_accepted_leaves_nothing(engine: LLM) -> None:
+    async def work(bridge: Bridge) -> None:
+        for wait in (0, 0, 0.001, 0.005):
+            task = asyncio.ensure_future(bridge.submit([[1], [2]], LONG))
+            await asyncio.sleep(wait)
+            task.cancel()
+            ticket = (await asyncio.gather(task, return_exceptions=True))[0]
+            if isinstance(ticket, Ticket):
+                bridge.release(ticket)
+        assert await bridge.ask(lambda llm: llm.has_unfinished) is False
+
+    bridged(engine, work)
+
+
+def test_draining_takes_nothing_new_and_finishes_the_rest(engine: LLM) -> None:
+    async def work(bridge: Bridge) -> None:
+        ticket = await bridge.submit([[1]], LONG)
+        bridge.drain()
+        assert (await status(bridge.submit([[1]], SHORT))).status == 503
+        assert len(await collect(bridge, ticket)) == 200
+
+    bridged(engine, work)
+
+
+def test_stopping_fails_what_is_under_way(engine: LLM) -> None:
+    async def work(bridge: Bridge) -> None:
+        ticket = await bridge.submit([[1]] * 16, LONG)
+        await bridge.stop()
+        assert (await status(collect(bridge, ticket))).status == 503
+
+    bridged(engine, work)
+
+
+def test_a_tick_that_fails_is_a_500_and_the_next_request_works(
+    engine: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(bridge: Bridge) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "advance", fail)
+            ticket = await bridge.submit([[1]], LONG)
+            assert (await status(collect(bridge, ticket))).status == 500
+        ticket = await bridge.submit([[1]], SHORT)
+        assert len(await collect(bridge, ticket)) == 3
+
+    words = " ".join(("a", "private", "prompt"))  # a trace quotes source, so not as one text
+
+    def fail(plan: Any) -> None:
+        raise RuntimeError(words)
+
+    with caplog.at_level(logging.INFO, "mor.serve"):
+        bridged(engine, work)
+    assert "RuntimeError" in caplog.text
+    assert words not in caplog.text
+
+
+def test_an_engine_that_fails_for_good_is_given_up(
+    engine: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(bridge: Bridge) -> None:
+        for _ in range(3):
+            ticket = await bridge.submit([[1]], LONG)
+            assert (await status(collect(bridge, ticket))).status == 500
+        with pytest.raises(HTTPError, match="restart the server"):
+            bridge.check()
+        assert (await status(bridge.submit([[1]], SHORT))).status == 503
+        assert (await status(bridge.ask(lambda llm: llm.has_unfinished))).status == 503
+
+    def fail(plan: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(engine.runner, "advance", fail)
+    bridged(engine, work)

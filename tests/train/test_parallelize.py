@@ -1,0 +1,201 @@
+"""Recomputed and compiled layers give the same losses and gradients; less is kept."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from mor.bench.train_ab import saved_bytes
+from mor.errors import ConfigError
+from mor.model.transformer import MoRModel
+from mor.ops.malloc import keep_freed_memory
+from mor.train import parallelize as speed
+from mor.train.config import TrainConfig
+from mor.train.parallelize import has_compiler, speed_up
+from tiny import KINDS, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def step(
+    model: MoRModel, document_end: int | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of a batch."""
+    torch.manual_seed(3)
+    ids = torch.randint(61, (2, 25))
+    options: Any = {"return_logits": False, "document_end": document_end}
+    out = model.train()(ids[:, :-1], targets=ids[:, 1:], **options)
+    out.total_loss.backward()
+    return out.total_loss.detach(), {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
+
+
+def forward_bytes(model: MoRModel) -> int:
+    ids = torch.zeros(2, 48, dtype=torch.long)
+    return saved_bytes(lambda: model(ids, targets=ids).total_loss, model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["recursion", "full"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_recomputing_changes_nothing_but_memory(kind: str, mode: str) -> None:
+    model, plain = tiny_model(kind), tiny_model(kind)
+    config = TrainConfig(activation_checkpointing=mode)
+    if kind == "sequence" and mode == "recursion":
+        with pytest.raises(ConfigError, match=r"'recursion' needs sharing='cycle'.*take 'full'"):
+            speed_up(model, config, CPU)
+        return
+    speed_up(model, config, CPU)
+    speed_up(plain, TrainConfig(), CPU)
+    loss, gradients = step(model)
+    expected, others = step(plain)
+    assert loss == expected
+    assert gradients.keys() == others.keys()
+    assert all(torch.equal(value, others[name]) for name, value in gradients.items())
+    assert forward_bytes(model) < 0.85 * forward_bytes(plain)
+
+
+def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("expert")
+    speed_up(model, TrainConfig(activation_checkpointing="full"), CPU)
+    calls = []
+    monkeypatch.setattr(speed, "checkpoint", lambda *args, **kwargs: calls.append(args))
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert calls == []
+
+
+def printed_by(script: str) -> list[int]:
+    """The numbers that a fresh process prints, with glibc's malloc as it comes."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return list(map(int, done.stdout.split()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_stays_with_the_process() -> None:
+    """A tensor after a larger one costs no new pages.
+
+    One of the same size may: the heap has room for it only when nothing small came to lie behind
+    the freed one, which even the size of the environment decides.
+    """
+    script = (
+        "import resource, torch; from mor.train.parallelize import keep_freed_memory\n"
+        "def faults():\n"
+        "    torch.ones(2**24)\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(10 * 2**20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first, again = faults(), faults(); assert keep_freed_memory()\n"
+        "print(first, again, faults(), faults())"
+    )
+    first, again, *kept = printed_by(script)
+    assert again > first / 2
+    assert max(kept) < again / 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_can_be_given_back_at_once() -> None:
+    """Every tensor costs its pages again, also one of the size of one that was freed."""
+    script = (
+        "import resource, torch; from mor.train.parallelize import give_back_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(4 * 2**20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "assert give_back_freed_memory(); print(*(faults() for _ in range(4)))"
+    )
+    faults = printed_by(script)
+    assert min(faults) > max(faults) / 2 > 1
+
+
+class OtherAllocator:
+    """glibc's options next to a malloc that is not glibc's."""
+
+    def __init__(self, address: int | None) -> None:
+        self.mallopt, self.free = Mock(return_value=1), Mock()
+        self.malloc, self.mallinfo = Mock(return_value=address), Mock()
+        self.mallinfo.return_value.in_use = 7
+
+
+@pytest.mark.parametrize("address", [1, None])
+def test_another_allocator_is_not_said_to_keep_memory(
+    address: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = OtherAllocator(address)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    assert not keep_freed_memory()
+    library.free.assert_called_once_with(address)
+
+
+def test_a_library_without_the_options_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert not keep_freed_memory()
+
+
+def test_without_a_compiler_training_goes_on_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    model, plain = tiny_model("expert"), tiny_model("expert")
+    with pytest.warns(UserWarning, match=r"^compile: true needs a C\+\+ compiler .* without\.$"):
+        speed_up(model, TrainConfig(compile=True), CPU)
+    assert step(model)[0] == step(plain)[0]
+
+
+COMPILED = """
+import json, sys, torch
+from test_parallelize import step, CPU
+from mor.train.config import TrainConfig
+from mor.train.parallelize import speed_up
+from tiny import tiny_model
+kind, mode, *end = sys.argv[1:]
+end = [int(e) for e in end]
+model, plain = (tiny_model(kind, num_block_layers=1) for _ in range(2))
+speed_up(model, TrainConfig(compile=True, activation_checkpointing=mode), CPU)
+(loss, ours), (expected, theirs) = step(model, *end), step(plain, *end)
+worst = max(float((ours[n] - theirs[n]).abs().max()) for n in theirs)
+worst = max(worst, float((loss - expected).abs()))
+print(json.dumps([worst, torch._dynamo.utils.counters["stats"]["unique_graphs"]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("expert", "none"),
+        ("expert", "recursion"),
+        ("vanilla", "full"),
+        ("token", "none"),
+        ("expert_shared", "full"),
+        ("expert", "none", "7"),  # attention inside documents, which end with 7
+    ],
+    ids="-".join,
+)
+def test_compiled_layers_agree(case: tuple[str, ...]) -> None:
+    """In a process of its own: shape checks at run time break the compiler's tracing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not has_compiler(CPU):
+            pytest.skip("no C++ compiler")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, *case],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths + os.pathsep + str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    worst, graphs = json.loads(done.stdout.splitlines()[-1])
+    assert worst < 1e-10
+    assert 0 < graphs < 12

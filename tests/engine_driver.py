@@ -8,7 +8,7 @@ from typing import Any
 
 from engine_helpers import (
     EOS,
-    MOST_TICKS,
+    MAX_STEPS,
     VOCAB,
     check_close,
     check_empty,
@@ -18,8 +18,8 @@ from engine_helpers import (
 )
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
-from mor.engine.request import Chunk, Sequence, TokenEvent
-from mor.engine.scheduler import AdvancePlan, EnterPlan
+from mor.engine.request import Chunk, SequenceState, TokenOutput
+from mor.engine.scheduler import BlockPlan, PreludePlan
 from mor.model.generation import generate
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
@@ -28,7 +28,7 @@ LONGEST_PROMPT = 33
 STARTS = (0, 5, 9, 17, 25, LONGEST_PROMPT - 1)
 """Tokens that a prompt takes from its stem, before its own last one."""
 _SAMPLED = SamplingParams(max_tokens=6, temperature=1.2, top_p=0.9, seed=11, logprobs=2)
-COURSES = (
+REQUEST_KINDS = (
     SamplingParams(max_tokens=1),
     SamplingParams(max_tokens=5, logprobs=1),
     SamplingParams(max_tokens=11),
@@ -65,19 +65,19 @@ def answers(kind: str, asked: list[Asked]) -> list[list[Completion]]:
     return [known[one] for one in asked]
 
 
-class Drive:
+class EngineDriver:
     """One engine with tight memory, the requests that it was given, and what happened to them."""
 
     def __init__(self, kind: str, fields: dict[str, Any], share: float = 1.0) -> None:
         self.kind = kind
         model = _model(kind)
-        longest = LONGEST_PROMPT + max(params.max_tokens for params in COURSES)
+        longest = LONGEST_PROMPT + max(params.max_tokens for params in REQUEST_KINDS)
         memory = memory_for(model, fields["page_size"], longest, share)
         self.llm = LLM(model, EngineConfig(**fields, kv_memory=memory))
         self._scheduler = self.llm.scheduler
         self.happened: Counter[str] = Counter()
         self._asked: dict[str, Asked] = {}
-        self._heard: dict[str, list[TokenEvent]] = {}
+        self._heard: dict[str, list[TokenOutput]] = {}
         self._done: list[tuple[str, list[Completion]]] = []
         rng = random.Random(kind)
         self._stems = [[rng.randrange(VOCAB) for _ in range(LONGEST_PROMPT)] for _ in range(2)]
@@ -92,7 +92,7 @@ class Drive:
     def add(self, stem: int, start: int, last: int, course: int) -> None:
         """A new request."""
         prompt = (*self._stems[stem][:start], last)
-        courses = COURSES[:-2] if self.kind == "sequence" else COURSES
+        courses = REQUEST_KINDS[:-2] if self.kind == "sequence" else REQUEST_KINDS
         params = courses[course % len(courses)]
         name = self.llm.add_request(prompt, params)
         self._asked[name], self._heard[name] = (prompt, params), []
@@ -109,11 +109,11 @@ class Drive:
 
     def drain(self) -> None:
         """Tick until all requests are done."""
-        for _ in range(MOST_TICKS):
-            if not self.llm.has_unfinished:
+        for _ in range(MAX_STEPS):
+            if not self.llm.has_unfinished_requests:
                 break
             self.step()
-        assert not self.llm.has_unfinished, "the engine makes no progress"
+        assert not self.llm.has_unfinished_requests, "the engine makes no progress"
 
     def abort(self, name: str) -> None:
         """Stop a request in whatever state it is; what it gives is the beginning of the truth."""
@@ -152,7 +152,7 @@ class Drive:
             assert reasons.pop() == completion.finish_reason
         assert reasons == [None] * len(reasons)
 
-    def _sequences(self, name: str) -> list[Sequence]:
+    def _sequences(self, name: str) -> list[SequenceState]:
         both = (*self._scheduler.running, *self._scheduler.waiting)
         return [s for s in both if s.request_id == name]
 
@@ -160,46 +160,46 @@ class Drive:
         """Where a request's completions are; nothing if all are done."""
         return {self._state(s) for s in self._sequences(name)}
 
-    def _state(self, sequence: Sequence) -> str:
+    def _state(self, sequence: SequenceState) -> str:
         if len(self._sequences(sequence.request_id)) < sequence.params.n:
             return "half done"
         if sequence in self._scheduler.waiting:
-            return "preempted" if sequence.output else "waiting"
-        if sequence.num_entered < sequence.num_prompt:
+            return "preempted" if sequence.output_token_ids else "waiting"
+        if sequence.num_scheduled_tokens < sequence.num_prompt_tokens:
             return "in prefill"
-        return "in the block" if any(c.present for c in sequence.chunks) else "before the coda"
+        return "in the block" if any(c.active for c in sequence.chunks) else "before the coda"
 
     def _watch(self) -> None:
         """Count what the plans hold."""
         scheduler = self._scheduler
-        plan_enter, plan_advance = scheduler.plan_enter, scheduler.plan_advance
+        plan_enter, plan_advance = scheduler.schedule_prelude, scheduler.schedule_block
 
-        def entering() -> EnterPlan:
+        def entering() -> PreludePlan:
             plan = plan_enter()
-            self.happened["pages copied"] += len(plan.copies)
+            self.happened["pages copied"] += len(plan.page_copies)
             for chunk in plan.chunks:
                 sequence = chunk.sequence
                 self.happened["later chunks"] += (
-                    sequence.num_cached < chunk.start < (sequence.num_prompt - 1)
+                    sequence.num_cached_tokens < chunk.start < (sequence.num_prompt_tokens - 1)
                 )
-                self.happened["prefix hits"] += chunk.start == sequence.num_cached > 0
+                self.happened["prefix hits"] += chunk.start == sequence.num_cached_tokens > 0
             return plan
 
-        def advancing() -> AdvancePlan:
+        def advancing() -> BlockPlan:
             plan = plan_advance()
             self.happened["mixed depths"] += len({c.depth for c in plan.chunks}) > 1
             return plan
 
-        scheduler.plan_enter, scheduler.plan_advance = entering, advancing  # type: ignore[method-assign]
-        if (burst := self.llm._burst) is not None:
-            plan = burst.plan
+        scheduler.schedule_prelude, scheduler.schedule_block = entering, advancing  # type: ignore[method-assign]
+        if (burst := self.llm.multi_step) is not None:
+            plan = burst.schedule
 
             def flying() -> list[Chunk]:
                 chunks = plan()
                 self.happened["bursts"] += bool(chunks)
                 return chunks
 
-            burst.plan = flying  # type: ignore[method-assign]
+            burst.schedule = flying  # type: ignore[method-assign]
 
 
 def _check_beginning(completion: Completion, want: Completion) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
-from mor.engine.request import TokenEvent
+from mor.engine.request import TokenOutput
 from mor.model.generation import generate
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
@@ -17,7 +17,7 @@ from tiny import tiny_model
 
 VOCAB = 61
 EOS = 7
-MOST_TICKS = 3000
+MAX_STEPS = 3000
 
 shared_model = cache(tiny_model)
 """A tiny model, built once; tests must not change it."""
@@ -32,9 +32,7 @@ def engine_of(kind: str = "expert", **fields: Any) -> LLM:
 def memory_for(model: MoRModel, page_size: int, tokens: int, share: float = 1.0) -> int:
     """`kv_memory` for a sequence of so many tokens that all take every recursion, times `share`."""
     kv = LLM(model, EngineConfig(page_size=page_size, kv_memory=2**24)).cache
-    pages = max(
-        int(kv.pages_at_most(model.config, tokens) * share), 1 + model.config.num_recursions
-    )
+    pages = max(int(kv.max_pages(model.config, tokens) * share), 1 + model.config.num_recursions)
     return pages * kv.page_bytes
 
 
@@ -106,21 +104,21 @@ def run_all(
     """Completions in the order of the requests; every tick leaves the engine whole."""
     names = [llm.add_request(p, each) for p, each in zip(prompts, params, strict=True)]
     done: dict[str, list[Completion]] = {}
-    for _ in range(MOST_TICKS):
+    for _ in range(MAX_STEPS):
         for event in llm.step():
             if event.completions is not None:
                 assert event.request_id not in done
                 done[event.request_id] = event.completions
         llm.check_integrity()
-        if not llm.has_unfinished:
+        if not llm.has_unfinished_requests:
             break
-    assert not llm.has_unfinished, "the engine makes no progress"
+    assert not llm.has_unfinished_requests, "the engine makes no progress"
     return [completion for name in names for completion in done[name]]
 
 
-def step_until(llm: LLM, wanted: int, most: int = 500) -> list[TokenEvent]:
+def step_until(llm: LLM, wanted: int, most: int = 500) -> list[TokenOutput]:
     """Tick until so many events have come."""
-    events: list[TokenEvent] = []
+    events: list[TokenOutput] = []
     for _ in range(most):
         if len(events) >= wanted:
             break
@@ -131,13 +129,13 @@ def step_until(llm: LLM, wanted: int, most: int = 500) -> list[TokenEvent]:
 def check_empty(llm: LLM) -> None:
     """Nothing is under way, and once the prefixes are forgotten all memory is free."""
     llm.check_integrity()
-    assert not llm.has_unfinished
-    assert (llm._requests, llm._done, llm._texts) == ({}, {}, {})
+    assert not llm.has_unfinished_requests
+    assert (llm._requests, llm._done, llm._detokenizers) == ({}, {}, {})
     assert (llm.scheduler.waiting, llm.scheduler.running) == ([], [])
     llm.reset_prefix_cache()
     llm.check_integrity()
     assert llm.pool.num_free == llm.pool.num_pages
-    assert llm.prefixes is None or len(llm.prefixes) == 0
+    assert llm.prefix_cache is None or len(llm.prefix_cache) == 0
     assert llm.step() == []
 
 

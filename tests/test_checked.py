@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from mor.engine.pages import PagePool
-from mor.model.ragged_batch import Packing
+from mor.model.ragged_batch import RaggedBatch
 
 CALLS = {
     "a type": lambda: PagePool("x"),
-    "a type next to a name that comes later": lambda: Packing.full("x", 2, torch.device("cpu")),
-    "a number of axes": lambda: Packing.full(2, 3, torch.device("cpu")).to_rows(torch.zeros(6, 2)),
+    "a type next to a name that comes later": lambda: RaggedBatch.full("x", 2, torch.device("cpu")),
+    "a number of axes": lambda: RaggedBatch.full(2, 3, torch.device("cpu")).to_padded(
+        torch.zeros(6, 2)
+    ),
     "axes that must agree": lambda: dataclasses.replace(
-        Packing.full(2, 3, torch.device("cpu")), positions=torch.zeros(4, dtype=torch.long)
+        RaggedBatch.full(2, 3, torch.device("cpu")), positions=torch.zeros(4, dtype=torch.long)
     ),
 }
 

@@ -29,10 +29,10 @@ from mor.io.tokenizer import Tokenizer
 from mor.machine import machine
 from mor.model.config import MoRConfig
 from mor.model.cost import (
+    depth_fractions_of,
     kv_bytes_per_token,
-    parameters,
-    parameters_non_embedding,
-    presence_of,
+    num_parameters,
+    num_parameters_non_embedding,
     sequence_flops,
     training_flops,
 )
@@ -297,13 +297,13 @@ def summarise(index: int, model: MoRModel, run: Path, steps: int, speed: float) 
     last = rows[-1]
     if "nll_topk" not in last:
         raise ConfigError(f"{run} has no final evaluation: remove it and run the demo again.")
-    presence = presence_of(config, last["depth_histogram"])
+    presence = depth_fractions_of(config, last["depth_histogram"])
     stepper = Stepper(config, BATCH_SIZE, SEQUENCE_LENGTH)
-    states = 4 * 4 * parameters(config)  # weights, gradients, two moments, fp32
+    states = 4 * 4 * num_parameters(config)  # weights, gradients, two moments, fp32
     return RunSummary(
         name=NAMES[index],
-        parameters=parameters(config),
-        parameters_non_embedding=parameters_non_embedding(config),
+        parameters=num_parameters(config),
+        parameters_non_embedding=num_parameters_non_embedding(config),
         flops_per_token=sequence_flops(config, SEQUENCE_LENGTH).mean,
         training_flops=flops_per_token(index) * steps * BATCH_SIZE * SEQUENCE_LENGTH,
         tokens=last["tokens"],

@@ -13,14 +13,14 @@ import pytest
 from fake_server import Fake, serving
 from mor import Tokenizer, save
 from mor.bench.serve import (
-    Ask,
-    Outcome,
-    Traffic,
+    ArrivalProcess,
+    BenchRequest,
+    RawResponse,
     bodies,
-    file_asks,
-    random_asks,
-    read,
-    summarise,
+    file_requests,
+    parse_response,
+    random_requests,
+    summarize,
 )
 from mor.bench.serve_offline import serving as serving_model
 from mor.cli.main import main
@@ -32,13 +32,13 @@ def event(**choice: Any) -> bytes:
     return json.dumps({"choices": [choice] if choice else []}).encode()
 
 
-def outcome(times: list[float], started: float = 10.0) -> Outcome:
+def outcome(times: list[float], started: float = 10.0) -> RawResponse:
     """A request whose tokens came at these seconds after its start."""
     events = [event(text="a", token_ids=[1], recursion_counts=[1 + i % 2]) for i in times_(times)]
     usage = {"prompt_tokens": 7, "completion_tokens": len(times)}
     last = json.dumps({"choices": [], "usage": usage}).encode()
     arrivals = [started + t for t in times]
-    return Outcome(started=started, times=[*arrivals, started + 99], events=[*events, last])
+    return RawResponse(started=started, times=[*arrivals, started + 99], events=[*events, last])
 
 
 def times_(times: list[float]) -> range:
@@ -49,12 +49,12 @@ def times_(times: list[float]) -> range:
 
 
 def test_all_at_once_by_default() -> None:
-    assert Traffic().delays(3) == [0, 0, 0]
+    assert ArrivalProcess().delays(3) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("burstiness", [0.3, 1.0, 50.0])
 def test_arrivals_have_the_rate_and_the_burstiness(burstiness: float) -> None:
-    delays = Traffic(request_rate=4, burstiness=burstiness, seed=1).delays(4000)
+    delays = ArrivalProcess(request_rate=4, burstiness=burstiness, seed=1).delays(4000)
     gaps = [b - a for a, b in itertools.pairwise(delays)]
     assert delays[0] == 0
     assert delays == sorted(delays)
@@ -67,24 +67,26 @@ def test_arrivals_have_the_rate_and_the_burstiness(burstiness: float) -> None:
 @pytest.mark.parametrize("values", [{"request_rate": 0}, {"burstiness": 0}, {"max_concurrency": 0}])
 def test_traffic_that_cannot_be(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"^--(request-rate|burstiness|max-concurrency)="):
-        Traffic(**values)
+        ArrivalProcess(**values)
 
 
 def test_random_prompts_stay_in_the_vocabulary_and_in_their_lengths() -> None:
-    asks = random_asks(200, input_len=10, output_len=20, vocab_size=5, spread=0.5, seed=3)
+    asks = random_requests(200, input_len=10, output_len=20, vocab_size=5, spread=0.5, seed=3)
     assert {t for ask in asks for t in ask.prompt} == set(range(5))
     assert {len(ask.prompt) for ask in asks} == set(range(5, 16))
     assert {ask.max_tokens for ask in asks} == set(range(10, 31))
-    assert asks == random_asks(200, input_len=10, output_len=20, vocab_size=5, spread=0.5, seed=3)
+    assert asks == random_requests(
+        200, input_len=10, output_len=20, vocab_size=5, spread=0.5, seed=3
+    )
 
 
 def test_prompts_from_a_file_repeat_if_they_must(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "output_tokens": 3}\n')
-    asks = file_asks(path, 4, output_len=9, seed=0)
+    asks = file_requests(path, 4, output_len=9, seed=0)
     assert sorted(asks, key=lambda a: a.max_tokens) == [
-        *([Ask(prompt="b", max_tokens=3)] * 2),
-        *([Ask(prompt="a", max_tokens=9)] * 2),
+        *([BenchRequest(prompt="b", max_tokens=3)] * 2),
+        *([BenchRequest(prompt="a", max_tokens=9)] * 2),
     ]
     assert asks[:2] == asks[2:]
 
@@ -97,14 +99,14 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(DataError, match=r"prompts\.jsonl, line 2"):
-        file_asks(path, 4, output_len=9, seed=0)
+        file_requests(path, 4, output_len=9, seed=0)
 
 
 # -- numbers ----------------------------------------------------------------------------------
 
 
 def test_an_answer_is_read_from_times_and_events() -> None:
-    answer = read(outcome([0.5, 0.6, 0.9]))
+    answer = parse_response(outcome([0.5, 0.6, 0.9]))
     assert answer.ttft == pytest.approx(0.5)
     assert answer.e2el == pytest.approx(0.9)  # not the time of the usage, 99
     assert answer.itl == pytest.approx([0.1, 0.3])
@@ -115,9 +117,9 @@ def test_an_answer_is_read_from_times_and_events() -> None:
 
 def test_a_summary_has_rates_percentiles_and_goodput() -> None:
     quick, slow = outcome([0.1, 0.2, 0.3]), outcome([1.0, 3.0])
-    failed = Outcome(error="no room.")
+    failed = RawResponse(error="no room.")
     goodput = {"ttft": 500.0, "tpot": 150.0}
-    found = summarise([quick, slow, failed], 4.0, percentiles=[50, 100], goodput=goodput)
+    found = summarize([quick, slow, failed], 4.0, percentiles=[50, 100], goodput=goodput)
     assert (found["completed"], found["failed"], found["errors"]) == (2, 1, ["no room."])
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (14, 5)
     assert found["request_throughput"] == 0.5
@@ -132,22 +134,27 @@ def test_a_summary_has_rates_percentiles_and_goodput() -> None:
 
 
 def test_a_single_token_has_no_time_per_output_token() -> None:
-    found = summarise([outcome([0.1])], 1.0)
+    found = summarize([outcome([0.1])], 1.0)
     assert found["mean_tpot_ms"] is None
     assert found["p99_itl_ms"] is None
     assert found["request_goodput"] is None
 
 
 @pytest.mark.parametrize(
-    "bad", [Outcome(error="gone."), Outcome(), Outcome(times=[1.0], events=[b'{"error": "gone."}'])]
+    "bad",
+    [
+        RawResponse(error="gone."),
+        RawResponse(),
+        RawResponse(times=[1.0], events=[b'{"error": "gone."}']),
+    ],
 )
-def test_no_answer_at_all_is_an_error(bad: Outcome) -> None:
+def test_no_answer_at_all_is_an_error(bad: RawResponse) -> None:
     with pytest.raises(RequestError, match=r"none of 1 requests came through: (gone|the server)"):
-        summarise([bad], 1.0)
+        summarize([bad], 1.0)
 
 
 def test_requests_carry_the_options() -> None:
-    (body,) = bodies([Ask(prompt=[1, 2], max_tokens=3)], "m", {"ignore_eos": True})
+    (body,) = bodies([BenchRequest(prompt=[1, 2], max_tokens=3)], "m", {"ignore_eos": True})
     assert body["prompt"] == [1, 2]
     assert (body["model"], body["max_tokens"], body["ignore_eos"]) == ("m", 3, True)
     assert body["stream"] is True

@@ -6,15 +6,29 @@ from typing import Any
 
 import pytest
 
-from mor.bench.throughput import Plan, alternate, flops_bound, measure, overhead, ratios
-from mor.bench.workload import Load, Shape, Window, engine, random_model, request_flops
+from mor.bench.throughput import (
+    ThroughputConfig,
+    flops_bound,
+    interleave,
+    measure,
+    overhead,
+    ratios,
+)
+from mor.bench.workload import (
+    Measurement,
+    RequestShape,
+    SteadyLoad,
+    engine,
+    random_model,
+    request_flops,
+)
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import decode_flops, sequence_flops
 from tiny import tiny_config, tiny_model
 
 
-class TinyPlan(Plan):
+class TinyPlan(ThroughputConfig):
     """The same plan for tiny models."""
 
     def config(self, recursions: int) -> MoRConfig:
@@ -28,7 +42,7 @@ def plan(**changes: Any) -> TinyPlan:
 
 
 def test_a_load_keeps_its_sequences_in_flight() -> None:
-    load = Load(engine(tiny_model(), 4), 4, Shape(prompt=8, output=6))
+    load = SteadyLoad(engine(tiny_model(), 4), 4, RequestShape(prompt=8, output=6))
     for _ in range(40):
         load._step()
         assert len(load.llm.scheduler.running) + len(load.llm.scheduler.waiting) == 4
@@ -36,7 +50,7 @@ def test_a_load_keeps_its_sequences_in_flight() -> None:
 
 
 def test_a_window_counts_what_the_engine_generated() -> None:
-    load = Load(engine(tiny_model(), 4), 4, Shape(prompt=8, output=6))
+    load = SteadyLoad(engine(tiny_model(), 4), 4, RequestShape(prompt=8, output=6))
     load.reset()
     window = load.run(0.2)
     assert window.tokens == load.llm.stats.tokens > 0
@@ -45,8 +59,10 @@ def test_a_window_counts_what_the_engine_generated() -> None:
 
 
 def test_decode_only_starts_no_new_requests() -> None:
-    load = Load(engine(tiny_model(), 3), 3, Shape(prompt=8, output=20), staggered=False)
-    while load.llm.has_unfinished:
+    load = SteadyLoad(
+        engine(tiny_model(), 3), 3, RequestShape(prompt=8, output=20), staggered=False
+    )
+    while load.llm.has_unfinished_requests:
         load._step()
     with pytest.raises(ConfigError, match=r"ended after 20 tokens.*raise --output"):
         load.run(0.01)
@@ -55,7 +71,7 @@ def test_decode_only_starts_no_new_requests() -> None:
 def test_random_models_keep_the_configured_share_at_each_depth() -> None:
     config = dataclasses.replace(tiny_config(num_recursions=4), thresholds=None)
     model = random_model(config, 64)
-    load = Load(engine(model, 8), 8, Shape(prompt=40, output=40))
+    load = SteadyLoad(engine(model, 8), 8, RequestShape(prompt=40, output=40))
     load.run(1.0)
     histogram = load.llm.stats.depth_histogram
     assert histogram[0] == 0
@@ -65,7 +81,7 @@ def test_random_models_keep_the_configured_share_at_each_depth() -> None:
 def test_a_window_counts_work_in_the_long_runs_mix() -> None:
     load = plan().load(1)
     windows = [load.run(0.1) for _ in range(6)]
-    whole = sum(windows, Window())
+    whole = sum(windows, Measurement())
     assert whole.tokens == sum(w.tokens for w in windows)
     decode = decode_flops(load.llm.model_config, 8 + 3).mean
     prompt = sequence_flops(load.llm.model_config, 8)
@@ -77,7 +93,7 @@ def test_a_window_counts_work_in_the_long_runs_mix() -> None:
 
 def test_request_flops_are_prefill_and_decode() -> None:
     config = tiny_config("vanilla")
-    shape = Shape(prompt=10, output=5)
+    shape = RequestShape(prompt=10, output=5)
     prefill, decode = sequence_flops(config, 10), decode_flops(config, 12)
     wanted = (prefill.mean - prefill.head) * 10 + prefill.head + 4 * decode.mean
     assert request_flops(config, shape) == pytest.approx(wanted)
@@ -97,7 +113,7 @@ def test_ticks_alternate_and_the_first_round_does_not_count() -> None:
     for name, load in (("a", a), ("b", b)):
         step = load._step
         load._step = lambda name=name, step=step: turns.append(name) or step()  # type: ignore[method-assign]
-    pairs = alternate(a, b, rounds=3, seconds=0.3)
+    pairs = interleave(a, b, rounds=3, seconds=0.3)
     assert len(pairs) == 3
     assert sum(one != other for one, other in pairwise(turns)) > len(turns) / 3
     for pair in pairs:
@@ -108,12 +124,14 @@ def test_ticks_alternate_and_the_first_round_does_not_count() -> None:
 
 
 def test_the_ratio_is_the_median_of_rounds() -> None:
-    windows = [Window(seconds=1, steady=n) for n in (10, 30, 20)]
-    one = Window(seconds=1, steady=10)
+    windows = [Measurement(seconds=1, steady=n) for n in (10, 30, 20)]
+    one = Measurement(seconds=1, steady=10)
     found = ratios([(w, one) for w in windows])
     assert (found["ratio"], found["ratio_min"], found["ratio_max"]) == (2, 1, 3)
     assert found["ratio_of_sums"] == 2
-    longer = ratios([(Window(seconds=3, steady=30), one), (Window(seconds=1, steady=30), one)])
+    longer = ratios(
+        [(Measurement(seconds=3, steady=30), one), (Measurement(seconds=1, steady=30), one)]
+    )
     assert (longer["ratio"], longer["ratio_of_sums"]) == (2, 1.5)
 
 
@@ -126,9 +144,9 @@ def test_bursts_are_held_against_vanilla_in_bursts_and_ticks_against_ticks() -> 
     loads: list[tuple[int, str]] = []
 
     class Noting(TinyPlan):
-        def load(self, *args: Any, **fields: Any) -> Load:
+        def load(self, *args: Any, **fields: Any) -> SteadyLoad:
             found = super().load(*args, **fields)
-            loads.append((found.llm.placement.burst, found.llm.config.batching))
+            loads.append((found.llm.backend.num_scheduler_steps, found.llm.config.batching))
             return found
 
     tiny = {"sequences": 3, "prompt": 8, "output": 6, "seconds": 0.02, "rounds": 1}

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from fake_server import TOKENS, Fake, serving
 from mor import LLM, SamplingParams
-from mor.cli.chat_backends import Turn, pieces, plain
-from mor.engine.request import TokenEvent
+from mor.cli.chat_backends import ChatMessage, join_text, pieces
+from mor.engine.request import TokenOutput
 from mor.terminal.color import coloured_text
 
 SENTENCE = "The token goes deeper."
@@ -204,7 +204,7 @@ def test_a_model_with_a_template_is_told_who_speaks(
     seen: list[str] = []
     stream = LLM.stream
 
-    def spy(llm: LLM, prompt: list[int], params: SamplingParams) -> Generator[TokenEvent]:
+    def spy(llm: LLM, prompt: list[int], params: SamplingParams) -> Generator[TokenOutput]:
         assert llm.tokenizer is not None
         seen.append(llm.tokenizer.decode(prompt))
         return stream(llm, prompt, params)
@@ -285,4 +285,4 @@ def test_tokens_that_came_together_are_told_apart() -> None:
 
 
 def test_a_plain_talk_is_one_text() -> None:
-    assert plain([Turn("system", "a"), Turn("user", "b")]) == "a\nb"
+    assert join_text([ChatMessage("system", "a"), ChatMessage("user", "b")]) == "a\nb"

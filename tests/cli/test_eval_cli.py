@@ -37,7 +37,7 @@ def test_a_run_is_evaluated_on_its_own_corpus(mor: Mor, tiny: TinyRun) -> None:
         assert found[f"perplexity_{rule}"] == pytest.approx(math.exp(nll), rel=1e-5)
         bits = nll * found["tokens"] / math.log(2) / found["bytes"]
         assert found[f"bits_per_byte_{rule}"] == pytest.approx(bits, rel=1e-5)
-    assert found["nll_gap"] == pytest.approx(expected.gap, abs=1e-6)
+    assert found["nll_gap"] == pytest.approx(expected.causal_gap, abs=1e-6)
     assert found["depth_histogram"] == pytest.approx(expected.depth_histogram)
     mean = sum(n * share for n, share in enumerate(expected.depth_histogram))
     assert found["mean_recursions"] == pytest.approx(mean)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mor import SamplingParams, Tokenizer, generate, load
 from mor.cli import generate as cli
-from mor.io.detokenizer import PieceStream
+from mor.io.detokenizer import IncrementalDetokenizer
 from mor.terminal.color import coloured_text
 
 KEYS = {
@@ -260,7 +260,7 @@ def test_streamed_pieces_are_those_of_the_tokenizer(
 ) -> None:
     tokenizer = Tokenizer.load(tiny.corpus)
     prompt, ids = tokenizer.encode(before), tokenizer.encode(text)[:cut]
-    stream = PieceStream(tokenizer, prompt)
+    stream = IncrementalDetokenizer(tokenizer, prompt)
     pieces = [stream.push(token) for token in ids]
     rest = stream.flush()
     assert "".join([before, *pieces, rest]) == tokenizer.decode([*prompt, *ids])

@@ -72,7 +72,7 @@ def test_flops_by_depth_and_context(mor: Mor) -> None:
     assert len(by_depth) == 3
     assert by_depth == sorted(by_depth)
     flops = cost.sequence_flops(find_config("360m"), 1024)
-    assert by_depth == pytest.approx([flops.of_count(count) for count in (1, 2, 3)])
+    assert by_depth == pytest.approx([flops.for_recursions(count) for count in (1, 2, 3)])
     assert found["flops_per_token"] == pytest.approx(flops.mean)
     assert by_depth[0] < found["flops_per_token"] < by_depth[2]
     assert found["training_flops_per_token"] == pytest.approx(3 * found["flops_per_token"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import run_helpers as runs
 from mor.data.batches import Batches, TokenShards
 from mor.data.corpus import Document, build_from_documents
-from mor.data.mixture import BLOCK, MixedBatches, quotas
+from mor.data.mixture import SEQUENCES_PER_CYCLE, MixedBatches, sequence_quotas
 from mor.errors import ConfigError, DataError
 from mor.io.tokenizer import Tokenizer
 from mor.train.config import TrainConfig
@@ -46,7 +46,7 @@ def mixed(weights: list[float], seed: int = 0, batch_size: int = 4) -> MixedBatc
 
 @given(weights=Weights, total=st.integers(12, 3000))
 def test_quotas_are_the_nearest_whole_shares(weights: list[float], total: int) -> None:
-    counts = quotas(weights, total)
+    counts = sequence_quotas(weights, total)
     assert sum(counts) == total
     exact = [w / sum(weights) * total for w in weights]
     assert all(c >= 1 for c in counts)
@@ -57,11 +57,11 @@ def test_quotas_are_the_nearest_whole_shares(weights: list[float], total: int) -
 
 
 def test_quotas_by_hand() -> None:
-    assert quotas([2, 1]) == [667, 333]
-    assert quotas([1, 1, 1], 4) in ([2, 1, 1], [1, 2, 1], [1, 1, 2])
-    assert quotas([1e-9, 1]) == [1, 999]
+    assert sequence_quotas([2, 1]) == [667, 333]
+    assert sequence_quotas([1, 1, 1], 4) in ([2, 1, 1], [1, 2, 1], [1, 1, 2])
+    assert sequence_quotas([1e-9, 1]) == [1, 999]
     with pytest.raises(ConfigError, match="3 corpora cannot share 2"):
-        quotas([1, 1, 1], 2)
+        sequence_quotas([1, 1, 1], 2)
 
 
 @given(weights=Weights, seed=st.integers(0, 9), block=st.integers(0, 10**9))
@@ -70,8 +70,8 @@ def test_each_block_has_the_shares_and_each_corpus_its_own_order(
 ) -> None:
     """Any block can be entered at once, and no sequence of a corpus is left out or comes twice."""
     batches = mixed(weights, seed)
-    seen = [batches.source_of(block * BLOCK + i) for i in range(BLOCK)]
-    counts = quotas(weights)
+    seen = [batches.source_of(block * SEQUENCES_PER_CYCLE + i) for i in range(SEQUENCES_PER_CYCLE)]
+    counts = sequence_quotas(weights)
     for source, share in enumerate(counts):
         places = [place for s, place in seen if s == source]
         assert places == list(range(block * share, (block + 1) * share))
@@ -91,7 +91,7 @@ def test_the_order_is_one_whatever_reads_it(size: int, world: int, first: int) -
 def test_corpora_alternate_like_draws_without_replacement() -> None:
     """Shares of a short stretch scatter as chance would have it, and seeds and blocks differ."""
     batches = mixed([0.7, 0.2, 0.1])
-    order = [batches.source_of(i)[0] for i in range(20 * BLOCK)]
+    order = [batches.source_of(i)[0] for i in range(20 * SEQUENCES_PER_CYCLE)]
     assert Counter(order) == {0: 14000, 1: 4000, 2: 2000}
     stretches = np.array(order).reshape(-1, 100) == 0
     deviations = (stretches.mean(1) - 0.7) / (0.7 * 0.3 / 100 * 900 / 999) ** 0.5
@@ -99,8 +99,10 @@ def test_corpora_alternate_like_draws_without_replacement() -> None:
     assert abs(deviations).max() < 5
     pairs = np.mean([a == b for a, b in pairwise(order)])
     assert pairs == pytest.approx(0.49 + 0.04 + 0.01, abs=0.02)  # neighbours are independent
-    assert order[:BLOCK] != order[BLOCK : 2 * BLOCK]
-    assert order[:BLOCK] != [mixed([0.7, 0.2, 0.1], seed=1).source_of(i)[0] for i in range(BLOCK)]
+    assert order[:SEQUENCES_PER_CYCLE] != order[SEQUENCES_PER_CYCLE : 2 * SEQUENCES_PER_CYCLE]
+    assert order[:SEQUENCES_PER_CYCLE] != [
+        mixed([0.7, 0.2, 0.1], seed=1).source_of(i)[0] for i in range(SEQUENCES_PER_CYCLE)
+    ]
 
 
 def test_negative_batches_are_refused() -> None:

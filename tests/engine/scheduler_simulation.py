@@ -7,25 +7,25 @@ from typing import Any, NamedTuple
 from mor.engine.config import EngineConfig
 from mor.engine.pages import PageLayout, PagePool, PageTable
 from mor.engine.prefix import PrefixCache
-from mor.engine.request import Chunk, Sequence
-from mor.engine.scheduler import EnterPlan, Passes, Scheduler
+from mor.engine.request import Chunk, SequenceState
+from mor.engine.scheduler import PreludePlan, RecursionSpec, Scheduler
 from mor.model.sampling import SamplingParams
 
-Router = Callable[[Sequence, int, int], bool]
+Router = Callable[[SequenceState, int, int], bool]
 """(sequence, position, depth) -> whether the token goes on to that depth."""
 
 
-def by_token(sequence: Sequence, position: int, depth: int) -> bool:
+def by_token(sequence: SequenceState, position: int, depth: int) -> bool:
     """Depends on nothing but the tokens so far, as real routers do."""
-    return hash((*sequence.tokens[: position + 1], depth)) % 10 < 6
+    return hash((*sequence.token_ids[: position + 1], depth)) % 10 < 6
 
 
-def always(sequence: Sequence, position: int, depth: int) -> bool:
+def always(sequence: SequenceState, position: int, depth: int) -> bool:
     """Every token takes every pass."""
     return True
 
 
-def after_the_first(sequence: Sequence, position: int, depth: int) -> bool:
+def after_the_first(sequence: SequenceState, position: int, depth: int) -> bool:
     """Everybody takes the first pass, as models do that share keys and values."""
     return depth == 0 or by_token(sequence, position, depth)
 
@@ -61,34 +61,39 @@ class Simulation:
         self.prefixes = PrefixCache(self.pool, config.page_size) if config.prefix_caching else None
         share = 1.0 if router is always else 0.6
         presence = tuple(share**depth for depth in range(recursions))
-        self.passes = Passes(most=recursions, recursions=1, shared_kv=shared_kv, presence=presence)
+        self.passes = RecursionSpec(
+            max_passes=recursions,
+            recursions_per_pass=1,
+            shared_kv=shared_kv,
+            depth_fractions=presence,
+        )
         self.scheduler = Scheduler(config, self.passes, self.pool, self.prefixes)
         self.layout = PageLayout(page_size=config.page_size, layers=1, layers_per_page=1)
-        self.sequences: list[Sequence] = []
+        self.sequences: list[SequenceState] = []
         self.finishes: list[list[Chunk]] = []
         self.others: list[int] = []
         """Chunks in the block at the beginning of each tick."""
-        self.enters: list[EnterPlan] = []
+        self.enters: list[PreludePlan] = []
         self.advances: list[list[Ran]] = []
         self.came: dict[int, list[int]] = {}
         """By order of arrival: ticks in which tokens came."""
 
-    def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> Sequence:
+    def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> SequenceState:
         """A new request."""
         tables = 1 if self.passes.shared_kv else self.recursions
         order = len(self.sequences)
-        sequence = Sequence(
+        sequence = SequenceState(
             request_id=str(order),
             index=0,
-            order=order,
+            arrival_index=order,
             params=SamplingParams(max_tokens=max_tokens),
-            tokens=list(prompt),
-            num_prompt=len(prompt),
+            token_ids=list(prompt),
+            num_prompt_tokens=len(prompt),
             **{"least": 0, "most": self.recursions, **fields},
-            stop_ids=frozenset(),
-            random=random.Random(order),
-            outer=PageTable(self.layout, self.pool),
-            depths=[PageTable(self.layout, self.pool) for _ in range(tables)],
+            stop_token_ids=frozenset(),
+            rng=random.Random(order),
+            unshared_table=PageTable(self.layout, self.pool),
+            depth_tables=[PageTable(self.layout, self.pool) for _ in range(tables)],
         )
         self.sequences.append(sequence)
         self.came[order] = []
@@ -98,20 +103,20 @@ class Simulation:
     def tick(self) -> None:
         """What `LLM.step` does, without computing anything."""
         scheduler = self.scheduler
-        self.others.append(len(scheduler._present))
-        chunks = scheduler.plan_finish()
+        self.others.append(len(scheduler._in_block))
+        chunks = scheduler.schedule_coda()
         self.finishes.append(chunks)
-        scheduler.finished(chunks)
+        scheduler.update_after_coda(chunks)
         for chunk in chunks:
             sequence = chunk.sequence
-            if chunk.start + len(chunk) == len(sequence.tokens):
-                sequence.tokens.append(len(sequence.tokens) % 5)
-                self.came[sequence.order].append(scheduler.tick)
-                if len(sequence.output) == sequence.params.max_tokens:
-                    scheduler.close(sequence)
-        entering = scheduler.plan_enter()
+            if chunk.start + len(chunk) == len(sequence.token_ids):
+                sequence.token_ids.append(len(sequence.token_ids) % 5)
+                self.came[sequence.arrival_index].append(scheduler.step_index)
+                if len(sequence.output_token_ids) == sequence.params.max_tokens:
+                    scheduler.remove(sequence)
+        entering = scheduler.schedule_prelude()
         self.enters.append(entering)
-        scheduler.entered(
+        scheduler.update_after_prelude(
             entering.chunks,
             [
                 self.router(c.sequence, c.start + i, 0)
@@ -119,27 +124,27 @@ class Simulation:
                 for i in range(len(c))
             ],
         )
-        advancing = scheduler.plan_advance()
-        writing = advancing.num_writing
-        runs = enumerate(zip(advancing.chunks, advancing.first_entries, strict=True))
+        advancing = scheduler.schedule_block()
+        writing = advancing.num_writing_chunks
+        runs = enumerate(zip(advancing.chunks, advancing.first_kv_entries, strict=True))
         self.advances.append(
             [
-                Ran(c.sequence.order, c.start, c.depth, len(c.present), i < writing, e)
+                Ran(c.sequence.arrival_index, c.start, c.depth, len(c.active), i < writing, e)
                 for i, (c, e) in runs
             ]
         )
         goes_on = [
             self.router(c.sequence, c.start + i, c.depth + 1)
             for c in advancing.chunks
-            for i in c.present
+            for i in c.active
         ]
-        scheduler.advanced(advancing.chunks, goes_on)
+        scheduler.update_after_block(advancing.chunks, goes_on)
         self.check()
 
     def run(self, most: int = 5000) -> int:
         """Tick until everything is done; how often."""
         for number in range(most):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_unfinished:
                 return number
             self.tick()
         raise AssertionError("the scheduler makes no progress")
@@ -152,12 +157,16 @@ class Simulation:
         assert all(len(c) <= config.prefill_chunk for c in self.enters[-1].chunks)
         assert sum(run.tokens for run in self.advances[-1]) <= config.max_lanes
         for queue in (scheduler.running, scheduler.waiting):
-            orders = [sequence.order for sequence in queue]
+            orders = [sequence.arrival_index for sequence in queue]
             assert orders == sorted(orders)
         for sequence in scheduler.running:
-            counts = sequence.counts[: sequence.num_finished]
-            counts = counts + [count for chunk in sequence.chunks for count in chunk.counts]
-            assert sequence.outer is not None
-            assert sequence.outer.num_entries == sequence.num_entered == len(counts)
-            for depth, table in enumerate(sequence.depths):
+            counts = sequence.recursion_counts[: sequence.num_computed_tokens]
+            counts = counts + [
+                count for chunk in sequence.chunks for count in chunk.recursion_counts
+            ]
+            assert sequence.unshared_table is not None
+            assert (
+                sequence.unshared_table.num_entries == sequence.num_scheduled_tokens == len(counts)
+            )
+            for depth, table in enumerate(sequence.depth_tables):
                 assert table.num_entries == sum(count > depth for count in counts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine_helpers import shared_model
-from mor.engine.backend import Placement
+from mor.engine.backend import ExecutionBackend
 from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache, free_memory
 from mor.engine.llm import LLM
@@ -72,9 +72,9 @@ def test_settings_that_do_not_fit_model_or_machine(fields: dict[str, Any], words
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:
-    def chosen(model_fields: dict[str, Any], own: torch.dtype, **fields: Any) -> Placement:
+    def chosen(model_fields: dict[str, Any], own: torch.dtype, **fields: Any) -> ExecutionBackend:
         model = tiny_model("vanilla", **model_fields).to(own)
-        return Placement.choose(model, EngineConfig(**fields))
+        return ExecutionBackend.select(model, EngineConfig(**fields))
 
     wide = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     for dtype, kernels, compute in (
@@ -84,7 +84,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
         (torch.float16, "reference", torch.float16),
     ):
         found = chosen(wide, dtype)
-        assert (found.kernels, found.weights, found.compute) == (kernels, dtype, compute)
+        assert (found.kernels, found.weight_dtype, found.compute_dtype) == (kernels, dtype, compute)
     assert chosen(wide, torch.float64, dtype="float32").kernels == "cpu"
     assert chosen(wide, torch.float32, kernels="reference").kernels == "reference"
     assert chosen(wide, torch.float32, page_size=8).kernels == "reference"
@@ -126,7 +126,7 @@ def test_too_little_or_too_much_memory_is_refused() -> None:
 
 def test_without_kv_memory_there_is_room_for_all_sequences_of_full_length() -> None:
     found = cache_of("expert", EngineConfig(max_sequences=3, max_lanes=9))
-    full = found.pages_at_most(tiny_config("expert"), 96)
+    full = found.max_pages(tiny_config("expert"), 96)
     assert full == 6 + 3 * 6
     assert found.num_pages == 3 * full
     assert 0 < free_memory(torch.device("cpu")) < 2**50

@@ -10,7 +10,7 @@ from engine_helpers import VOCAB, check_close, check_empty, prompts_with_shared_
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.model.generation import generate
-from mor.model.router import ExpertChoice, TokenChoice
+from mor.model.router import ExpertChoiceRouter, TokenChoiceRouter
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
 from tiny import KINDS, build, tiny_config, tiny_model
@@ -50,20 +50,20 @@ def clearance(kind: str, ids: tuple[int, ...]) -> float:
     """The smallest distance of any decision from falling otherwise: a router's, or argmax's."""
     model = exact_model_of(kind)
     router, chosen = model.router, []
-    if isinstance(router, TokenChoice):
+    if isinstance(router, TokenChoiceRouter):
         hook = router.router.register_forward_hook(lambda _, __, out: chosen.append(out))
         states, _, record = model.hidden_states(torch.tensor([ids]), "threshold")
         hook.remove()
     else:
         states, _, record = model.hidden_states(torch.tensor([ids]), "threshold")
-    margins = [model.readout(states).topk(2).values.diff().abs().min()]
-    if isinstance(router, ExpertChoice):
+    margins = [model.compute_logits(states).topk(2).values.diff().abs().min()]
+    if isinstance(router, ExpertChoiceRouter):
         margins += [
             (logits - router.threshold(depth)).abs().min()
             for depth, logits in enumerate(record.decisions)
             if len(logits)
         ]
-    elif isinstance(router, TokenChoice):
+    elif isinstance(router, TokenChoiceRouter):
         softmax = router.config.router_activation == "softmax"
         score = chosen[0].softmax(-1) if softmax else chosen[0].sigmoid()
         score = score * router.config.router_alpha + getattr(router, "bias", 0)
@@ -156,4 +156,4 @@ def test_threads_change_nothing() -> None:
 
 
 def test_it_is_the_default_where_it_fits() -> None:
-    assert LLM(model_of("expert"), EngineConfig(kv_memory=2**22)).placement.kernels == "cpu"
+    assert LLM(model_of("expert"), EngineConfig(kv_memory=2**22)).backend.kernels == "cpu"

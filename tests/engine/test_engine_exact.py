@@ -91,8 +91,8 @@ def test_recursion_limits_equal_the_oracle(kind: str) -> None:
     prompts = [[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, n // len(limits)] for n in range(len(asked))]
     llm = LLM(model, EngineConfig(page_size=4, max_sequences=7, kv_memory=2**22))
     check_equals_oracle(llm, model, prompts, asked)
-    assert llm.prefixes is not None
-    assert len(llm.prefixes) >= 2 * len({str(sorted(fields.items())) for fields in limits})
+    assert llm.prefix_cache is not None
+    assert len(llm.prefix_cache) >= 2 * len({str(sorted(fields.items())) for fields in limits})
 
 
 @given(config=configs(), data=st.data())
@@ -151,7 +151,7 @@ def test_requests_that_come_later_are_served_alike() -> None:
         llm.add_request(prompt, each, str(number))
         for _ in range(number):
             done |= {e.request_id: e.completions for e in llm.step() if e.completions}
-    while llm.has_unfinished:
+    while llm.has_unfinished_requests:
         done |= {e.request_id: e.completions for e in llm.step() if e.completions}
     for number, want in enumerate(generate(model, prompts, asked)):
         check_same(done[str(number)][0], want)

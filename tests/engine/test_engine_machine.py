@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine_driver import COURSES, STARTS, Drive
+from engine_driver import REQUEST_KINDS, STARTS, EngineDriver
 from engine_helpers import engine_settings
 
 MACHINE_KINDS = ("expert", "expert_bare", "token", "expert_shared", "sequence")
@@ -30,7 +30,7 @@ REQUEST = st.tuples(
     st.integers(0, 1),
     st.sampled_from(STARTS),
     st.integers(0, 1),
-    st.integers(0, len(COURSES) - 1),
+    st.integers(0, len(REQUEST_KINDS) - 1),
 )
 
 
@@ -57,7 +57,7 @@ class EngineMachine(RuleBasedStateMachine):
         kind=st.sampled_from(MACHINE_KINDS), fields=settings_that_press(), share=st.floats(1, 1.5)
     )
     def start(self, kind: str, fields: dict[str, Any], share: float) -> None:
-        self.drive = Drive(kind, fields, share)
+        self.drive = EngineDriver(kind, fields, share)
 
     @rule(requests=st.lists(REQUEST, min_size=1, max_size=4))
     def add(self, requests: list[tuple[int, int, int, int]]) -> None:
@@ -115,10 +115,10 @@ def random_course(seed: int) -> Counter[str]:
     rng = random.Random(seed)
     fields = {"page_size": 2, "max_sequences": 6, "max_lanes": 20, "prefill_chunk": 6}
     fields["burst"] = (1, 1, 3)[seed % 3]
-    drive = Drive(("expert", "token_shared", "expert_bare")[seed % 3], fields)
+    drive = EngineDriver(("expert", "token_shared", "expert_bare")[seed % 3], fields)
     for _ in range(40):
         for _ in range(rng.randint(0, 2)):
-            course = rng.randrange(len(COURSES))
+            course = rng.randrange(len(REQUEST_KINDS))
             drive.add(rng.randrange(2), rng.choice(STARTS), rng.randrange(2), course)
         for _ in range(rng.randint(0, 3)):
             drive.step()

@@ -78,7 +78,7 @@ def test_deltas_are_packed_in_float32() -> None:
     llm = LLM(model, EngineConfig(kernels="cpu", quantization="int8", kv_memory=2**22))
     stack = llm.runner.block
     assert isinstance(stack, CpuStack)
-    assert {w.storage for ws in stack.packed for w in ws} == {"int8"}
-    pairs = [w for layer in stack.deltas for deltas in layer for w in deltas.packed]
+    assert {w.weight_dtype for ws in stack.packed for w in ws} == {"int8"}
+    pairs = [w for layer in stack.loras for deltas in layer for w in deltas.packed]
     assert len(pairs) == 2 * 5 * 3 * 2  # layers, products, depths, A and B
-    assert {w.storage for w in pairs} == {"float32"}
+    assert {w.weight_dtype for w in pairs} == {"float32"}

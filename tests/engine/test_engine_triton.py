@@ -69,7 +69,9 @@ def test_equals_the_reference_generator(
     prompts = [torch.randint(0, 61, (n,)).tolist() for n in lengths]
     params = SamplingParams(max_tokens=max_tokens)
     wanted = generate(model, prompts, params)
-    config = EngineConfig(kernels="triton", device=device, prefill_chunk=chunk, burst=burst)
+    config = EngineConfig(
+        kernels="triton", device=device, prefill_chunk=chunk, num_scheduler_steps=burst
+    )
     llm = LLM(model, config)
     for want, got in zip(wanted, llm.generate(prompts, params), strict=True):
         assert got.token_ids == want.token_ids

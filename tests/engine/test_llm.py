@@ -92,7 +92,7 @@ def test_names_are_the_callers_or_new() -> None:
     names = [llm.add_request([n], GREEDY) for n in range(3)]
     assert len({*names, "request-1"}) == 4
     assert len(llm.generate([[1], [2]], SamplingParams(max_tokens=2))) == 2
-    while llm.has_unfinished:
+    while llm.has_unfinished_requests:
         llm.step()
     assert llm.add_request([1], GREEDY, "request-1") == "request-1"  # free again
     assert len(llm.abort("request-1")) == 1
@@ -135,7 +135,7 @@ def test_an_interrupted_tick_loses_nothing(
     tokens: dict[str, list[int]] = {name: [] for name in names}
     failures = 0
     for _ in range(600):
-        if not llm.has_unfinished:
+        if not llm.has_unfinished_requests:
             break
         try:
             for event in llm.step():
@@ -192,10 +192,10 @@ def test_a_stream_that_is_closed_early_frees_everything() -> None:
     for taken in range(1, 5):
         stream = llm.stream([1, 2, 3, 4, 5, 6], SAMPLED)
         assert len(list(itertools.islice(stream, taken))) == taken
-        assert llm.has_unfinished
+        assert llm.has_unfinished_requests
         stream.close()  # type: ignore[attr-defined]
         check_empty(llm)
-        assert not llm._inboxes
+        assert not llm._streams
 
 
 def test_streams_side_by_side_lose_no_token() -> None:
@@ -213,4 +213,4 @@ def test_streams_side_by_side_lose_no_token() -> None:
             assert inner.token_ids[:10] == wanted[1].token_ids
     assert tokens == wanted[0].token_ids
     check_empty(llm)
-    assert not llm._inboxes
+    assert not llm._streams

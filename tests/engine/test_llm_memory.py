@@ -11,7 +11,7 @@ import torch
 from engine_helpers import VOCAB, check_empty, check_same, engine_of, shared_model, step_until
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
-from mor.model.cost import kv_bytes_per_token, presence_of
+from mor.model.cost import depth_fractions_of, kv_bytes_per_token
 from mor.model.generation import generate
 from mor.model.sampling import SamplingParams
 from tiny import tiny_model
@@ -26,7 +26,7 @@ def run_short_requests(llm: LLM, num: int) -> None:
             params = SamplingParams(max_tokens=1 + n % 2, n=1 + (n % 10 == 0))
             llm.add_request([n % VOCAB, n // VOCAB % VOCAB], params, f"r{n}")
         llm.abort(f"r{start + 7}")
-        while llm.has_unfinished:
+        while llm.has_unfinished_requests:
             llm.step()
 
 
@@ -39,8 +39,8 @@ def growth(llm: LLM, num: int, measure: Callable[[], int]) -> int:
     gc.collect()
     grown = measure() - before
     check_empty(llm)
-    assert not llm._inboxes
-    assert len(llm.scheduler._free_rows) == llm.scheduler.num_rows
+    assert not llm._streams
+    assert len(llm.scheduler._free_state_slots) == llm.scheduler.num_state_slots
     return grown
 
 
@@ -70,12 +70,12 @@ def test_a_sequence_takes_the_memory_that_the_cost_model_says(kind: str) -> None
     llm.add_request([1, 2, 3, 4, 5], SamplingParams(max_tokens=60))
     step_until(llm, 50)
     (sequence,) = llm.scheduler.running
-    counts = sequence.counts
+    counts = sequence.recursion_counts
     histogram = [counts.count(passes) for passes in range(config.num_recursions + 1)]
-    presence = presence_of(config, histogram)
+    presence = depth_fractions_of(config, histogram)
     wanted = kv_bytes_per_token(config, presence=presence, bytes_per_value=8) * len(counts)
-    taken = sum(len(table.pages) for table in sequence.tables) * llm.cache.page_bytes
-    assert wanted <= taken <= wanted + len(sequence.tables) * llm.cache.page_bytes
+    taken = sum(len(table.pages) for table in sequence.page_tables) * llm.cache.page_bytes
+    assert wanted <= taken <= wanted + len(sequence.page_tables) * llm.cache.page_bytes
     assert llm.pool.num_pages - llm.pool.num_free == taken // llm.cache.page_bytes
 
 
@@ -83,23 +83,23 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     llm = engine_of("expert")
     prompt = list(range(18))
     (first,) = llm.generate([prompt], GREEDY)
-    lanes = llm.stats.lanes
+    lanes = llm.stats.block_tokens
     for other, cached in ((prompt, 16), ([*prompt[:9], 60], 8), ([60, *prompt], 0)):
         llm.add_request(other, GREEDY)
         llm.step()
         (sequence,) = llm.scheduler.running
-        assert sequence.num_cached == cached
+        assert sequence.num_cached_tokens == cached
         done = [e.completions for e in step_until(llm, 10) if e.completions]
         assert len(done[0][0].token_ids) == 10
         if other == prompt:
             check_same(done[0][0], first)
-            assert llm.stats.lanes - lanes < lanes
+            assert llm.stats.block_tokens - lanes < lanes
         check_same(done[0][0], generate(shared_model("expert"), [other], GREEDY)[0])
-    assert len(llm.prefixes or ()) > 6
+    assert len(llm.prefix_cache or ()) > 6
     llm.reset_prefix_cache()
     llm.add_request(prompt, GREEDY)
     llm.step()
-    assert llm.scheduler.running[0].num_cached == 0
+    assert llm.scheduler.running[0].num_cached_tokens == 0
 
 
 def test_counters_count_what_happened() -> None:
@@ -110,13 +110,13 @@ def test_counters_count_what_happened() -> None:
     assert llm.stats.depth_histogram == [counts.count(passes) for passes in range(4)]
     prompts = [count for c in done for count in c.prompt_recursion_counts]
     last = sum(c.recursion_counts[0] for c in done)  # counted as a prompt's and as an output's
-    assert llm.stats.lanes == sum(counts) + sum(prompts) - last
+    assert llm.stats.block_tokens == sum(counts) + sum(prompts) - last
     assert 0 < llm.stats.compute_seconds <= llm.stats.seconds
-    ticks = llm.stats.ticks
+    ticks = llm.stats.steps
     assert llm.step() == []
-    assert llm.stats.ticks == ticks
+    assert llm.stats.steps == ticks
     llm.stats.reset()
-    assert (llm.stats.ticks, llm.stats.tokens, llm.stats.lanes) == (0, 0, 0)
+    assert (llm.stats.steps, llm.stats.tokens, llm.stats.block_tokens) == (0, 0, 0)
 
 
 def test_the_model_stays_as_it_was() -> None:

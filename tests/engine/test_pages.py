@@ -19,52 +19,52 @@ LAYOUTS = st.builds(
 
 def test_a_page_is_free_when_nobody_holds_it() -> None:
     pool = PagePool(3)
-    first, second = pool.take(), pool.take()
+    first, second = pool.allocate(), pool.allocate()
     assert first != second
-    pool.hold(first)
-    pool.release(first)
+    pool.incref(first)
+    pool.decref(first)
     assert pool.num_free == 1
     pool.check_integrity([first, second])
-    pool.release(first)
+    pool.decref(first)
     assert pool.num_free == 2
     pool.check_integrity([second])
-    pool.release(second)
+    pool.decref(second)
     pool.check_integrity([])
 
 
 def test_pages_run_out_with_an_error_that_says_so() -> None:
     pool = PagePool(2)
-    taken = {pool.take(), pool.take()}
+    taken = {pool.allocate(), pool.allocate()}
     assert taken == {0, 1}
     with pytest.raises(CapacityError, match="all 2 pages are in use"):
-        pool.take()
+        pool.allocate()
 
 
 def test_wrong_bookkeeping_is_noticed() -> None:
     pool = PagePool(2)
-    page = pool.take()
+    page = pool.allocate()
     for held in ([], [page, page], [1 - page]):
         with pytest.raises(AssertionError, match="leaked"):
             pool.check_integrity(held)
-    pool.release(page)
+    pool.decref(page)
     with pytest.raises(AssertionError, match="is free"):
-        pool.release(page)
+        pool.decref(page)
     with pytest.raises(AssertionError, match="is free"):
-        pool.hold(page)
+        pool.incref(page)
 
 
 def test_a_lower_stack_lays_several_groups_side_by_side() -> None:
     layout = PageLayout(page_size=4, layers=2, layers_per_page=7)
-    assert (layout.groups, layout.entries_per_page) == (3, 12)
+    assert (layout.cell_groups, layout.entries_per_page) == (3, 12)
     assert [layout.pages_for(n) for n in (0, 1, 12, 13)] == [0, 1, 1, 2]
     table = PageTable(layout, PagePool(9))
     table.append(13)
     (first, second) = table.pages
-    assert table.slot(0) == (7 * first, 0)
-    assert table.slot(3) == (7 * first, 3)
-    assert table.slot(4) == (7 * first + 2, 0)
-    assert table.slot(11) == (7 * first + 4, 3)
-    assert table.slot(12) == (7 * second, 0)
+    assert table.cell_and_offset(0) == (7 * first, 0)
+    assert table.cell_and_offset(3) == (7 * first, 3)
+    assert table.cell_and_offset(4) == (7 * first + 2, 0)
+    assert table.cell_and_offset(11) == (7 * first + 4, 3)
+    assert table.cell_and_offset(12) == (7 * second, 0)
 
 
 @given(layout=LAYOUTS, counts=st.lists(st.integers(0, 30), max_size=8))
@@ -75,14 +75,14 @@ def test_every_entry_of_every_layer_has_a_slot_of_its_own(
     tables = [PageTable(layout, pool), PageTable(layout, pool)]
     for number, count in enumerate(counts):
         table = tables[number % 2]
-        before, missing, free = table.num_entries, table.missing(count), pool.num_free
+        before, missing, free = table.num_entries, table.pages_needed(count), pool.num_free
         assert table.append(count) == range(before, before + count)
         assert pool.num_free == free - missing
         assert len(table.pages) == layout.pages_for(table.num_entries)
     slots = [
         (cell + layer, slot)
         for table in tables
-        for cell, slot in map(table.slot, range(table.num_entries))
+        for cell, slot in map(table.cell_and_offset, range(table.num_entries))
         for layer in range(layout.layers)
     ]
     assert len(set(slots)) == len(slots)

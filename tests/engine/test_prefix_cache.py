@@ -28,7 +28,7 @@ class Writer:
 
     def begin(self, tokens: list[int], root: tuple[int, int] = ROOT) -> int:
         """Reuse what is known of these tokens; how many are."""
-        nodes = self.cache.find(root, tokens)
+        nodes = self.cache.match_prefix(root, tokens)
         for source, target in self.cache.attach(nodes, self.tables):
             for slot in range(8):
                 if (source, slot) in self.written:
@@ -80,26 +80,26 @@ def cache(pool: PagePool) -> PrefixCache:
 
 def check_pages(cache: PrefixCache, pool: PagePool, *writers: Writer) -> None:
     pages = [page for writer in writers for table in writer.tables for page in table.pages]
-    pool.check_integrity([*cache.held_pages(), *pages])
+    pool.check_integrity([*cache.cached_pages(), *pages])
 
 
 def test_the_last_token_is_never_taken_from_the_cache(cache: PrefixCache, pool: PagePool) -> None:
     writer = Writer(cache, pool, {})
     writer.write(list(range(12)))
     assert len(cache) == 3
-    assert [n.num_tokens for n in cache.find(ROOT, list(range(13)))] == [4, 8, 12]
-    assert [n.num_tokens for n in cache.find(ROOT, list(range(12)))] == [4, 8]
-    assert [n.num_tokens for n in cache.find(ROOT, [*range(7), 99, 8, 9])] == [4]
-    assert cache.find(ROOT, [99, *range(12)]) == []
-    assert cache.find(ROOT, [0, 1, 2, 3]) == []
-    assert cache.find(OTHER_ROOT, list(range(13))) == []
+    assert [n.num_tokens for n in cache.match_prefix(ROOT, list(range(13)))] == [4, 8, 12]
+    assert [n.num_tokens for n in cache.match_prefix(ROOT, list(range(12)))] == [4, 8]
+    assert [n.num_tokens for n in cache.match_prefix(ROOT, [*range(7), 99, 8, 9])] == [4]
+    assert cache.match_prefix(ROOT, [99, *range(12)]) == []
+    assert cache.match_prefix(ROOT, [0, 1, 2, 3]) == []
+    assert cache.match_prefix(OTHER_ROOT, list(range(13))) == []
 
 
 def test_a_prefix_brings_its_counts_and_entries(cache: PrefixCache, pool: PagePool) -> None:
     Writer(cache, pool, {}).write([1, 2, 4, 5, 7, 7, 7, 8])
-    first, second = cache.find(ROOT, [1, 2, 4, 5, 7, 7, 7, 8, 0])
-    assert (first.counts, second.counts) == ((2, 1, 1, 2), (2, 2, 2, 1))
-    assert (first.entries, second.entries) == ((4, 4, 2), (8, 8, 5))
+    first, second = cache.match_prefix(ROOT, [1, 2, 4, 5, 7, 7, 7, 8, 0])
+    assert (first.recursion_counts, second.recursion_counts) == ((2, 1, 1, 2), (2, 2, 2, 1))
+    assert (first.num_kv_entries, second.num_kv_entries) == ((4, 4, 2), (8, 8, 5))
     assert second.parent is first
     assert (first.num_children, second.num_children) == (1, 0)
 
@@ -108,7 +108,7 @@ def test_only_a_begun_page_is_copied(cache: PrefixCache, pool: PagePool) -> None
     first = Writer(cache, pool, {})
     first.write([1, 2, 4, 5, 9])  # outer: 4 of 8, depth 0: 4 of 4, depth 1: 2 of 4
     second = Writer(cache, pool, first.written)
-    copies = cache.attach(cache.find(ROOT, [1, 2, 4, 5, 9]), second.tables)
+    copies = cache.attach(cache.match_prefix(ROOT, [1, 2, 4, 5, 9]), second.tables)
     assert [source for source, _ in copies] == [first.tables[0].pages[0], first.tables[2].pages[0]]
     assert [target for _, target in copies] == [
         second.tables[0].pages[0],
@@ -154,7 +154,7 @@ def test_leaves_go_first_and_the_least_recently_used_of_them(
         writer.begin(tokens)
         writer.write(tokens[len(writer.tokens) :])
         writer.end()
-    cache.find(ROOT, [1, 1, 1, 1, 2, 2, 2, 2, 0])
+    cache.match_prefix(ROOT, [1, 1, 1, 1, 2, 2, 2, 2, 0])
     gone = []
     while len(cache):
         cache.evict(pool.num_free + 1)
@@ -186,16 +186,16 @@ def _peek(cache: PrefixCache, tokens: list[int]) -> list[PrefixNode]:
 def test_a_dropped_node_is_known_to_be_gone(cache: PrefixCache, pool: PagePool) -> None:
     writer = Writer(cache, pool, {})
     writer.write([1, 2, 3, 4])
-    assert cache.holds(writer.node)
-    assert cache.holds(None)
+    assert cache.contains(writer.node)
+    assert cache.contains(None)
     old = writer.node
     cache.clear()
-    assert not cache.holds(old)
+    assert not cache.contains(old)
     writer.end()
     again = Writer(cache, pool, {})
     again.write([1, 2, 3, 4])
-    assert cache.holds(again.node)
-    assert not cache.holds(old)
+    assert cache.contains(again.node)
+    assert not cache.contains(old)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor.engine.sampler import Sampled, SamplingRow, sample
+from mor.engine.sampler import SamplerOutput, SamplingInput, sample
 from mor.model.generation import likeliest, pick
 from mor.model.sampling import SamplingParams
 
@@ -33,12 +33,12 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[SamplingRow]]:
+def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[SamplingInput]]:
     """Logits, often with equals among them, and what each row asks for."""
     size = draw(st.integers(2, 40))
     ids = st.lists(st.integers(0, size - 1), max_size=8)
     rows = [
-        SamplingRow(
+        SamplingInput(
             params=draw(sampling_params()),
             uniform=draw(st.floats(0, 1, exclude_max=True)),
             prompt=draw(ids),
@@ -53,7 +53,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[SamplingRow]]:
     return logits.to(draw(st.sampled_from(DTYPES))), rows
 
 
-def check_rows(logits: torch.Tensor, rows: list[SamplingRow]) -> None:
+def check_rows(logits: torch.Tensor, rows: list[SamplingInput]) -> None:
     found = sample(logits, rows)
     assert len(found.tokens) == len(found.logprobs) == len(found.top_logprobs) == len(rows)
     exact = logits.dtype == torch.float64
@@ -71,20 +71,20 @@ def check_rows(logits: torch.Tensor, rows: list[SamplingRow]) -> None:
             assert list(found.top_logprobs[number]) == list(top)
 
 
-def entry(found: Sampled, number: int) -> tuple[int, float, list[tuple[int, float]]]:
+def entry(found: SamplerOutput, number: int) -> tuple[int, float, list[tuple[int, float]]]:
     top = list(found.top_logprobs[number].items())
     return found.tokens[number], found.logprobs[number], top
 
 
 @given(batch=batches())
 def test_choices_are_the_reference_generators(
-    batch: tuple[torch.Tensor, list[SamplingRow]],
+    batch: tuple[torch.Tensor, list[SamplingInput]],
 ) -> None:
     check_rows(*batch)
 
 
 @given(batch=batches())
-def test_neighbours_do_not_matter(batch: tuple[torch.Tensor, list[SamplingRow]]) -> None:
+def test_neighbours_do_not_matter(batch: tuple[torch.Tensor, list[SamplingInput]]) -> None:
     logits, rows = batch
     together = sample(logits, rows)
     for number, row in enumerate(rows):
@@ -107,9 +107,9 @@ def test_a_large_vocabulary(scale: float) -> None:
         check_rows(logits, [plain(uniform, temperature=1.0, **fields) for fields in asked])
 
 
-def plain(uniform: float = 0.0, **fields: Any) -> SamplingRow:
+def plain(uniform: float = 0.0, **fields: Any) -> SamplingInput:
     params = SamplingParams(**fields)
-    return SamplingRow(params=params, uniform=uniform, prompt=[], output=[], forbidden=[])
+    return SamplingInput(params=params, uniform=uniform, prompt=[], output=[], forbidden=[])
 
 
 def test_greedy_rows_stay_greedy_in_mixed_company() -> None:
@@ -138,7 +138,7 @@ def test_a_row_that_is_not_a_number_leaves_the_others_alone() -> None:
 
 
 def test_no_rows_give_nothing() -> None:
-    assert sample(torch.zeros(0, 5), []) == Sampled(tokens=[], logprobs=[], top_logprobs=[])
+    assert sample(torch.zeros(0, 5), []) == SamplerOutput(tokens=[], logprobs=[], top_logprobs=[])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_simulation import Simulation, after_the_first, always, by_token
 
-from mor.engine.request import Sequence
+from mor.engine.request import SequenceState
 
 
 def largest_gap(ticks: list[int]) -> int:
@@ -23,7 +23,7 @@ def test_long_prompts_do_not_starve_decodes() -> None:
         sim.add([n] * 50, 1)
     sim.run()
     for sequence in decodes:
-        assert largest_gap(sim.came[sequence.order]) == 3  # as if it were alone: R passes
+        assert largest_gap(sim.came[sequence.arrival_index]) == 3  # as if it were alone: R passes
 
 
 def test_decodes_do_not_starve_a_long_prompt() -> None:
@@ -35,7 +35,7 @@ def test_decodes_do_not_starve_a_long_prompt() -> None:
     late = sim.add(list(range(60)), 1)
     for _ in range(60 * 3 + 10):  # one lane is left: a token takes R ticks
         sim.tick()
-    assert len(late.output) == 1
+    assert len(late.output_token_ids) == 1
 
 
 def test_a_stream_of_short_requests_starves_nobody() -> None:
@@ -45,9 +45,9 @@ def test_a_stream_of_short_requests_starves_nobody() -> None:
         if not n % 2:
             sim.add([n % 7, n % 3, 1], 1 + n % 5)
         sim.tick()
-        if len(long.output) == 8:
+        if len(long.output_token_ids) == 8:
             break
-    assert len(long.output) == 8
+    assert len(long.output_token_ids) == 8
     sim.run()
 
 
@@ -66,18 +66,20 @@ def test_the_oldest_is_never_preempted() -> None:
     for n in range(5):
         sim.add([n] * 4, 16)
     lost: list[int] = []
-    original = Sequence.reset
+    original = SequenceState.reset
 
-    def reset(sequence: Sequence) -> None:
-        lost.append(sequence.order)
-        assert sequence.order > min(s.order for s in (sequence, *sim.scheduler.running))
+    def reset(sequence: SequenceState) -> None:
+        lost.append(sequence.arrival_index)
+        assert sequence.arrival_index > min(
+            s.arrival_index for s in (sequence, *sim.scheduler.running)
+        )
         original(sequence)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sequence, "reset", reset)
+        patch.setattr(SequenceState, "reset", reset)
         sim.run()
     assert sim.scheduler.num_preemptions == len(lost) >= 4
-    assert all(len(s.output) == 16 for s in sim.sequences)
+    assert all(len(s.output_token_ids) == 16 for s in sim.sequences)
 
 
 @st.composite
@@ -129,18 +131,22 @@ def test_every_request_comes_to_its_end(
         sim.tick()
     sim.run()
     for sequence in sim.sequences:
-        assert len(sequence.output) == sequence.params.max_tokens
-        assert len(sequence.counts) == len(sequence.tokens) - 1
-        for position, count in enumerate(sequence.counts):
+        assert len(sequence.output_token_ids) == sequence.params.max_tokens
+        assert len(sequence.recursion_counts) == len(sequence.token_ids) - 1
+        for position, count in enumerate(sequence.recursion_counts):
             alone = next(
-                (d for d in range(sequence.most) if not sim.router(sequence, position, d)),
-                sequence.most,
+                (
+                    d
+                    for d in range(sequence.max_recursions)
+                    if not sim.router(sequence, position, d)
+                ),
+                sequence.max_recursions,
             )
-            assert count == max(alone, sequence.least)
+            assert count == max(alone, sequence.min_recursions)
     if sim.prefixes is not None:
         sim.prefixes.clear()
     assert sim.pool.num_free == sim.pool.num_pages
-    assert len(sim.scheduler._free_rows) == sim.scheduler.num_rows
+    assert len(sim.scheduler._free_state_slots) == sim.scheduler.num_state_slots
 
 
 def test_depth_batching_mixes_depths_and_sequence_batching_never_does() -> None:
@@ -162,7 +168,7 @@ def test_exits_wait_for_company_but_not_for_ever(num_shallow: int, wait: int) ->
         least_exit_batch=5,
         longest_exit_wait=3,
         recursions=8,
-        router=lambda s, _, depth: depth == 0 or s.order >= num_shallow,
+        router=lambda s, _, depth: depth == 0 or s.arrival_index >= num_shallow,
     )
     for n in range(7):
         sim.add([n], 40)
@@ -170,7 +176,7 @@ def test_exits_wait_for_company_but_not_for_ever(num_shallow: int, wait: int) ->
     waits = set()
     for tick, (chunks, others) in enumerate(zip(sim.finishes, sim.others, strict=True), start=1):
         if chunks and others:
-            waited = max(tick - chunk.left_at for chunk in chunks) - 1
+            waited = max(tick - chunk.exited_at_step for chunk in chunks) - 1
             assert len(chunks) >= 5 or waited == 3
             waits.add(waited)
     assert wait in waits
@@ -179,12 +185,14 @@ def test_exits_wait_for_company_but_not_for_ever(num_shallow: int, wait: int) ->
 
 @pytest.mark.parametrize(("num_shallow", "longest"), [(3, 0), (2, 2)])
 def test_by_default_exits_wait_for_half_of_the_sequences(num_shallow: int, longest: int) -> None:
-    sim = Simulation(recursions=8, router=lambda s, _, depth: depth == 0 or s.order >= num_shallow)
+    sim = Simulation(
+        recursions=8, router=lambda s, _, depth: depth == 0 or s.arrival_index >= num_shallow
+    )
     for n in range(7):
         sim.add([n], 40)
     sim.run()
     waits = [
-        tick - chunk.left_at - 1
+        tick - chunk.exited_at_step - 1
         for tick, (chunks, others) in enumerate(zip(sim.finishes, sim.others, strict=True), 1)
         for chunk in chunks
         if others
@@ -196,7 +204,7 @@ def test_exits_do_not_wait_if_nothing_else_can_run() -> None:
     sim = Simulation(least_exit_batch=8, longest_exit_wait=1000, router=always)
     sequence = sim.add([1], 10)
     assert sim.run() == 10 * 3 + 1
-    assert len(sequence.output) == 10
+    assert len(sequence.output_token_ids) == 10
 
 
 def test_a_chunk_follows_the_one_before_it_a_depth_behind() -> None:
@@ -236,4 +244,4 @@ def test_a_prefix_with_other_counts_is_not_built_upon() -> None:
             for _ in range(rng.randrange(6)):
                 sim.tick()
         sim.run()
-        assert all(len(s.output) == s.params.max_tokens for s in sim.sequences)
+        assert all(len(s.output_token_ids) == s.params.max_tokens for s in sim.sequences)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.engine.request import Chunk
-from mor.engine.states import ExpertStates, FusedStates
-from mor.model.router import ExpertChoice
+from mor.engine.states import ExpertChoiceStates, FusedExpertChoiceStates
+from mor.model.router import ExpertChoiceRouter
 from tiny import build, tiny_config
 
 NUM = 6
@@ -35,17 +35,17 @@ def test_one_call_does_what_the_plain_form_does(
     )
     model = build(config, seed).float()
     router = model.router
-    assert isinstance(router, ExpertChoice)
+    assert isinstance(router, ExpertChoiceRouter)
     router.requires_grad_(False)
     made = [
         kind(config, torch.zeros(NUM + 2, config.hidden_size), router)
-        for kind in (ExpertStates, FusedStates)
+        for kind in (ExpertChoiceStates, FusedExpertChoiceStates)
     ]
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randperm(NUM + 2, generator=draw)[:NUM].tolist()
     llm = LLM(model, EngineConfig(kernels="reference", kv_memory=2**20))
     llm.add_request([1] * NUM)
-    chunk = Chunk(sequence=llm.scheduler.waiting[0], start=0, rows=rows)
+    chunk = Chunk(sequence=llm.scheduler.waiting[0], start=0, state_slots=rows)
     x = torch.randn(NUM, config.hidden_size, generator=draw)
     entered = [states.enter([chunk], x.clone()) for states in made]
     assert entered[0] == entered[1]
@@ -80,4 +80,4 @@ def test_one_call_does_what_the_plain_form_does(
 def test_linear_routers_on_cpus_are_compiled(kind: str, kernels: str, fused: bool) -> None:
     model = build(tiny_config(kind, **WIDE)).float()
     llm = LLM(model, EngineConfig(kernels=kernels, kv_memory=2**22))
-    assert isinstance(llm.runner.states, FusedStates) is fused
+    assert isinstance(llm.runner.states, FusedExpertChoiceStates) is fused

@@ -10,7 +10,7 @@ import torch
 
 import mor
 from mor.errors import ConfigError, DataError
-from mor.eval.harness import Words, evaluate
+from mor.eval.harness import HFStyleTokenizer, evaluate
 from mor.eval.local_tasks import TASKS, read_set, write_tasks
 from mor.eval.scoring import EngineScorer, TopkScorer
 from mor.io.llama import from_llama
@@ -77,7 +77,12 @@ def model_of(tokenizer: Tokenizer, **fields: Any) -> MoRModel:
 
 
 def scores_of(
-    tasks: tuple[str, ...], data: Path, folder: Path, scorer: Any, words: Words, **options: Any
+    tasks: tuple[str, ...],
+    data: Path,
+    folder: Path,
+    scorer: Any,
+    words: HFStyleTokenizer,
+    **options: Any,
 ) -> dict[str, dict[str, float | None]]:
     write_tasks(tasks, data, folder)
     return evaluate(scorer, words, tasks, include=[folder], **options)
@@ -94,7 +99,11 @@ def test_scores_are_those_of_a_ten_line_script(
     model = model_of(tokenizer, num_recursions=3)
     tasks = ("blimp", "hellaswag", "winogrande", "lambada")
     found = scores_of(
-        tasks, data, tmp_path / "tasks", engine(model, tokenizer), Words(tokenizer, model.config)
+        tasks,
+        data,
+        tmp_path / "tasks",
+        engine(model, tokenizer),
+        HFStyleTokenizer(tokenizer, model.config),
     )
 
     def logprobs(context: str, text: str) -> torch.Tensor:
@@ -146,7 +155,7 @@ def test_every_set_makes_a_task_and_examples_come_before_items(
     data: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     model = model_of(tokenizer, num_recursions=2)
-    scorer, words = engine(model, tokenizer), Words(tokenizer, model.config)
+    scorer, words = engine(model, tokenizer), HFStyleTokenizer(tokenizer, model.config)
     seen: list[int] = []
     found = scores_of(
         tuple(TASKS),
@@ -167,7 +176,7 @@ def test_every_set_makes_a_task_and_examples_come_before_items(
 
 def test_topk_sees_the_whole_sequence(data: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = model_of(tokenizer, num_recursions=3)
-    words = Words(tokenizer, model.config)
+    words = HFStyleTokenizer(tokenizer, model.config)
     found = scores_of(("lambada",), data, tmp_path, TopkScorer(model), words)
     causal = scores_of(("lambada",), data, tmp_path, engine(model, tokenizer), words)
     assert found["lambada"]["perplexity"] != pytest.approx(causal["lambada"]["perplexity"])
@@ -198,7 +207,7 @@ def test_scores_are_those_of_lm_evals_own_model(
     (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(names))
     tasks = ("blimp", "hellaswag", "winogrande", "lambada")
     model = from_llama(tmp_path / "llama")
-    words = Words(tokenizer, model.config)
+    words = HFStyleTokenizer(tokenizer, model.config)
     ours = scores_of(tasks, data, tmp_path / "tasks", engine(model, tokenizer), words)
     theirs = simple_evaluate(
         model="hf",

@@ -10,25 +10,27 @@ import torch
 import mor
 from mor.errors import RequestError
 from mor.eval import scoring
-from mor.eval.scoring import EngineScorer, Pair, TopkScorer
+from mor.eval.scoring import EngineScorer, LoglikelihoodRequest, TopkScorer
 from mor.model.transformer import MoRModel
 from tiny import tiny_model
 
 KINDS = ("vanilla", "expert", "expert_shared", "token", "sequence")
 
 
-def pairs_of(seed: int, num: int = 24) -> list[Pair]:
+def pairs_of(seed: int, num: int = 24) -> list[LoglikelihoodRequest]:
     """Contexts that several continuations share, long ones and short ones."""
     draw = random.Random(seed)
     contexts = [tuple(draw.choices(range(61), k=k)) for k in (1, 5, 17, 40, 40, 60)]
     contexts.append((*contexts[-1][:50], 1, 2, 3))
     return [
-        Pair(draw.choice(contexts), tuple(draw.choices(range(61), k=draw.randint(1, 9))))
+        LoglikelihoodRequest(
+            draw.choice(contexts), tuple(draw.choices(range(61), k=draw.randint(1, 9)))
+        )
         for _ in range(num)
     ]
 
 
-def reference(model: MoRModel, pair: Pair, selection: Any) -> tuple[float, bool]:
+def reference(model: MoRModel, pair: LoglikelihoodRequest, selection: Any) -> tuple[float, bool]:
     ids = torch.tensor([[*pair.context, *pair.continuation]])
     with torch.no_grad():
         logprobs = model(ids[:, :-1], selection=selection).logits[0].log_softmax(-1)
@@ -38,10 +40,10 @@ def reference(model: MoRModel, pair: Pair, selection: Any) -> tuple[float, bool]
 
 
 @cache
-def scored(kind: str) -> tuple[MoRModel, list[Pair], list[tuple[float, bool]]]:
+def scored(kind: str) -> tuple[MoRModel, list[LoglikelihoodRequest], list[tuple[float, bool]]]:
     """A model, pairs, one of which goes on greedily, and what a forward pass over each says."""
     model, pairs = tiny_model(kind), pairs_of(len(kind))
-    pairs[3] = Pair((2, 3), tuple(reference_greedy(model, (2, 3), 2)))
+    pairs[3] = LoglikelihoodRequest((2, 3), tuple(reference_greedy(model, (2, 3), 2)))
     return model, pairs, [reference(model, pair, "threshold") for pair in pairs]
 
 
@@ -71,12 +73,12 @@ def reference_greedy(model: MoRModel, context: tuple[int, ...], num: int) -> lis
 
 def test_a_shared_context_is_computed_once() -> None:
     context = tuple(range(33))
-    pairs = [Pair(context, (40 + i, 7)) for i in range(5)]
+    pairs = [LoglikelihoodRequest(context, (40 + i, 7)) for i in range(5)]
     lanes = {}
     for caching in (True, False):
         scorer = engine(tiny_model("vanilla"), page_size=8, prefix_caching=caching)
         scorer.score(pairs, lambda _: None)
-        lanes[caching] = scorer.llm.stats.lanes
+        lanes[caching] = scorer.llm.stats.block_tokens
     assert lanes == {True: 35 + 4 * 3, False: 5 * 35}
 
 
@@ -95,11 +97,15 @@ def test_topk_scores_are_those_of_the_whole_sequence(kind: str) -> None:
 
 def test_a_long_context_loses_its_beginning_and_a_long_continuation_is_refused() -> None:
     model = tiny_model("expert")  # takes 96 tokens
-    long = Pair(tuple(i % 61 for i in range(150)), (1, 2, 3))
-    kept = Pair(long.context[-92:], long.continuation)
+    long = LoglikelihoodRequest(tuple(i % 61 for i in range(150)), (1, 2, 3))
+    kept = LoglikelihoodRequest(long.context[-92:], long.continuation)
     (score,) = engine(model).score([long], lambda _: None)
     assert score.logprob == pytest.approx(reference(model, kept, "threshold")[0], abs=1e-6)
-    for pair in (Pair((1,), (2,) * 95), Pair((), (1,)), Pair((1,), ())):
+    for pair in (
+        LoglikelihoodRequest((1,), (2,) * 95),
+        LoglikelihoodRequest((), (1,)),
+        LoglikelihoodRequest((1,), ()),
+    ):
         with pytest.raises(RequestError, match="continuation"):
             engine(model).score([pair], lambda _: None)
     with pytest.raises(RequestError, match="selection='threshold'"):

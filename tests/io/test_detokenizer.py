@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from mor.io.detokenizer import TextStream
+from mor.io.detokenizer import StopDetokenizer
 from mor.io.tokenizer import Tokenizer
 
 SAMPLE = "the cat sat on the mat, the cat ate; naïve café. " * 3 + "猫が座った。😀🎉 " * 2
@@ -24,7 +24,7 @@ def trained() -> Tokenizer:
     return Tokenizer.train([SAMPLE, SIGNS], 320)
 
 
-def feed(stream: TextStream, ids: list[int]) -> list[str]:
+def feed(stream: StopDetokenizer, ids: list[int]) -> list[str]:
     """What comes out, the flush at the end included; stops where the stream stops."""
     deltas: list[str] = []
     for token in ids:
@@ -38,25 +38,25 @@ def feed(stream: TextStream, ids: list[int]) -> list[str]:
 
 @given(text=TEXTS)
 def test_any_text_comes_through(text: str) -> None:
-    assert "".join(feed(TextStream(trained()), trained().encode(text))) == text
+    assert "".join(feed(StopDetokenizer(trained()), trained().encode(text))) == text
 
 
 @given(ids=st.lists(st.integers(0, 319) | st.integers(128, 256), max_size=30))
 def test_any_tokens_come_through(ids: list[int]) -> None:
-    assert "".join(feed(TextStream(trained()), ids)) == trained().decode(ids)
+    assert "".join(feed(StopDetokenizer(trained()), ids)) == trained().decode(ids)
 
 
 @given(text=TEXTS, more=TEXTS)
 def test_text_goes_on_after_a_prompt(text: str, more: str) -> None:
     tokenizer = trained()
     before = tokenizer.encode(text)
-    assert "".join(feed(TextStream(tokenizer, (), before), tokenizer.encode(more))) == more
+    assert "".join(feed(StopDetokenizer(tokenizer, (), before), tokenizer.encode(more))) == more
 
 
 def test_a_character_comes_when_it_is_whole() -> None:
     ids = trained().encode("a🦊é")
     assert len(ids) > 4  # the fox takes several tokens
-    deltas = feed(TextStream(trained()), ids)
+    deltas = feed(StopDetokenizer(trained()), ids)
     assert "🦊" in deltas
     assert not any("\ufffd" in delta for delta in deltas)
 
@@ -67,13 +67,13 @@ def test_a_decoder_that_drops_the_first_space() -> None:
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
     tokenizer = Tokenizer(backend)
-    assert feed(TextStream(tokenizer), [1, 2, 3, 4, 0]) == ["cat", "s", "", "é", " the", ""]
-    assert feed(TextStream(tokenizer, (), [0]), [1, 3, 4, 2]) == [" cat", "", "é", "s", ""]
+    assert feed(StopDetokenizer(tokenizer), [1, 2, 3, 4, 0]) == ["cat", "s", "", "é", " the", ""]
+    assert feed(StopDetokenizer(tokenizer, (), [0]), [1, 3, 4, 2]) == [" cat", "", "é", "s", ""]
 
 
 def test_half_a_character_at_the_end_is_shown_as_broken() -> None:
     ids = trained().encode("a🦊")[:-1]
-    deltas = feed(TextStream(trained()), ids)
+    deltas = feed(StopDetokenizer(trained()), ids)
     assert "".join(deltas) == trained().decode(ids) == "a\ufffd"
     assert deltas[-1] == "\ufffd"
 
@@ -95,7 +95,7 @@ def expected(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
 )
 def test_stop_texts_end_the_text(text: str, stops: list[str]) -> None:
     ids = trained().encode(text)
-    stream = TextStream(trained(), tuple(stops))
+    stream = StopDetokenizer(trained(), tuple(stops))
     feed(stream, ids)
     assert (stream.text, stream.stopped) == expected(trained().pieces(ids), tuple(stops))
     assert not any(stop in stream.text for stop in stops)
@@ -103,14 +103,14 @@ def test_stop_texts_end_the_text(text: str, stops: list[str]) -> None:
 
 def test_a_stop_text_may_span_tokens() -> None:
     ids = trained().encode("the cat sat on")
-    stream = TextStream(trained(), ("at sat",))
+    stream = StopDetokenizer(trained(), ("at sat",))
     deltas = [stream.push(token) for token in ids if not stream.stopped]
     assert len(deltas) < len(ids)
     assert (stream.text, stream.stopped, stream.flush()) == ("the c", True, "")
 
 
 def test_what_could_become_a_stop_text_is_held_back() -> None:
-    stream = TextStream(trained(), ("at z",))
+    stream = StopDetokenizer(trained(), ("at z",))
     deltas = [stream.push(token) for token in trained().encode("the cat")]
     assert "".join(deltas) == "the c"
     assert "".join(stream.push(token) for token in trained().encode(" sat")) == "at s"
@@ -123,7 +123,7 @@ def test_a_stop_text_before_half_a_character_is_not_part_of_the_text(stop: str) 
     tokenizer = trained()
     half = tokenizer.encode(" \u2600")[0]
     assert tokenizer.decode([half]) == " \ufffd"
-    stream = TextStream(tokenizer, (stop,))
+    stream = StopDetokenizer(tokenizer, (stop,))
     feed(stream, [*tokenizer.encode("mate"), half])
     assert stream.stopped
     assert stream.text == "mate".removesuffix(stop.strip())

@@ -123,7 +123,7 @@ def test_a_sharded_folder_is_read(exported: Path, model: MoRModel, tmp_path: Pat
 def test_the_card_says_how_to_load_it(exported: Path, model: MoRModel) -> None:
     text = (exported / "README.md").read_text()
     assert "library_name: transformers" in text
-    assert f"| parameters | {cost.parameters(model.config):,} |" in text
+    assert f"| parameters | {cost.num_parameters(model.config):,} |" in text
     assert "trust_remote_code=True" in text
 
 

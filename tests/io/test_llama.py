@@ -14,7 +14,7 @@ import mor
 from mor.errors import CheckpointError, ConfigError, MorError
 from mor.io.llama import config_from_llama, convert_llama, from_llama, recursive_config
 from mor.io.tokenizer import Tokenizer
-from mor.model.sharing import donor_layers
+from mor.model.sharing import source_layers
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,7 +192,7 @@ def test_block_starts_from_the_layers_asked_for(
     config, ends = model.config, int(sharing.startswith("middle"))
     assert (config.num_prelude_layers, config.num_coda_layers) == (ends, ends)
     assert config.num_block_layers == (2 if ends else 3)
-    drawn = donor_layers(
+    drawn = source_layers(
         init,
         sharing=config.sharing,
         num_donor_layers=6,

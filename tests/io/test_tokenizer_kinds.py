@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mor.io.detokenizer import PieceStream
+from mor.io.detokenizer import IncrementalDetokenizer
 from mor.io.tokenizer import Tokenizer
 
 SAMPLE = "the cat sat on the mat; naïve café 猫が座った 😀🎉 the cat\n"
@@ -83,7 +83,7 @@ def test_a_stream_gives_whole_characters_that_join_to_the_text(
 ) -> None:
     words = tokenizer(kind)
     context, ids = words.encode(before), words.encode(text)
-    stream = PieceStream(words, context)
+    stream = IncrementalDetokenizer(words, context)
     pieces = [stream.push(token) for token in ids]
     broken = [piece for piece in pieces if REPLACEMENT in piece]
     assert not broken or REPLACEMENT in before + text
@@ -98,7 +98,7 @@ def test_a_character_comes_with_its_last_token(kind: str) -> None:
     words = tokenizer(kind)
     ids = words.encode("𝄞")
     assert len(ids) > 3
-    stream = PieceStream(words, words.encode("the"))
+    stream = IncrementalDetokenizer(words, words.encode("the"))
     pieces = [stream.push(token) for token in ids]
     assert pieces[-1].endswith("𝄞")
     assert not any(pieces[-4:-1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mor.errors import ConfigError
-from mor.io.uptrain import from_donor
+from mor.io.uptrain import init_from_vanilla
 from mor.model.config import MoRConfig
 from mor.model.transformer import MoRModel
 from tiny import build, tiny_config
@@ -27,7 +27,7 @@ def weight(layer: torch.nn.Module) -> torch.Tensor:
 )
 def test_layers_come_from_where_they_should(init: str, expected: list[int]) -> None:
     plain = donor()
-    model = from_donor(plain, tiny_config("expert"), init)
+    model = init_from_vanilla(plain, tiny_config("expert"), init)
     assert torch.equal(weight(model.prelude[0]), weight(plain.block[0]))
     assert torch.equal(weight(model.coda[0]), weight(plain.block[7]))
     for layer, source in zip(model.block, expected, strict=True):
@@ -38,7 +38,7 @@ def test_layers_come_from_where_they_should(init: str, expected: list[int]) -> N
 
 def test_average_is_the_mean_of_the_layers_that_a_block_layer_stands_for() -> None:
     plain = donor()
-    model = from_donor(plain, tiny_config("expert"), "average")
+    model = init_from_vanilla(plain, tiny_config("expert"), "average")
     for i, layer in enumerate(model.block):
         mean = sum(weight(plain.block[1 + i + 2 * r]) for r in range(3)) / 3
         torch.testing.assert_close(weight(layer), mean)
@@ -52,7 +52,7 @@ def test_a_donor_of_one_layer_per_pass_that_repeats_keeps_its_function() -> None
     config = tiny_config("recursive")
     ids = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(0))
     for init in ("average", "lower", "upper"):
-        model = from_donor(plain, config, init).eval()
+        model = init_from_vanilla(plain, config, init).eval()
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)
 
 
@@ -60,7 +60,7 @@ def test_random_is_a_sorted_draw_that_the_seed_decides() -> None:
     plain = donor()
 
     def drawn(seed: int) -> list[int]:
-        model = from_donor(plain, tiny_config("expert"), "random", seed)
+        model = init_from_vanilla(plain, tiny_config("expert"), "random", seed)
         weights = [weight(layer) for layer in plain.block]
         return [
             next(i for i, w in enumerate(weights) if torch.equal(w, weight(layer)))
@@ -79,9 +79,9 @@ def test_random_is_a_sorted_draw_that_the_seed_decides() -> None:
 def test_what_cannot_work_is_refused(change: dict, words: str) -> None:
     config = MoRConfig.from_dict({**tiny_config("expert").to_dict(), **change})
     with pytest.raises(ConfigError, match=words):
-        from_donor(donor(), config)
+        init_from_vanilla(donor(), config)
 
 
 def test_a_recursive_donor_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_recursions=3"):
-        from_donor(build(tiny_config("recursive")), tiny_config("expert"))
+        init_from_vanilla(build(tiny_config("recursive")), tiny_config("expert"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
-from mor.model.cost import parameters_non_embedding
+from mor.model.cost import num_parameters_non_embedding
 from tiny import KINDS, SHAPE, configs, tiny_config
 
 THIRDS = (1.0, 2 / 3, 1 / 3)
@@ -176,7 +176,7 @@ def test_the_360m_preset_has_the_papers_sizes(recursions: int, block: int, milli
     assert config.num_block_layers == block
     assert (config.num_prelude_layers, config.num_coda_layers) == (ends, ends)
     assert config.routing == ("none" if recursions == 1 else "expert_choice")
-    assert round(parameters_non_embedding(config) / 1e6) == millions
+    assert round(num_parameters_non_embedding(config) / 1e6) == millions
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from mor.model.config import MoRConfig
 from mor.model.cost import (
     activation_values_per_token,
     decode_flops,
+    depth_fractions_of,
     kv_bytes_per_token,
-    layer_parameters,
-    parameters,
-    parameters_non_embedding,
-    presence_of,
-    relaxation_parameters,
-    router_parameters,
+    num_layer_parameters,
+    num_lora_parameters,
+    num_parameters,
+    num_parameters_non_embedding,
+    num_router_parameters,
     sequence_flops,
     training_flops,
 )
@@ -49,14 +49,16 @@ def measured_presence(out: MoROutput, num_recursions: int) -> tuple[float, ...]:
 def test_parameters_are_those_of_the_module(config: MoRConfig) -> None:
     model = MoRModel(config)
     count = {name: p.numel() for name, p in model.named_parameters()}  # tied ones come once
-    assert parameters(config) == sum(count.values())
+    assert num_parameters(config) == sum(count.values())
     inner = {n: c for n, c in count.items() if not n.startswith(("embed_tokens", "lm_head"))}
-    assert parameters_non_embedding(config) == sum(inner.values())
-    assert router_parameters(config) == sum(c for n, c in count.items() if n.startswith("router"))
+    assert num_parameters_non_embedding(config) == sum(inner.values())
+    assert num_router_parameters(config) == sum(
+        c for n, c in count.items() if n.startswith("router")
+    )
     deltas = sum(c for n, c in count.items() if "delta_" in n)
-    assert relaxation_parameters(config) == deltas
+    assert num_lora_parameters(config) == deltas
     one = sum(c for n, c in count.items() if n.startswith("block.0.") and "delta_" not in n)
-    assert layer_parameters(config) == one
+    assert num_layer_parameters(config) == one
 
 
 # FLOPs
@@ -97,7 +99,7 @@ def test_flops_are_those_that_torch_counts(kind: str) -> None:
         assert presence == pytest.approx(model.config.depth_capacities)
     cost = sequence_flops(model.config, time, presence=presence, causal=False)
     assert cost.mean == pytest.approx(counted, rel=1e-9)
-    assert cost.presence == presence
+    assert cost.depth_fractions == presence
 
 
 def test_grouped_queries_cost_what_plain_heads_cost() -> None:
@@ -126,7 +128,7 @@ def test_decoding_a_sequence_costs_what_its_prefill_costs(config: MoRConfig, len
     mean = sum(s.mean for s in steps) / length
     per_key = 4 * 24 * config.num_block_layers
     shared = config.kv_strategy == "shared"
-    itself = [0.0 if shared else p * (1 - p) / 2 for p in prefill.presence]
+    itself = [0.0 if shared else p * (1 - p) / 2 for p in prefill.depth_fractions]
     assert mean == pytest.approx(prefill.mean - per_key * sum(itself))
     assert steps[0].head == prefill.head
     assert steps[0].routing == prefill.routing
@@ -135,14 +137,14 @@ def test_decoding_a_sequence_costs_what_its_prefill_costs(config: MoRConfig, len
 @given(config=configs(), length=st.integers(1, 64))
 def test_a_token_that_goes_deeper_costs_more(config: MoRConfig, length: int) -> None:
     cost = sequence_flops(config, length)
-    costs = [cost.of_count(r) for r in range(config.num_recursions + 1)]
-    assert costs[0] == cost.outer + cost.head
+    costs = [cost.for_recursions(r) for r in range(config.num_recursions + 1)]
+    assert costs[0] == cost.unshared + cost.head
     assert all(a < b for a, b in pairwise(costs))
     assert costs[0] < cost.mean <= costs[-1] + cost.routing
     assert training_flops(config, length) == 3 * cost.mean
     nobody_leaves = sequence_flops(config, length, presence=(1.0,) * config.num_recursions)
     assert cost.mean <= nobody_leaves.mean * (1 + 1e-12)
-    assert nobody_leaves.mean == pytest.approx(nobody_leaves.of_count(config.num_recursions))
+    assert nobody_leaves.mean == pytest.approx(nobody_leaves.for_recursions(config.num_recursions))
 
 
 def test_routers_are_paid_for_by_tokens_that_leave() -> None:
@@ -171,10 +173,10 @@ def check_cache_bytes(model: MoRModel, time: int, seed: int) -> None:
     context = model.context(ragged_packing([0], [time], CPU), cache)
     with torch.no_grad():
         x = model.run_prelude(model.embed_tokens(ids(seed, time)[0]), context)
-        x, counts, _ = model.recurse(x, context, "threshold")
+        x, counts, _ = model.run_recursions(x, context, "threshold")
         model.run_coda(x, context)
     histogram = torch.bincount(counts, minlength=model.config.num_recursions + 1).tolist()
-    presence = presence_of(model.config, histogram)
+    presence = depth_fractions_of(model.config, histogram)
     expected = kv_bytes_per_token(model.config, presence=presence, bytes_per_value=8)
     assert cache.num_bytes / time == pytest.approx(expected, rel=1e-12)
 
@@ -201,19 +203,19 @@ def test_kv_bytes_by_hand() -> None:
 
 def test_presence_follows_the_configuration_or_a_histogram() -> None:
     config = tiny_config("expert")
-    assert presence_of(config) == config.capacities
-    assert presence_of(tiny_config("token")) == pytest.approx((1, 2 / 3, 1 / 3))
-    assert presence_of(tiny_config("recursive")) == (1, 1, 1)
-    assert presence_of(config, [2, 1, 1]) == (1.0, 0.5, 0.25)
-    assert presence_of(config, [4, 2, 1, 1]) == (0.5, 0.25, 0.125)
-    assert presence_of(config, [0.0, 0.5, 0.25, 0.25]) == (1.0, 0.5, 0.25)
+    assert depth_fractions_of(config) == config.capacities
+    assert depth_fractions_of(tiny_config("token")) == pytest.approx((1, 2 / 3, 1 / 3))
+    assert depth_fractions_of(tiny_config("recursive")) == (1, 1, 1)
+    assert depth_fractions_of(config, [2, 1, 1]) == (1.0, 0.5, 0.25)
+    assert depth_fractions_of(config, [4, 2, 1, 1]) == (0.5, 0.25, 0.125)
+    assert depth_fractions_of(config, [0.0, 0.5, 0.25, 0.25]) == (1.0, 0.5, 0.25)
 
 
 @pytest.mark.parametrize("histogram", [[], [1, 1], [1] * 5, [0, 0, 0], [0, 0, 0, 0]])
 def test_a_histogram_that_does_not_fit_is_refused(histogram: list[int]) -> None:
     words = f"histogram of {len(histogram)} entries does not fit num_recursions=3"
     with pytest.raises(ConfigError, match=words):
-        presence_of(tiny_config("expert"), histogram)
+        depth_fractions_of(tiny_config("expert"), histogram)
 
 
 def test_activations_shrink_with_presence() -> None:
@@ -222,6 +224,6 @@ def test_activations_shrink_with_presence() -> None:
         full = activation_values_per_token(config, [1.0] * config.num_recursions)
         layer = 4 * 24 + 2 * (4 + 2) * 6 + 2 * 40
         assert full == config.num_hidden_layers * layer
-        mean = sum(presence_of(config)) / config.num_recursions
+        mean = sum(depth_fractions_of(config)) / config.num_recursions
         assert activation_values_per_token(config) <= full
         assert (activation_values_per_token(config) < full) == (mean < 1)

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 import mor
 from mor.errors import CheckpointError, ConfigError
-from mor.io.uptrain import from_donor
+from mor.io.uptrain import init_from_vanilla
 from mor.model.config import MoRConfig
 from mor.model.sharing import original_layers
 from mor.model.transformer import MoRModel
-from mor.ops.low_rank import Delta, add_deltas
+from mor.ops.low_rank import LoRAPair, add_loras
 from mor.train.config import TrainConfig
 from mor.train.optim import build_optimizer
 from reference_model import matrix
@@ -34,7 +34,7 @@ def donor(num_layers: int = 8) -> MoRModel:
 
 def relaxed(rank: int, init: Any = "average", **fields: Any) -> MoRModel:
     config = tiny_config("recursive", relaxation_rank=rank, **fields)
-    return from_donor(donor(), config, init).eval()
+    return init_from_vanilla(donor(), config, init).eval()
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def test_each_rank_comes_closer() -> None:
 
 def test_a_truncated_decomposition_is_the_nearest_matrix_of_its_rank() -> None:
     lost = torch.randn(9, 14, generator=torch.Generator().manual_seed(0)).double()
-    delta = Delta.truncated(lost, 4)
+    delta = LoRAPair.truncated(lost, 4)
     missed = (lost - delta.up @ delta.down).norm() ** 2
     left_out = torch.linalg.svdvals(lost)[4:]
     torch.testing.assert_close(missed, left_out.pow(2).sum())  # Eckart and Young
@@ -78,7 +78,9 @@ def test_what_a_norm_of_zero_hides_stays_hidden() -> None:
     with torch.no_grad():
         for layer in plain.block:
             layer.input_layernorm.weight[3] = 0.0
-    model = from_donor(plain, tiny_config("recursive", relaxation_rank=FULL), "average").eval()
+    model = init_from_vanilla(
+        plain, tiny_config("recursive", relaxation_rank=FULL), "average"
+    ).eval()
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
 
 
@@ -185,10 +187,10 @@ def test_groups_of_rows_have_their_own_deltas() -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(7, 5, generator=draw).double()
     deltas = [
-        Delta(*(torch.randn(s, generator=draw).double() for s in ((2, 5), (4, 2))))
+        LoRAPair(*(torch.randn(s, generator=draw).double() for s in ((2, 5), (4, 2))))
         for _ in range(3)
     ]
-    out = add_deltas(deltas, (0, 2, 2, 7), x, torch.zeros(6, 4).double())  # 6 rows: one writes not
+    out = add_loras(deltas, (0, 2, 2, 7), x, torch.zeros(6, 4).double())  # 6 rows: one writes not
     for row in range(6):
         delta = deltas[0 if row < 2 else 2]
         torch.testing.assert_close(out[row], delta.up @ delta.down @ x[row])
@@ -198,8 +200,9 @@ def test_fused_deltas_are_side_by_side() -> None:
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(5, generator=draw).double()
     parts = [
-        Delta(*(torch.randn(s, generator=draw).double() for s in ((r, 5), (4, r)))) for r in (2, 3)
+        LoRAPair(*(torch.randn(s, generator=draw).double() for s in ((r, 5), (4, r))))
+        for r in (2, 3)
     ]
-    both = Delta.fused(parts, torch.float64)
+    both = LoRAPair.fused(parts, torch.float64)
     wanted = torch.cat([part.up @ part.down @ x for part in parts])
     torch.testing.assert_close(both.up @ both.down @ x, wanted)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mor.model.attention import Rope
-from mor.model.ragged_batch import Packing
+from mor.model.attention import RotaryEmbedding
+from mor.model.ragged_batch import RaggedBatch
 from mor.model.transformer import MoRModel
 from mor.ops.document_attention import number_documents
 from tiny import KINDS, tiny_config
@@ -40,12 +40,12 @@ def build(kind: str, **changes: Any) -> MoRModel:
 def exact_angles(monkeypatch: pytest.MonkeyPatch) -> None:
     """RoPE's angles are fp32 in the model, which alone makes 1e-7 of a shifted position."""
 
-    def at(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+    def at(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> RotaryEmbedding:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64)
         angles = positions[:, None] * theta ** (-exponents / head_dim)
-        return Rope(angles.cos()[:, None], angles.sin()[:, None])
+        return RotaryEmbedding(angles.cos()[:, None], angles.sin()[:, None])
 
-    monkeypatch.setattr(Rope, "at", at)
+    monkeypatch.setattr(RotaryEmbedding, "at", at)
 
 
 LENGTHS = [[5, 1, 17, 9], [32], [1, 1, 2, 28], [16, 16]]
@@ -84,18 +84,20 @@ class Masked:
 
     def __init__(self, documents: Tensor, shared: bool) -> None:
         self.documents, self.shared = documents, shared
-        self.kept: dict[int, tuple[Tensor, Tensor, Packing]] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor, RaggedBatch]] = {}
 
     def has_kv(self, slot: Any) -> bool:
         return self.shared and slot.depth > 0
 
-    def attend(self, slot: Any, q: Tensor, k: Any, v: Any, packing: Packing) -> Tensor:
+    def attend(self, slot: Any, q: Tensor, k: Any, v: Any, packing: RaggedBatch) -> Tensor:
         if k is None:
             k, v, of = self.kept[slot.layer]
         else:
             of = packing
             self.kept[slot.layer] = (k, v, packing)
-        same = self.documents[packing.flat][:, None] == self.documents[of.flat][None]
+        same = (
+            self.documents[packing.token_indices][:, None] == self.documents[of.token_indices][None]
+        )
         seen = same & (of.positions[None] <= packing.positions[:, None])
         keys, values, queries = (x.transpose(0, 1)[None] for x in (k, v, q))
         out = F.scaled_dot_product_attention(

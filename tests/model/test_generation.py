@@ -129,7 +129,7 @@ def test_each_depth_holds_only_its_own_tokens(kind: str) -> None:
     ids = torch.randint(0, 61, (20,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         x = model.run_prelude(model.embed_tokens(ids), context)
-        x, counts, _ = model.recurse(x, context, "threshold")
+        x, counts, _ = model.run_recursions(x, context, "threshold")
         model.run_coda(x, context)
     assert cache.num_entries(UNSHARED, 0) == 20
     for depth in range(model.config.num_recursions):

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor.model.attention import WholeSequence
+from mor.model.attention import FullSequenceAttention
 from mor.model.config import MoRConfig
 from mor.model.generation import generate
-from mor.model.ragged_batch import Packing
+from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import RecursionLimits
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
@@ -86,17 +86,17 @@ def test_a_limit_that_all_keep_to_changes_nothing(kind: str) -> None:
 
 def whole(model: MoRModel, limits: RecursionLimits | None, num: int, selection: Any) -> Any:
     """States and counts of one sequence."""
-    packing = Packing.full(1, num, torch.device("cpu"))
-    context = model.context(packing, WholeSequence(model.config))
+    packing = RaggedBatch.full(1, num, torch.device("cpu"))
+    context = model.context(packing, FullSequenceAttention(model.config))
     x = model.embed_tokens(torch.arange(num))
-    return model.recurse(x, context, selection, limits=limits)[:2]
+    return model.run_recursions(x, context, selection, limits=limits)[:2]
 
 
 @torch.no_grad()
 def test_each_token_has_its_own_limits() -> None:
     least = torch.tensor([0, 3, 1, 2, 0, 0, 3, 1])
     most = torch.tensor([3, 3, 1, 2, 1, 2, 3, 3])
-    limits = RecursionLimits(least=least, most=most)
+    limits = RecursionLimits(min_recursions=least, max_recursions=most)
     for kind in ("expert", "token", "recursive"):
         _, free = whole(tiny_model(kind), None, 8, "threshold")
         _, counts = whole(tiny_model(kind), limits, 8, "threshold")
@@ -109,6 +109,8 @@ def test_each_token_has_its_own_limits() -> None:
 
 
 def test_topk_takes_no_limits() -> None:
-    limits = RecursionLimits(least=torch.ones(8).long(), most=torch.ones(8).long())
+    limits = RecursionLimits(
+        min_recursions=torch.ones(8).long(), max_recursions=torch.ones(8).long()
+    )
     with pytest.raises(AssertionError, match="topk"):
         whole(tiny_model("expert"), limits, 8, "topk")

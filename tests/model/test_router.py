@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mor.errors import ConfigError
-from mor.model.ragged_batch import Packing
-from mor.model.router import ExpertChoice, RandomRouter, RoutingRecord, TokenChoice, warmed_capacity
+from mor.model.ragged_batch import RaggedBatch
+from mor.model.router import (
+    ExpertChoiceRouter,
+    RandomRouter,
+    RoutingOutput,
+    TokenChoiceRouter,
+    capacity_at_step,
+)
 from mor.model.transformer import MoRModel
 from tiny import tiny_config, tiny_model
 
@@ -43,17 +49,17 @@ def states(*columns: list[float]) -> Tensor:
 
 @given(capacity=st.floats(0.01, 1), warmup=st.integers(1, 1000))
 def test_capacity_falls_from_one_to_its_value(capacity: float, warmup: int) -> None:
-    course = [warmed_capacity(capacity, step, warmup) for step in range(2 * warmup + 1)]
+    course = [capacity_at_step(capacity, step, warmup) for step in range(2 * warmup + 1)]
     assert course[0] == 1
     assert course[warmup:] == pytest.approx([capacity] * (warmup + 1))
     assert all(a >= b for a, b in pairwise(course))
-    assert course == [warmed_capacity(capacity, step, warmup) for step in range(2 * warmup + 1)]
-    half = warmed_capacity(capacity, warmup, 2 * warmup)
+    assert course == [capacity_at_step(capacity, step, warmup) for step in range(2 * warmup + 1)]
+    half = capacity_at_step(capacity, warmup, 2 * warmup)
     assert half == pytest.approx((1 + capacity) / 2)
 
 
 def test_without_warmup_capacity_is_constant() -> None:
-    assert [warmed_capacity(0.3, step, 0) for step in (0, 1, 99)] == [0.3] * 3
+    assert [capacity_at_step(0.3, step, 0) for step in (0, 1, 99)] == [0.3] * 3
 
 
 @pytest.mark.parametrize("time", [1, 2, 3, 7, 10, 33])
@@ -73,14 +79,14 @@ def test_topk_selects_the_capacity_of_the_whole_sequence(time: int) -> None:
 
 
 def test_topk_takes_the_largest_gates() -> None:
-    router = ExpertChoice(tiny_config("expert")).double()
+    router = ExpertChoiceRouter(tiny_config("expert")).double()
     reading_first_feature(router.routers[1])
-    record = RoutingRecord()
+    record = RoutingOutput()
     x = states([0.3, -2.0, 5.0, 1.0, 0.9, 4.0])
-    choice = router.choose(1, x, Packing.full(2, 3, CPU), "topk", 2, record)
-    assert choice.packing.positions.tolist() == [0, 2, 0, 2]
-    assert choice.places is not None
-    assert choice.places.tolist() == [0, 2, 3, 5]
+    choice = router.choose(1, x, RaggedBatch.full(2, 3, CPU), "topk", 2, record)
+    assert choice.ragged.positions.tolist() == [0, 2, 0, 2]
+    assert choice.indices is not None
+    assert choice.indices.tolist() == [0, 2, 3, 5]
     torch.testing.assert_close(choice.gate[:, 0], 0.1 * x[:, 0].sigmoid()[[0, 2, 3, 5]])
     assert record.selected[0].tolist() == [[0, 2], [0, 2]]
     bce = torch.nn.functional.softplus(x[:, 0]).mean() - (0.3 + 5.0 + 1.0 + 4.0) / 6
@@ -105,14 +111,14 @@ def test_forward_takes_other_capacities() -> None:
 
 def test_a_logit_at_the_threshold_goes_on() -> None:
     config = tiny_config("expert", capacities=(0.9, 0.5, 0.2), thresholds=(0.5, 0.0, -1.25))
-    router = ExpertChoice(config).double()
+    router = ExpertChoiceRouter(config).double()
     for depth, tau in enumerate((0.5, 0.0, -1.25)):
         reading_first_feature(router.routers[depth])
         logits = [tau, math.nextafter(tau, -2), math.nextafter(tau, 2), tau - 1, tau + 1]
-        record = RoutingRecord()
+        record = RoutingOutput()
         x = states(logits)
-        choice = router.choose(depth, x, Packing.full(1, 5, CPU), "threshold", 1, record)
-        assert choice.packing.positions.tolist() == [0, 2, 4]
+        choice = router.choose(depth, x, RaggedBatch.full(1, 5, CPU), "threshold", 1, record)
+        assert choice.ragged.positions.tolist() == [0, 2, 4]
         assert torch.equal(record.decisions[0], x[:, 0])
         assert record.selected == []
         assert record.losses == {}
@@ -171,7 +177,9 @@ def test_wrong_thresholds_leave_the_model_alone() -> None:
     ],
 )
 def test_gate_functions(activation: str, expected: object) -> None:
-    router = ExpertChoice(tiny_config("expert", router_activation=activation, router_alpha=0.3))
+    router = ExpertChoiceRouter(
+        tiny_config("expert", router_activation=activation, router_alpha=0.3)
+    )
     logits = [-3.0, -0.5, 0.0, 0.25, 4.0]
     gates = router.gate(torch.tensor(logits, dtype=torch.float64)).tolist()
     assert gates == pytest.approx([expected(z) for z in logits], abs=1e-12)
@@ -180,7 +188,7 @@ def test_gate_functions(activation: str, expected: object) -> None:
 def test_temperature_divides_the_state() -> None:
     for model in (tiny_model("expert", router_temperature=4.0), tiny_model("expert")):
         reading_first_feature(model.router.routers[0])
-        main, _ = model.router.logits(0, states([2.0, 8.0]), Packing.full(1, 2, CPU))
+        main, _ = model.router.logits(0, states([2.0, 8.0]), RaggedBatch.full(1, 2, CPU))
         assert (main * model.config.router_temperature).tolist() == [2.0, 8.0]
 
 
@@ -216,18 +224,18 @@ def test_the_auxiliary_loss_reaches_router_and_backbone() -> None:
 
 
 def test_the_second_router_decides_and_the_first_weighs() -> None:
-    router = ExpertChoice(tiny_config("expert_aux_router", capacities=(0.9, 0.5))).double()
+    router = ExpertChoiceRouter(tiny_config("expert_aux_router", capacities=(0.9, 0.5))).double()
     reading_first_feature(router.routers[0])
     with torch.no_grad():
         router.aux_routers[0].proj.weight.zero_()[0, 1] = 1.0
     x = states([5.0, -5.0, 1.0, -1.0], [-1.0, 1.0, -2.0, 2.0])
-    packing, record = Packing.full(1, 4, CPU), RoutingRecord()
+    packing, record = RaggedBatch.full(1, 4, CPU), RoutingOutput()
     causal = router.choose(0, x, packing, "threshold", 2, record)
-    assert causal.packing.positions.tolist() == [1, 3]
+    assert causal.ragged.positions.tolist() == [1, 3]
     torch.testing.assert_close(causal.gate[:, 0], 0.1 * x[:, 0].sigmoid()[[1, 3]])
     assert torch.equal(record.decisions[0], x[:, 1])
     best = router.choose(0, x, packing, "topk", 2, record)
-    assert best.packing.positions.tolist() == [0, 2]
+    assert best.ragged.positions.tolist() == [0, 2]
 
 
 # The random router
@@ -269,20 +277,20 @@ def test_the_bias_moves_the_choice_and_never_the_weight() -> None:
     router = model.router
     reading_first_feature(router.router)
     x = states([2.0, 0.0, 0.1], [0.0, 1.5, 0.0], [0.0, 0.0, 0.2])
-    packing = Packing.full(1, 3, CPU)
+    packing = RaggedBatch.full(1, 3, CPU)
     probs = x[:, :3].softmax(-1)
     router.bias.zero_()
-    counts, weight = router.choose(x, packing, RoutingRecord())
+    counts, weight = router.choose(x, packing, RoutingOutput())
     assert counts.tolist() == [1, 2, 3]
     torch.testing.assert_close(weight[:, 0], probs.max(-1).values)
     router.bias.copy_(torch.tensor([0.0, 0.2, 0.0]))
-    counts, weight = router.choose(x, packing, RoutingRecord())
+    counts, weight = router.choose(x, packing, RoutingOutput())
     assert counts.tolist() == [1, 2, 2]
     torch.testing.assert_close(weight[:, 0], probs[[0, 1, 2], [0, 1, 1]])
 
 
 def test_the_bias_moves_towards_depths_with_too_few_tokens() -> None:
-    router = TokenChoice(tiny_config("token_loss_free", balancing_update_rate=0.25))
+    router = TokenChoiceRouter(tiny_config("token_loss_free", balancing_update_rate=0.25))
     router.update_bias(torch.tensor([0.5, 0.25, 0.05, 0.2]))
     assert router.bias.tolist() == [-0.25, 0.0, 0.25, 0.25]
     router.update_bias(torch.tensor([0.25, 0.25, 0.25, 0.25]))
@@ -292,18 +300,18 @@ def test_the_bias_moves_towards_depths_with_too_few_tokens() -> None:
 
 
 def test_fractions_count_every_depth() -> None:
-    router = TokenChoice(tiny_config("token"))
+    router = TokenChoiceRouter(tiny_config("token"))
     assert router.fractions(torch.tensor([1, 3, 3, 1, 1])).tolist() == pytest.approx([0.6, 0, 0.4])
     assert router.fractions(torch.tensor([], dtype=torch.long)).tolist() == [0, 0, 0]
 
 
 def test_balancing_loss_is_least_when_balanced() -> None:
-    router = TokenChoice(tiny_config("token")).double()
+    router = TokenChoiceRouter(tiny_config("token")).double()
     reading_first_feature(router.router)
 
     def loss(*columns: list[float]) -> float:
-        record = RoutingRecord()
-        router.choose(states(*columns), Packing.full(1, 3, CPU), record)
+        record = RoutingOutput()
+        router.choose(states(*columns), RaggedBatch.full(1, 3, CPU), record)
         return record.losses["balancing_loss"].item()
 
     even = loss([9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0])

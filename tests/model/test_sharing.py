@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mor.errors import ConfigError
-from mor.model.sharing import Initialisation, Slot, block_schedule, donor_layers
+from mor.model.sharing import Initialization, LayerKey, block_schedule, source_layers
 
-INITS = get_args(Initialisation)
+INITS = get_args(Initialization)
 
 
 def test_the_papers_table() -> None:
@@ -34,7 +34,7 @@ def test_every_layer_runs_once_per_depth_and_depths_only_rise(
     sharing: str, layers: int, recursions: int
 ) -> None:
     schedule = block_schedule(sharing, layers, recursions)
-    every = {Slot(r, i) for r in range(recursions) for i in range(layers)}
+    every = {LayerKey(r, i) for r in range(recursions) for i in range(layers)}
     assert Counter(schedule) == Counter(every)
     for i in range(layers):
         assert [s.depth for s in schedule if s.layer == i] == list(range(recursions))
@@ -50,7 +50,7 @@ def drawn(init: str, **changes: Any) -> list[tuple[int, ...]]:
         "num_coda_layers": 1,
         "num_recursions": 3,
     }
-    return donor_layers(init, **{**shape, **changes})
+    return source_layers(init, **{**shape, **changes})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 def test_the_block_draws_on_distinct_middle_layers(
     init: str, shape: dict[str, Any], seed: int
 ) -> None:
-    sources = donor_layers(init, seed=seed, **shape)
+    sources = source_layers(init, seed=seed, **shape)
     assert len(sources) == shape["num_block_layers"]
     first, last = shape["num_prelude_layers"], shape["num_donor_layers"] - shape["num_coda_layers"]
     each = shape["num_recursions"] if init == "average" else 1
@@ -102,7 +102,7 @@ def test_the_block_draws_on_distinct_middle_layers(
     assert all(first <= layer < last for layer in flat)
     if init != "average":
         assert flat == sorted(flat)
-    assert donor_layers(init, seed=seed, **shape) == sources
+    assert source_layers(init, seed=seed, **shape) == sources
 
 
 @given(shape=shapes())
@@ -111,7 +111,7 @@ def test_averages_partition_a_middle_of_the_right_size(shape: dict[str, Any]) ->
     layers, loops = shape["num_block_layers"], shape["num_recursions"]
     first = shape["num_prelude_layers"]
     shape["num_donor_layers"] = first + layers * loops + shape["num_coda_layers"]
-    sources = donor_layers("average", **shape)
+    sources = source_layers("average", **shape)
     assert sorted(layer for source in sources for layer in source) == list(
         range(first, first + layers * loops)
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mor.errors import MissingExtraError
 from mor.ops import reference
-from mor.ops.paged import Lanes, PagedKV, Rotations
+from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 
 LOADED_EARLY = "triton" in sys.modules
 kernels = importlib.import_module("mor.ops.triton")
@@ -49,8 +49,8 @@ class Batch:
     k: Tensor
     v: Tensor
     kv: PagedKV
-    lanes: Lanes
-    rotations: Rotations
+    lanes: AttentionMetadata
+    rotations: RopeTable
 
 
 def ints(values: list[int]) -> Tensor:
@@ -94,15 +94,17 @@ def make(
         kv=PagedKV(
             k=randn(total, g, dim, size, dtype=stored), v=randn(total, g, size, dim, dtype=stored)
         ),
-        lanes=Lanes(
+        lanes=AttentionMetadata(
             positions=torch.randint(LENGTH, (len(lanes),), generator=generator).int().to(DEVICE),
-            kv_len=ints([seen for _, seen in lanes]),
-            runs=ints([sum(count for count, _ in runs[:u]) for u in range(len(runs) + 1)]),
-            tables=tables.to(DEVICE),
-            write_cell=ints([cell for cell, _ in writes]),
-            write_slot=ints([slot for _, slot in writes]),
+            context_lens=ints([seen for _, seen in lanes]),
+            query_start_loc=ints(
+                [sum(count for count, _ in runs[:u]) for u in range(len(runs) + 1)]
+            ),
+            page_tables=tables.to(DEVICE),
+            slot_cells=ints([cell for cell, _ in writes]),
+            slot_offsets=ints([slot for _, slot in writes]),
         ),
-        rotations=Rotations(cos=angles.cos(), sin=angles.sin()),
+        rotations=RopeTable(cos=angles.cos(), sin=angles.sin()),
     )
 
 
@@ -214,11 +216,14 @@ def test_types_of_queries_and_cells(dtype: torch.dtype, cache: torch.dtype) -> N
 def test_empty_runs_and_padding(max_run: int | None, splits: int) -> None:
     batch = make([(1, 9), (4, 30), (1, 12)], heads=(3, 1))
     truth = reference.attend(batch.q, batch.kv, 0, batch.lanes)
-    none, (a, b, c) = torch.full_like(batch.lanes.tables[:1], -1), batch.lanes.tables.split(1)
+    none, (a, b, c) = (
+        torch.full_like(batch.lanes.page_tables[:1], -1),
+        batch.lanes.page_tables.split(1),
+    )
     lanes = replace(
         batch.lanes,
         positions=ints([0] * 9),
-        kv_len=torch.cat((batch.lanes.kv_len, ints([0, 0, 0]))),
+        kv_len=torch.cat((batch.lanes.context_lens, ints([0, 0, 0]))),
         runs=ints([0, 0, 1, 5, 5, 6, 7, 7, 7]),  # and the last two lanes belong to no run
         tables=torch.cat((none, a, b, none, c, none, none, none)),
     )
@@ -231,7 +236,7 @@ def test_empty_runs_and_padding(max_run: int | None, splits: int) -> None:
 @runs_kernels
 def test_nothing_to_attend_to() -> None:
     batch = make([(1, 3)])
-    no_runs = replace(batch.lanes, runs=ints([0]), tables=batch.lanes.tables[:0])
+    no_runs = replace(batch.lanes, runs=ints([0]), tables=batch.lanes.page_tables[:0])
     assert kernels.attend(batch.q, batch.kv, 0, no_runs).eq(0).all()
     no_lanes = replace(batch.lanes, positions=ints([]), kv_len=ints([]), runs=ints([0, 0]))
     assert kernels.attend(batch.q[:0], batch.kv, 0, no_lanes).shape == (0, 6, 16)
@@ -242,7 +247,7 @@ def test_what_no_lane_sees_does_not_matter() -> None:
     batch = make([(1, 13), (2, 20)])
     truth = reference.attend(batch.q, batch.kv, 1, batch.lanes)
     k, v = (torch.full_like(x, float("nan")) for x in (batch.kv.k, batch.kv.v))
-    for table, reach in zip(batch.lanes.tables.tolist(), (13, 20), strict=True):
+    for table, reach in zip(batch.lanes.page_tables.tolist(), (13, 20), strict=True):
         for entry in range(reach):
             cell, slot = table[entry // 8] + 1, entry % 8
             k[cell, :, :, slot] = batch.kv.k[cell, :, :, slot]
@@ -254,7 +259,7 @@ def test_what_no_lane_sees_does_not_matter() -> None:
 def test_decode_has_the_same_bits_in_any_company() -> None:
     batch = make([(1, 100), (1, 33), (1, 7)], heads=(3, 1))
     together = kernels.attend(batch.q, batch.kv, 0, batch.lanes, max_run=1, splits=2)
-    seen, tables = (x.split(1) for x in (batch.lanes.kv_len, batch.lanes.tables))
+    seen, tables = (x.split(1) for x in (batch.lanes.context_lens, batch.lanes.page_tables))
     for lane, q in enumerate(batch.q.split(1)):
         own = {"kv_len": seen[lane], "tables": tables[lane]}
         alone = replace(batch.lanes, positions=ints([0]), runs=ints([0, 1]), **own)
@@ -281,9 +286,9 @@ def test_rotate_and_store(writing: int | None, dim: int, dtype: torch.dtype) -> 
 @runs_kernels
 def test_a_lane_without_a_cell_stores_nothing() -> None:
     batch = make([(1, 9), (2, 30)])
-    lanes = replace(batch.lanes, write_cell=batch.lanes.write_cell.clone())
-    lanes.write_cell[1:] = -1
-    first = replace(lanes, write_cell=lanes.write_cell[:1], write_slot=lanes.write_slot[:1])
+    lanes = replace(batch.lanes, write_cell=batch.lanes.slot_cells.clone())
+    lanes.slot_cells[1:] = -1
+    first = replace(lanes, write_cell=lanes.slot_cells[:1], write_slot=lanes.slot_offsets[:1])
     mine, truth, turn = copied(batch.kv), copied(batch.kv), batch.rotations
     reference.store(batch.k[:1], batch.v[:1], truth, 2, first)
     kernels.store(batch.k, batch.v, mine, 2, lanes)
@@ -345,7 +350,7 @@ def test_a_captured_graph_follows_its_inputs() -> None:
     with torch.cuda.graph(graph):
         ours = kernels.attend(batch.q, batch.kv, 1, batch.lanes, max_run=1)
     batch.q.neg_()
-    batch.lanes.kv_len.copy_(ints([17, 5]))
+    batch.lanes.context_lens.copy_(ints([17, 5]))
     graph.replay()
     assert_near(ours, reference.attend(batch.q, batch.kv, 1, batch.lanes))
 

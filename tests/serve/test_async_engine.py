@@ -10,21 +10,21 @@ import pytest
 from mor.engine.llm import LLM
 from mor.errors import MorError
 from mor.model.sampling import SamplingParams
-from mor.serve.async_engine import Bridge
+from mor.serve.async_engine import AsyncEngine
 from mor.serve.errors import HTTPError
 from mor.serve.metrics import Metrics
-from mor.serve.request_stream import Ticket
+from mor.serve.request_stream import RequestStream
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 
 
-def bridged(engine: LLM, work: Callable[[Bridge], Awaitable[None]], **options: Any) -> None:
+def bridged(engine: LLM, work: Callable[[AsyncEngine], Awaitable[None]], **options: Any) -> None:
     """Run something with a bridge to the engine, which must be whole and empty afterwards."""
     fields = {"max_waiting": 8, "seconds": 60.0, **options}
 
     async def main() -> None:
-        bridge = Bridge(engine, Metrics("tiny", 3), **fields)
+        bridge = AsyncEngine(engine, Metrics("tiny", 3), **fields)
         bridge.start()
         try:
             async with asyncio.timeout(60):
@@ -34,10 +34,10 @@ def bridged(engine: LLM, work: Callable[[Bridge], Awaitable[None]], **options: A
 
     asyncio.run(main())
     engine.check_integrity()
-    assert not engine.has_unfinished
+    assert not engine.has_unfinished_requests
 
 
-async def collect(bridge: Bridge, ticket: Ticket) -> list[int]:
+async def collect(bridge: AsyncEngine, ticket: RequestStream) -> list[int]:
     """The tokens of a request, which is released."""
     try:
         return [event.token_id async for tokens in ticket for _, event in tokens]
@@ -55,7 +55,7 @@ def test_many_requests_at_once_get_their_own_tokens(engine: LLM) -> None:
     prompts = [[5 + i, 7, 9] for i in range(40)]
     want = [c.token_ids for c in engine.generate(prompts, SHORT)]
 
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         tickets = [await bridge.submit([p], SHORT) for p in prompts]
         got = await asyncio.gather(*(collect(bridge, ticket) for ticket in tickets))
         assert list(got) == want
@@ -66,7 +66,7 @@ def test_many_requests_at_once_get_their_own_tokens(engine: LLM) -> None:
 def test_no_room_is_429_and_too_much_is_400(engine: LLM) -> None:
     most = engine.config.max_sequences + 2
 
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         tickets = [await bridge.submit([[1]] * most, LONG)]
         full = await status(bridge.submit([[1]], SHORT))
         assert (full.status, full.code) == (429, "queue_full")
@@ -81,18 +81,18 @@ def test_no_room_is_429_and_too_much_is_400(engine: LLM) -> None:
 
 
 def test_what_the_engine_refuses_leaves_nothing_behind(engine: LLM) -> None:
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         refused = await status(bridge.submit([[1], [2], [9999]], SHORT))
         assert refused.status == 400
         assert isinstance(refused.__cause__, MorError)
         assert "9999" in str(refused)
-        assert await bridge.ask(lambda llm: llm.has_unfinished) is False
+        assert await bridge.call(lambda llm: llm.has_unfinished_requests) is False
 
     bridged(engine, work)
 
 
 def test_a_request_that_takes_too_long_is_504(engine: LLM) -> None:
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         async def served() -> list[int]:
             return await collect(bridge, await bridge.submit([[1]] * 16, LONG))
 
@@ -102,21 +102,21 @@ def test_a_request_that_takes_too_long_is_504(engine: LLM) -> None:
 
 
 def test_a_client_that_leaves_while_it_is_accepted_leaves_nothing(engine: LLM) -> None:
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         for wait in (0, 0, 0.001, 0.005):
             task = asyncio.ensure_future(bridge.submit([[1], [2]], LONG))
             await asyncio.sleep(wait)
             task.cancel()
             ticket = (await asyncio.gather(task, return_exceptions=True))[0]
-            if isinstance(ticket, Ticket):
+            if isinstance(ticket, RequestStream):
                 bridge.release(ticket)
-        assert await bridge.ask(lambda llm: llm.has_unfinished) is False
+        assert await bridge.call(lambda llm: llm.has_unfinished_requests) is False
 
     bridged(engine, work)
 
 
 def test_draining_takes_nothing_new_and_finishes_the_rest(engine: LLM) -> None:
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         ticket = await bridge.submit([[1]], LONG)
         bridge.drain()
         assert (await status(bridge.submit([[1]], SHORT))).status == 503
@@ -126,7 +126,7 @@ def test_draining_takes_nothing_new_and_finishes_the_rest(engine: LLM) -> None:
 
 
 def test_stopping_fails_what_is_under_way(engine: LLM) -> None:
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         ticket = await bridge.submit([[1]] * 16, LONG)
         await bridge.stop()
         assert (await status(collect(bridge, ticket))).status == 503
@@ -137,7 +137,7 @@ def test_stopping_fails_what_is_under_way(engine: LLM) -> None:
 def test_a_tick_that_fails_is_a_500_and_the_next_request_works(
     engine: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(engine.runner, "advance", fail)
             ticket = await bridge.submit([[1]], LONG)
@@ -159,14 +159,14 @@ def test_a_tick_that_fails_is_a_500_and_the_next_request_works(
 def test_an_engine_that_fails_for_good_is_given_up(
     engine: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def work(bridge: Bridge) -> None:
+    async def work(bridge: AsyncEngine) -> None:
         for _ in range(3):
             ticket = await bridge.submit([[1]], LONG)
             assert (await status(collect(bridge, ticket))).status == 500
         with pytest.raises(HTTPError, match="restart the server"):
-            bridge.check()
+            bridge.check_admission()
         assert (await status(bridge.submit([[1]], SHORT))).status == 503
-        assert (await status(bridge.ask(lambda llm: llm.has_unfinished))).status == 503
+        assert (await status(bridge.call(lambda llm: llm.has_unfinished_requests))).status == 503
 
     def fail(plan: Any) -> None:
         raise RuntimeError("no")

@@ -14,7 +14,7 @@ from mor.model.cost import sequence_flops
 from mor.train import trainer as trainer_module
 from mor.train.budget import Budget
 from mor.train.config import TrainConfig
-from mor.train.schedule import is_over, resolve_budget, step_flops, total_steps
+from mor.train.schedule import is_last_step, resolve_steps, step_flops, total_steps
 from mor.train.trainer import Trainer
 from tiny import tiny_config
 
@@ -121,7 +121,7 @@ def test_a_training_config_reads_it_when_it_is_built() -> None:
 def steps_of(budget: str, kind: str = "expert", **changes: Any) -> int:
     sizes = {"sequence_length": 8, "batch_size": 4, **changes}
     config = TrainConfig(budget=budget, **sizes)
-    return resolve_budget(config, tiny_config(kind)).steps
+    return resolve_steps(config, tiny_config(kind)).steps
 
 
 def test_steps_and_tokens() -> None:
@@ -147,9 +147,9 @@ def test_flops_are_spent_to_the_nearest_step(exponent: float, warmup: int, kind:
     first = step_flops(config, model, 0)
     if amount < first * 0.5:
         with pytest.raises(ConfigError, match="not enough for a step"):
-            resolve_budget(config, model)
+            resolve_steps(config, model)
         return
-    steps = resolve_budget(config, model).steps
+    steps = resolve_steps(config, model).steps
     head = [step_flops(config, model, step) for step in range(min(steps, warmup))]
     spent = sum(head) + max(0, steps - warmup) * step_flops(config, model, warmup + 1)
     last = step_flops(config, model, steps)
@@ -171,7 +171,7 @@ def test_one_budget_gives_models_of_other_costs_other_steps() -> None:
     model = tiny_config("expert")
     assert steps_of("1e9 flops", "expert") > 0
     config = TrainConfig(sequence_length=8, batch_size=4, budget="1e9 flops")
-    mor, twin = (resolve_budget(config, m) for m in (model, model.vanilla_twin()))
+    mor, twin = (resolve_steps(config, m) for m in (model, model.vanilla_twin()))
     ratio = step_flops(config, model, 0) / step_flops(config, model.vanilla_twin(), 0)
     assert twin.steps == pytest.approx(mor.steps * ratio, rel=0.01)
     assert ratio < 1
@@ -186,7 +186,7 @@ def test_a_steady_pace_gives_the_course_of_as_many_steps(steps: int, limit: floa
     pace = limit / steps
     for step in range(1, steps + 1):
         assert total_steps(config, step, step * pace) == pytest.approx(steps)
-        assert is_over(step, total_steps(config, step, step * pace)) == (step == steps)
+        assert is_last_step(step, total_steps(config, step, step * pace)) == (step == steps)
     assert total_steps(TrainConfig(steps=7), 3, 1.0) == 7
 
 

@@ -251,7 +251,7 @@ def test_tied_weights_stay_one_storage_when_sharded() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parallelize(model, TrainConfig(), world)
     assert model.lm_head.weight is model.embed_tokens.weight
-    whole = world.whole(model)
+    whole = world.full_model(model)
     assert whole.lm_head.weight is whole.embed_tokens.weight
     assert whole.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())

@@ -117,7 +117,7 @@ def test_evaluation_equals_a_direct_computation(kind: str) -> None:
     causal, counts = direct(model, batches, "threshold")
     assert result.nll_topk == pytest.approx(topk, rel=1e-9)
     assert result.nll_threshold == pytest.approx(causal, rel=1e-9)
-    assert result.gap == pytest.approx(causal - topk, abs=1e-9)
+    assert result.causal_gap == pytest.approx(causal - topk, abs=1e-9)
     assert result.tokens == counts.numel() == 5 * 20
     depths = range(model.config.num_recursions + 1)
     shares = [float((counts == r).double().mean()) for r in depths]
@@ -174,7 +174,7 @@ def row(step: int, **more: object) -> dict[str, object]:
 def test_rows_come_back(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     assert metrics.rows() == []
-    metrics.cut_after(3)  # nothing there: nothing to do
+    metrics.truncate_after(3)  # nothing there: nothing to do
     assert not metrics.path.exists()
     for step in (1, 2, 3):
         metrics.append(row(step, depth_histogram=(0.5, 0.5)))
@@ -194,11 +194,11 @@ def test_cutting_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in range(1, 8):
         metrics.append(row(step))
-    metrics.cut_after(5)
+    metrics.truncate_after(5)
     assert [r["step"] for r in metrics.rows()] == [1, 2, 3, 4, 5]
     metrics.append(row(6, again=True))
     assert metrics.rows()[-1] == row(6, again=True)
-    metrics.cut_after(0)
+    metrics.truncate_after(0)
     assert metrics.rows() == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -211,7 +211,7 @@ def test_a_half_written_last_line_is_passed_over_and_cut(tmp_path: Path, kept: i
     whole = metrics.path.read_bytes()
     metrics.path.write_bytes(whole + json.dumps(row(3)).encode()[:kept])
     assert [r["step"] for r in metrics.rows()] == [1, 2]
-    metrics.cut_after(2)
+    metrics.truncate_after(2)
     assert metrics.path.read_bytes() == whole
     metrics.append(row(3))
     assert metrics.rows() == [row(1), row(2), row(3)]
@@ -226,7 +226,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     actions = (
         (Path, "open", lambda: metrics.append(row(2))),
-        (os, "fsync", lambda: metrics.cut_after(0)),
+        (os, "fsync", lambda: metrics.truncate_after(0)),
     )
     for place, name, action in actions:
         with monkeypatch.context() as patched:

@@ -15,7 +15,7 @@ from mor.errors import ConfigError
 from mor.model.transformer import MoRModel
 from mor.train.config import TrainConfig
 from mor.train.optim import build_optimizer, set_learning_rate
-from mor.train.schedule import balancing_at, capacities_at, learning_rate
+from mor.train.schedule import balancing_strength, capacities_at_step, learning_rate
 from tiny import KINDS, tiny_config
 
 
@@ -192,7 +192,7 @@ def test_weight_decay_shrinks_a_matrix_without_gradient() -> None:
 def test_capacities_fall_from_one_to_the_models() -> None:
     model = tiny_config("expert", capacities=(1.0, 0.5, 0.2))
     config = TrainConfig(steps=100, capacity_warmup_steps=10)
-    course = [capacities_at(model, config, step) for step in range(20)]
+    course = [capacities_at_step(model, config, step) for step in range(20)]
     assert course[4] == pytest.approx((1.0, 0.75, 0.6))  # half-way after five steps
     assert course[9:] == [pytest.approx((1.0, 0.5, 0.2))] * 11
     assert all(0.5 < c[1] < 1 for c in course[:9])
@@ -203,15 +203,15 @@ def test_capacities_fall_from_one_to_the_models() -> None:
 
 def test_capacities_without_warmup_or_without_capacities() -> None:
     config = TrainConfig()
-    assert capacities_at(tiny_config("expert_bare"), config, 0) == (0.8, 0.7, 0.3, 0.2)
+    assert capacities_at_step(tiny_config("expert_bare"), config, 0) == (0.8, 0.7, 0.3, 0.2)
     for kind in ("vanilla", "recursive", "token"):
-        assert capacities_at(tiny_config(kind), config, 0) is None
+        assert capacities_at_step(tiny_config(kind), config, 0) is None
 
 
 def test_balancing_rises_to_its_full_strength() -> None:
     config = TrainConfig(balancing_warmup_steps=4)
-    assert [balancing_at(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert balancing_at(TrainConfig(), 0) == 1
+    assert [balancing_strength(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert balancing_strength(TrainConfig(), 0) == 1
 
 
 # The training config

@@ -15,7 +15,7 @@ import torch
 from mor.bench.train_ab import saved_bytes
 from mor.errors import ConfigError
 from mor.model.transformer import MoRModel
-from mor.ops.malloc import keep_freed_memory
+from mor.ops.malloc import retain_freed_memory
 from mor.train import parallelize as speed
 from mor.train.config import TrainConfig
 from mor.train.parallelize import has_compiler, speed_up
@@ -133,13 +133,13 @@ def test_another_allocator_is_not_said_to_keep_memory(
     library = OtherAllocator(address)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr("ctypes.CDLL", lambda name: library)
-    assert not keep_freed_memory()
+    assert not retain_freed_memory()
     library.free.assert_called_once_with(address)
 
 
 def test_a_library_without_the_options_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
-    assert not keep_freed_memory()
+    assert not retain_freed_memory()
 
 
 def test_without_a_compiler_training_goes_on_with_one_sentence(

@@ -17,7 +17,7 @@ from mor.errors import CapacityError, CheckpointError, ConfigError, DataError
 from mor.io import checkpoint
 from mor.io.checkpoint import load, resolve
 from mor.io.tokenizer import Tokenizer
-from mor.model.router import TokenChoice
+from mor.model.router import TokenChoiceRouter
 from mor.model.transformer import MoRModel
 from mor.train import checkpoint as state
 from mor.train.config import TrainConfig
@@ -148,7 +148,7 @@ def test_balancing_sees_the_fractions_of_the_whole_step(
     updates: dict[int, list[tuple[torch.Tensor, float]]] = {4: [], 1: []}
     for micro, seen in updates.items():
         spy = lambda self, *args, seen=seen: seen.append(args)  # noqa: E731
-        monkeypatch.setattr(TokenChoice, "update_bias", spy)
+        monkeypatch.setattr(TokenChoiceRouter, "update_bias", spy)
         values = runs.settings(corpus, "loss_free", steps=2, micro_batch_size=micro)
         runs.train(values, tmp_path / str(micro))
     assert len(updates[1]) == len(updates[4]) == 2

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mor.bench.throughput import Plan
-from mor.bench.workload import Load, engine, random_model
+from mor.bench.throughput import ThroughputConfig
+from mor.bench.workload import SteadyLoad, engine, random_model
 from mor.errors import MissingExtraError
 from mor.model.config import MoRConfig
 from mor.model.sampling import SamplingParams
@@ -48,7 +48,7 @@ def transformers_twin(model: MoRModel) -> Any:
     return theirs
 
 
-class _Stamps:
+class _TokenTimes:
     """Notes the time after each token that `generate` makes; never stops it."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class _Stamps:
 
 
 def against_transformers(
-    plan: Plan, sequences: int, tokens: int, progress: Callable[[str], None]
+    plan: ThroughputConfig, sequences: int, tokens: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Decode tokens/s of our vanilla engine over those of `transformers` `generate`, greedy.
 
@@ -98,7 +98,7 @@ def against_transformers(
 
 
 def _ours(
-    subject: tuple[MoRModel, Plan], prompts: list[list[int]], tokens: int
+    subject: tuple[MoRModel, ThroughputConfig], prompts: list[list[int]], tokens: int
 ) -> tuple[float, list[list[int]]]:
     model, plan = subject
     llm = engine(model, len(prompts), dtype=plan.dtype, quantization=plan.quantization)
@@ -107,8 +107,11 @@ def _ours(
     output: dict[str, list[int]] = {}
     times: list[float] = []
     counted = 0
-    while llm.has_unfinished:
-        prefilling = any(s.num_waiting > 1 for s in llm.scheduler.running) or llm.scheduler.waiting
+    while llm.has_unfinished_requests:
+        prefilling = (
+            any(s.num_unscheduled_tokens > 1 for s in llm.scheduler.running)
+            or llm.scheduler.waiting
+        )
         if not prefilling and not times:
             times.append(time.perf_counter())
         events = llm.step()
@@ -121,7 +124,7 @@ def _ours(
 
 
 def _theirs(theirs: Any, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-    stamps, ids = _Stamps(), torch.tensor(prompts)
+    stamps, ids = _TokenTimes(), torch.tensor(prompts)
     with torch.inference_mode():
         out = theirs.generate(
             ids,
@@ -136,15 +139,17 @@ def _theirs(theirs: Any, prompts: list[list[int]], tokens: int) -> tuple[float, 
     return len(prompts) * (len(stamps.times) - 1) / elapsed, out[:, ids.shape[1] :].tolist()
 
 
-def quantised(plan: Plan, recursions: int, sequences: int) -> dict[str, Any]:
+def quantised(plan: ThroughputConfig, recursions: int, sequences: int) -> dict[str, Any]:
     """Decode tokens/s with int8 weights over those with fp32 weights."""
-    from mor.bench.throughput import alternate, ratios
+    from mor.bench.throughput import interleave, ratios
 
     model = random_model(plan.config(recursions), 256)
     loads = [
-        Load(engine(model, sequences, quantization=kind), sequences, plan.shape, staggered=False)
+        SteadyLoad(
+            engine(model, sequences, quantization=kind), sequences, plan.shape, staggered=False
+        )
         for kind in ("int8", None)
     ]
-    pairs = alternate(loads[0], loads[1], rounds=plan.rounds, seconds=plan.seconds)
+    pairs = interleave(loads[0], loads[1], rounds=plan.rounds, seconds=plan.seconds)
     sides = [[pair[i].tokens_per_s for pair in pairs] for i in (0, 1)]
     return {"tokens_per_s": [statistics.median(side) for side in sides], **ratios(pairs)}

@@ -11,7 +11,7 @@ import torch
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import MissingExtraError
-from mor.eval.harness import Words, evaluate, run_tasks
+from mor.eval.harness import HFStyleTokenizer, evaluate, run_tasks
 from mor.eval.local_tasks import write_tasks
 from mor.eval.scoring import EngineScorer
 from mor.io.checkpoint import load, resolve
@@ -41,7 +41,7 @@ def measure(
         raise MissingExtraError("lm-eval", "eval") from error
     tokenizer = Tokenizer.load(resolve(model))
     loaded = load(model)
-    words = Words(tokenizer, loaded.config)
+    words = HFStyleTokenizer(tokenizer, loaded.config)
     settings = EngineConfig(max_sequences=128, prefill_chunk=512, kv_memory=2**30)
     scorer = EngineScorer(LLM(loaded, settings, tokenizer=tokenizer))
     theirs = HFLM(

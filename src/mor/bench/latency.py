@@ -5,18 +5,18 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from mor.bench.throughput import Plan
+from mor.bench.throughput import ThroughputConfig
 from mor.bench.timing import paired
 from mor.bench.workload import engine, random_model
 from mor.engine.llm import LLM
-from mor.model.cost import presence_of, sequence_flops
+from mor.model.cost import depth_fractions_of, sequence_flops
 from mor.model.sampling import SamplingParams
 
 
 class Prefill:
     """An engine that gets one prompt after another; a call is one prompt up to its first token."""
 
-    def __init__(self, plan: Plan, recursions: int, tokens: int) -> None:
+    def __init__(self, plan: ThroughputConfig, recursions: int, tokens: int) -> None:
         model = random_model(plan.config(recursions), min(512, tokens))
         self.llm: LLM = engine(
             model, 1, dtype=plan.dtype, quantization=plan.quantization, prefill_chunk=512
@@ -34,13 +34,16 @@ class Prefill:
         self.counts = done.prompt_recursion_counts
 
 
-def prefill(plan: Plan, recursions: int, tokens: int) -> dict[str, Any]:
+def prefill(plan: ThroughputConfig, recursions: int, tokens: int) -> dict[str, Any]:
     """A MoR model's prefill against vanilla's: seconds, and against the ratio of FLOPs."""
     mor, vanilla = Prefill(plan, recursions, tokens), Prefill(plan, 1, tokens)
     times = paired(mor, vanilla, rounds=plan.rounds)
     histogram = [mor.counts.count(r) for r in range(recursions + 1)]
     flops = []
-    for one, presence in ((mor, presence_of(plan.config(recursions), histogram)), (vanilla, None)):
+    for one, presence in (
+        (mor, depth_fractions_of(plan.config(recursions), histogram)),
+        (vanilla, None),
+    ):
         each = sequence_flops(one.llm.model_config, tokens, presence=presence)
         flops.append((each.mean - each.head) * tokens + each.head)  # the head runs once
     ratio = flops[0] / flops[1]
@@ -53,7 +56,7 @@ def prefill(plan: Plan, recursions: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(plan: ThroughputConfig, progress: Callable[[str], None]) -> dict[str, Any]:
     """Prefill of several lengths for each number of recursions."""
     lengths = [n for n in (128, 512, 2047) if n < plan.config(1).max_position_embeddings]
     record: dict[str, Any] = {}

@@ -68,7 +68,11 @@ def _ours(
     def task() -> None:
         for weights in packed:
             for weight, x, out in zip(weights, inputs, outputs, strict=True):
-                address = (weight.data.data_ptr(), weight.scales.data_ptr(), weight.levels)
+                address = (
+                    weight.data.data_ptr(),
+                    weight.scales.data_ptr(),
+                    weight.max_quantized_input,
+                )
                 found = np.array(address)
                 cpu.linear(threads, kind, x, rows, found, out, 0, (rounded, scales))
 

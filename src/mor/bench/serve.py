@@ -26,7 +26,7 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class BenchRequest:
     """One request: a prompt as text or token ids, and the tokens wanted."""
 
     prompt: str | list[int]
@@ -34,7 +34,7 @@ class Ask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traffic:
+class ArrivalProcess:
     """When requests are sent."""
 
     request_rate: float = math.inf
@@ -66,7 +66,7 @@ class Traffic:
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class RawResponse:
     """What came of a request, as it came."""
 
     started: float = 0.0
@@ -76,7 +76,7 @@ class Outcome:
 
 
 @dataclass(kw_only=True)
-class Answer:
+class RequestResult:
     """A request's outcome, read. Times are in seconds."""
 
     ttft: float
@@ -96,9 +96,9 @@ class Answer:
         return (self.e2el - self.ttft) / (self.output_tokens - 1)
 
 
-def random_asks(
+def random_requests(
     count: int, *, input_len: int, output_len: int, vocab_size: int, spread: float, seed: int
-) -> list[Ask]:
+) -> list[BenchRequest]:
     """Prompts of random token ids, lengths even within `1 - spread` to `1 + spread` of those given.
 
     Raises:
@@ -114,7 +114,7 @@ def random_asks(
         return draw.randint(max(1, round(mean * (1 - spread))), round(mean * (1 + spread)))
 
     return [
-        Ask(
+        BenchRequest(
             prompt=[draw.randrange(vocab_size) for _ in range(length(input_len))],
             max_tokens=length(output_len),
         )
@@ -122,7 +122,7 @@ def random_asks(
     ]
 
 
-def file_asks(path: Path, count: int, *, output_len: int, seed: int) -> list[Ask]:
+def file_requests(path: Path, count: int, *, output_len: int, seed: int) -> list[BenchRequest]:
     """Prompts of a file of JSON lines with the keys `prompt` and, if wanted, `output_tokens`.
 
     They come in a random order, again and again if the file has fewer than `count`.
@@ -137,14 +137,16 @@ def file_asks(path: Path, count: int, *, output_len: int, seed: int) -> list[Ask
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the prompts cannot be read ({error}).") from error
-    asks = [_ask(path, n, line, output_len) for n, line in enumerate(lines, 1) if line.strip()]
+    asks = [
+        _read_request(path, n, line, output_len) for n, line in enumerate(lines, 1) if line.strip()
+    ]
     if not asks:
         raise DataError(f"{path}: there is no prompt in it.")
     random.Random(seed).shuffle(asks)
     return [asks[number % len(asks)] for number in range(count)]
 
 
-def _ask(path: Path, number: int, line: str, output_len: int) -> Ask:
+def _read_request(path: Path, number: int, line: str, output_len: int) -> BenchRequest:
     try:
         value = json.loads(line)
         prompt, wanted = value["prompt"], value.get("output_tokens", output_len)
@@ -152,25 +154,27 @@ def _ask(path: Path, number: int, line: str, output_len: int) -> Ask:
         prompt = wanted = None
     if not isinstance(prompt, str) or not isinstance(wanted, int) or wanted < 1:
         raise DataError(f'{path}, line {number}: write {{"prompt": "a text"}}, one object a line.')
-    return Ask(prompt=prompt, max_tokens=wanted)
+    return BenchRequest(prompt=prompt, max_tokens=wanted)
 
 
-def bodies(asks: Sequence[Ask], model: str, extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+def bodies(
+    asks: Sequence[BenchRequest], model: str, extra: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """The requests as the API takes them; `extra` holds sampling options."""
     common = {"model": model, "stream": True, "stream_options": {"include_usage": True}, **extra}
     return [{**common, "prompt": ask.prompt, "max_tokens": ask.max_tokens} for ask in asks]
 
 
-async def drive(
-    client: Client, requests: Sequence[Mapping[str, Any]], traffic: Traffic
-) -> tuple[list[Outcome], float]:
+async def send_all(
+    client: Client, requests: Sequence[Mapping[str, Any]], traffic: ArrivalProcess
+) -> tuple[list[RawResponse], float]:
     """Send completion requests; their outcomes in order, and the seconds that all took."""
     gate = asyncio.Semaphore(traffic.max_concurrency or max(1, len(requests)))
     began = time.perf_counter()
 
-    async def one(request: Mapping[str, Any], delay: float) -> Outcome:
+    async def one(request: Mapping[str, Any], delay: float) -> RawResponse:
         await asyncio.sleep(began + delay - time.perf_counter())
-        outcome = Outcome()
+        outcome = RawResponse()
         async with gate:
             outcome.started = time.perf_counter()
             try:
@@ -187,7 +191,7 @@ async def drive(
     return outcomes, time.perf_counter() - began
 
 
-def read(outcome: Outcome) -> Answer:
+def parse_response(outcome: RawResponse) -> RequestResult:
     """What an outcome's events say.
 
     Raises:
@@ -213,7 +217,7 @@ def read(outcome: Outcome) -> Answer:
             recursions.extend(choice.get("recursion_counts") or ())
     if not times:
         raise RequestError("the server sent no token.")
-    return Answer(
+    return RequestResult(
         ttft=times[0] - outcome.started,
         e2el=times[-1] - outcome.started,
         itl=[later - earlier for earlier, later in pairwise(times)],
@@ -224,8 +228,8 @@ def read(outcome: Outcome) -> Answer:
     )
 
 
-def summarise(
-    outcomes: Sequence[Outcome],
+def summarize(
+    outcomes: Sequence[RawResponse],
     seconds: float,
     *,
     percentiles: Sequence[float] = (99,),
@@ -239,11 +243,11 @@ def summarise(
     Raises:
         RequestError: no request came through; says why the first did not.
     """
-    answers: list[Answer] = []
+    answers: list[RequestResult] = []
     errors: list[str] = []
     for outcome in outcomes:
         try:
-            answers.append(read(outcome))
+            answers.append(parse_response(outcome))
         except RequestError as error:
             errors.append(str(error))
     if not answers:
@@ -268,18 +272,20 @@ def summarise(
     }
 
 
-def _values(answer: Answer, metric: str) -> list[float]:
+def _values(answer: RequestResult, metric: str) -> list[float]:
     """Milliseconds of a metric in one answer; none where it is not defined."""
     value = getattr(answer, metric)
     values = value if isinstance(value, list) else [value]
     return [1e3 * v for v in values if v is not None]
 
 
-def _is_good(answer: Answer, goodput: Mapping[str, float]) -> bool:
+def _is_good(answer: RequestResult, goodput: Mapping[str, float]) -> bool:
     return all(max(_values(answer, name), default=0) <= most for name, most in goodput.items())
 
 
-def _latencies(answers: Sequence[Answer], percentiles: Sequence[float]) -> dict[str, float | None]:
+def _latencies(
+    answers: Sequence[RequestResult], percentiles: Sequence[float]
+) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name in METRICS:
         values = [value for answer in answers for value in _values(answer, name)]

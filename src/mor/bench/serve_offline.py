@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 
-from mor.bench.serve import Answer, Ask, Traffic, bodies, drive, read
+from mor.bench.serve import (
+    ArrivalProcess,
+    BenchRequest,
+    RequestResult,
+    bodies,
+    parse_response,
+    send_all,
+)
 from mor.bench.timing import paired
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
@@ -42,7 +49,7 @@ _WAITS_PER_ROUND = 4  # single requests are short: more of them for a steady med
 
 
 @dataclass(frozen=True, kw_only=True)
-class Versus:
+class OverheadConfig:
     """What to compare."""
 
     model: Path
@@ -125,10 +132,10 @@ def _address(process: "subprocess.Popen[bytes]", log: Any) -> str:
     raise RequestError(f"the server does not start: {' '.join(text.split())[-400:]}")
 
 
-class _Sides:
+class ServerAndOffline:
     """Both sides of the comparison; each call works through the next prompts of its side."""
 
-    def __init__(self, plan: Versus, llm: LLM, client: Client, model: str) -> None:
+    def __init__(self, plan: OverheadConfig, llm: LLM, client: Client, model: str) -> None:
         self._plan, self._llm, self._client, self._model = plan, llm, client, model
         self._draws = {side: random.Random(plan.seed) for side in ("http", "offline")}
         self.tokens: dict[str, list[list[list[int]]]] = {"http": [], "offline": []}
@@ -137,10 +144,10 @@ class _Sides:
 
     def http(self, streams: int, output: int) -> None:
         """Streams over HTTP, all at once."""
-        asks = [Ask(prompt=p, max_tokens=output) for p in self._prompts("http", streams)]
+        asks = [BenchRequest(prompt=p, max_tokens=output) for p in self._prompts("http", streams)]
         requests = bodies(asks, self._model, {"ignore_eos": True, "temperature": 0})
-        outcomes, _ = asyncio.run(drive(self._client, requests, Traffic()))
-        answers: list[Answer] = [read(outcome) for outcome in outcomes]
+        outcomes, _ = asyncio.run(send_all(self._client, requests, ArrivalProcess()))
+        answers: list[RequestResult] = [parse_response(outcome) for outcome in outcomes]
         self.waits.append(statistics.median(answer.ttft for answer in answers))
         self.tokens["http"].append([answer.token_ids for answer in answers])
 
@@ -165,7 +172,7 @@ class _Sides:
         return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def measure(plan: Versus, note: Callable[[str], None]) -> dict[str, Any]:
+def measure(plan: OverheadConfig, note: Callable[[str], None]) -> dict[str, Any]:
     """Tokens/s of concurrent streams, and the wait for the first token at an idle server.
 
     Raises:
@@ -175,7 +182,7 @@ def measure(plan: Versus, note: Callable[[str], None]) -> dict[str, Any]:
     with serving(plan.model, plan.options) as client:
         llm = plan.engine()
         card = asyncio.run(client.card())
-        sides = _Sides(plan, llm, client, card["id"])
+        sides = ServerAndOffline(plan, llm, client, card["id"])
         note(f"{plan.streams} streams")
         load = paired(
             lambda: sides.http(plan.streams, plan.output),

@@ -13,18 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from mor.bench.workload import Load, Shape, Window, engine, random_model, request_flops
+from mor.bench.workload import (
+    Measurement,
+    RequestShape,
+    SteadyLoad,
+    engine,
+    random_model,
+    request_flops,
+)
 from mor.engine.layer_stack import CpuKernels, CpuStack
 from mor.engine.llm import LLM
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
-from mor.model.cost import decode_flops, kv_bytes_per_token, presence_of
+from mor.model.cost import decode_flops, depth_fractions_of, kv_bytes_per_token
 
 VANILLA = "vanilla"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ThroughputConfig:
     """What to measure."""
 
     preset: str = "135m"
@@ -43,9 +50,9 @@ class Plan:
     """Decode ticks in a row, see `EngineConfig`."""
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> RequestShape:
         """Of the requests."""
-        return Shape(prompt=self.prompt, output=self.output)
+        return RequestShape(prompt=self.prompt, output=self.output)
 
     def config(self, recursions: int) -> MoRConfig:
         """The model of so many recursions; 1 is vanilla.
@@ -58,7 +65,7 @@ class Plan:
         )
         return mor if recursions > 1 else mor.vanilla_twin()
 
-    def load(self, recursions: int, sequences: int | None = None, **settings: Any) -> Load:
+    def load(self, recursions: int, sequences: int | None = None, **settings: Any) -> SteadyLoad:
         """A running engine."""
         count = self.sequences if sequences is None else sequences
         config = self.config(recursions)
@@ -71,21 +78,23 @@ class Plan:
         chosen = {"dtype": self.dtype, "quantization": self.quantization, "burst": self.burst}
         chosen |= settings
         llm = engine(model, count, **chosen)
-        return Load(llm, count, self.shape, staggered=not self.decode_only)
+        return SteadyLoad(llm, count, self.shape, staggered=not self.decode_only)
 
 
-def alternate(a: Load, b: Load, *, rounds: int, seconds: float) -> list[tuple[Window, Window]]:
+def interleave(
+    a: SteadyLoad, b: SteadyLoad, *, rounds: int, seconds: float
+) -> list[tuple[Measurement, Measurement]]:
     """Rounds of two engines, so many seconds for each; a first one does not count.
 
     Within a round whoever had less time so far takes the next tick: what slows the machine down for
     a while meets both.
     """
-    pairs: list[tuple[Window, Window]] = []
+    pairs: list[tuple[Measurement, Measurement]] = []
     for number in range(rounds + 1):
         if number == 1:
             a.reset()
             b.reset()
-        mine, theirs = Window(), Window()
+        mine, theirs = Measurement(), Measurement()
         while min(mine.seconds, theirs.seconds) < seconds:
             if mine.seconds <= theirs.seconds:
                 mine += a.run(0)
@@ -95,11 +104,11 @@ def alternate(a: Load, b: Load, *, rounds: int, seconds: float) -> list[tuple[Wi
     return pairs[1:]
 
 
-def ratios(pairs: Sequence[tuple[Window, Window]]) -> dict[str, Any]:
+def ratios(pairs: Sequence[tuple[Measurement, Measurement]]) -> dict[str, Any]:
     """Median and spread of a's tokens per second over b's; and all rounds as one, which a machine
     that changes its speed by the tick blurs less."""
     values = [a.tokens_per_s / b.tokens_per_s for a, b in pairs]
-    mine, theirs = (sum(side, Window()) for side in zip(*pairs, strict=True))
+    mine, theirs = (sum(side, Measurement()) for side in zip(*pairs, strict=True))
     return {
         "ratio": statistics.median(values),
         "ratio_of_sums": mine.tokens_per_s / theirs.tokens_per_s,
@@ -109,7 +118,7 @@ def ratios(pairs: Sequence[tuple[Window, Window]]) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(plan: ThroughputConfig, progress: Callable[[str], None]) -> dict[str, Any]:
     """Each MoR model against vanilla, and against itself with `batching="sequence"`."""
     vanilla = plan.load(1)
     record: dict[str, Any] = {
@@ -124,7 +133,7 @@ def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
         name = f"mor{recursions}"
         progress(f"{name} against vanilla")
         depth = plan.load(recursions)
-        pairs = alternate(depth, vanilla, rounds=plan.rounds, seconds=plan.seconds)
+        pairs = interleave(depth, vanilla, rounds=plan.rounds, seconds=plan.seconds)
         rates += [window.tokens_per_s for _, window in pairs]
         histogram = depth.llm.stats.depth_histogram
         result = ratios(pairs)
@@ -143,9 +152,9 @@ def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
         if not plan.decode_only:
             progress(f"{name}: depth-wise against sequence-wise batching")
             whole = plan.load(recursions, batching="sequence", burst=None)
-            if depth.llm.placement.burst > 1:  # like with like: it has no bursts
+            if depth.llm.backend.num_scheduler_steps > 1:  # like with like: it has no bursts
                 depth = plan.load(recursions, burst=1)
-            pairs = alternate(depth, whole, rounds=plan.rounds, seconds=plan.seconds)
+            pairs = interleave(depth, whole, rounds=plan.rounds, seconds=plan.seconds)
             result = ratios(pairs)
             record["depth_over_sequence"][name] = result["ratio"]
             record["details"][name]["against_sequence"] = result
@@ -153,13 +162,13 @@ def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
     return record
 
 
-def equal_memory(plan: Plan, recursions: int) -> dict[str, Any]:
+def equal_memory(plan: ThroughputConfig, recursions: int) -> dict[str, Any]:
     """Decode with as many MoR sequences as fit into the memory of `plan.sequences` vanilla ones."""
     configs = plan.config(1), plan.config(recursions)
     bytes_each = [kv_bytes_per_token(config) for config in configs]
     sequences = int(plan.sequences * bytes_each[0] / bytes_each[1])
     vanilla, mor = plan.load(1), plan.load(recursions, sequences)
-    pairs = alternate(mor, vanilla, rounds=plan.rounds, seconds=plan.seconds)
+    pairs = interleave(mor, vanilla, rounds=plan.rounds, seconds=plan.seconds)
     used = [kv_bytes_in_use(load.llm) for load in (mor, vanilla)]
     return {
         "sequences": [sequences, plan.sequences],
@@ -168,13 +177,13 @@ def equal_memory(plan: Plan, recursions: int) -> dict[str, Any]:
     }
 
 
-def flops_bound(plan: Plan, recursions: int, histogram: list[int]) -> float:
+def flops_bound(plan: ThroughputConfig, recursions: int, histogram: list[int]) -> float:
     """FLOPs of vanilla over those of the model at this histogram."""
     shape = plan.shape
     if plan.decode_only:  # the prompts entered before
         context = plan.prompt + plan.output // 2
         config = plan.config(recursions)
-        mine = decode_flops(config, context, presence=presence_of(config, histogram)).mean
+        mine = decode_flops(config, context, presence=depth_fractions_of(config, histogram)).mean
         return decode_flops(plan.config(1), context).mean / mine
     vanilla = request_flops(plan.config(1), shape)
     return vanilla / request_flops(plan.config(recursions), shape, histogram)
@@ -190,7 +199,7 @@ def kv_bytes_in_use(llm: LLM) -> int:
     return (llm.pool.num_pages - llm.pool.num_free) * llm.cache.page_bytes
 
 
-def gemm_share(load: Load, rows: int) -> float | None:
+def gemm_share(load: SteadyLoad, rows: int) -> float | None:
     """The rate of the block's products as a share of their best alone, packed, at so many rows."""
     stack, kernels, rate = load.llm.runner.block, load.llm.runner.kernels, load.product_rate()
     if rate is None or not isinstance(stack, CpuStack) or not isinstance(kernels, CpuKernels):
@@ -200,7 +209,7 @@ def gemm_share(load: Load, rows: int) -> float | None:
 
 def best_product_rate(kernels: CpuKernels, stack: CpuStack, rows: int, repeats: int = 9) -> float:
     """FLOP/s of a stack's matrix products alone, one after another: the best of several runs."""
-    y, q, kv, mixed, gate_up, inner, *_ = kernels.buffers(rows)
+    y, q, kv, mixed, gate_up, inner, *_ = kernels.workspace(rows)
     x = np.zeros((rows, y.shape[1]), np.float32)
     arrays = ((y, q), (y, kv), (mixed, x), (y, gate_up), (inner, x))
     best = float("inf")
@@ -208,7 +217,7 @@ def best_product_rate(kernels: CpuKernels, stack: CpuStack, rows: int, repeats: 
         began = time.perf_counter()
         for weights in stack.packed:
             for weight, (source, target) in zip(weights, arrays, strict=True):
-                kernels.product(weight, source, rows, target)
+                kernels.linear(weight, source, rows, target)
         best = min(best, time.perf_counter() - began)
     flops = sum(2 * rows * w.in_features * w.out_features for ws in stack.packed for w in ws)
     return flops / best

@@ -21,8 +21,8 @@ from mor.bench.train_ab import Stepper, presence
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import training_flops
-from mor.model.ragged_batch import Packing
-from mor.model.router import RecursionLimits, RoutingRecord, TokenChoice
+from mor.model.ragged_batch import RaggedBatch
+from mor.model.router import RecursionLimits, RoutingOutput, TokenChoiceRouter
 from mor.train.config import ActivationCheckpointing, TrainConfig
 
 TIME_BAR = 1.07
@@ -73,27 +73,27 @@ class StepPlan:
             activation_checkpointing=self.activation_checkpointing,
         )
         stepper = Stepper(self.config(name), self.batch_size, self.length, settings)
-        if isinstance(stepper.model.router, TokenChoice):
+        if isinstance(stepper.model.router, TokenChoiceRouter):
             stepper.model.router = ForcedDepths(stepper.model.router)
         return stepper
 
 
-class ForcedDepths(TokenChoice):
+class ForcedDepths(TokenChoiceRouter):
     """Token choice at work, whose decisions are replaced by ragged ones of known mean depth.
 
     Every count from 1 to R has the same share, which is expert choice's mean depth with its usual
     capacities; which token takes which is drawn anew each time, so sequences differ in length.
     """
 
-    def __init__(self, router: TokenChoice) -> None:
+    def __init__(self, router: TokenChoiceRouter) -> None:
         super().__init__(router.config)
         self.load_state_dict(router.state_dict())
 
     def choose(
         self,
         x: Tensor,
-        packing: Packing,
-        record: RoutingRecord | None,
+        packing: RaggedBatch,
+        record: RoutingOutput | None,
         limits: RecursionLimits | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(N,) counts and (N, 1) weights; see `TokenChoice.choose`."""

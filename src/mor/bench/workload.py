@@ -13,8 +13,8 @@ from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import (
     decode_flops,
-    layer_matrix_parameters,
-    presence_of,
+    depth_fractions_of,
+    num_layer_matrix_parameters,
     sequence_flops,
 )
 from mor.model.sampling import SamplingParams
@@ -38,7 +38,7 @@ def random_model(config: MoRConfig, length: int, seed: int = 0) -> MoRModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class RequestShape:
     """Requests of one size."""
 
     prompt: int
@@ -46,7 +46,7 @@ class Shape:
 
 
 @dataclass(kw_only=True)
-class Window:
+class Measurement:
     """What happened in a stretch of time."""
 
     seconds: float = 0.0
@@ -63,8 +63,8 @@ class Window:
         """Generated tokens per second, in the long-run mix."""
         return self.steady / self.seconds
 
-    def __add__(self, other: "Window") -> "Window":
-        return Window(
+    def __add__(self, other: "Measurement") -> "Measurement":
+        return Measurement(
             seconds=self.seconds + other.seconds,
             tokens=self.tokens + other.tokens,
             entered=self.entered + other.entered,
@@ -72,7 +72,7 @@ class Window:
         )
 
 
-class Load:
+class SteadyLoad:
     """An engine with a constant number of sequences in flight.
 
     Staggered, the first requests end at different times, and each is followed by another: prefill
@@ -80,7 +80,13 @@ class Load:
     """
 
     def __init__(
-        self, llm: LLM, sequences: int, shape: Shape, *, staggered: bool = True, seed: int = 0
+        self,
+        llm: LLM,
+        sequences: int,
+        shape: RequestShape,
+        *,
+        staggered: bool = True,
+        seed: int = 0,
     ) -> None:
         self.llm = llm
         self._began = 0.0, 0
@@ -93,7 +99,9 @@ class Load:
         self._staggered = staggered
         for number in range(sequences):
             self._add(1 + number * shape.output // sequences if staggered else shape.output)
-        while llm.scheduler.waiting or any(s.num_waiting > 1 for s in llm.scheduler.running):
+        while llm.scheduler.waiting or any(
+            s.num_unscheduled_tokens > 1 for s in llm.scheduler.running
+        ):
             self._step()
         self.reset()
 
@@ -112,8 +120,8 @@ class Load:
             return None
         elapsed = time.perf_counter() - self._began[0]
         per_second = (stack.cycles() - self._began[1]) / elapsed
-        layer = 2 * layer_matrix_parameters(self.llm.model_config)
-        flops = self.llm.stats.lanes * stack.num_layers * layer
+        layer = 2 * num_layer_matrix_parameters(self.llm.model_config)
+        flops = self.llm.stats.block_tokens * stack.num_layers * layer
         return flops * per_second / int(stack.clock[0])
 
     def _add(self, output: int) -> None:
@@ -129,7 +137,7 @@ class Load:
                 self._add(self.shape.output)
         return len(events)
 
-    def run(self, seconds: float) -> Window:
+    def run(self, seconds: float) -> Measurement:
         """Keep going for about so long, a tick at least.
 
         Raises:
@@ -137,7 +145,7 @@ class Load:
         """
         before, began, tokens, elapsed = self._computed, time.perf_counter(), 0, 0.0
         while not elapsed or elapsed < seconds:
-            if not self.llm.has_unfinished:
+            if not self.llm.has_unfinished_requests:
                 raise ConfigError(
                     f"all requests ended after {self.shape.output} tokens, before the clock did: "
                     "raise --output, or lower --seconds or --rounds."
@@ -149,16 +157,18 @@ class Load:
         if self._staggered:
             each += self._prefill * self.shape.prompt / self.shape.output
         steady = (tokens * self._decode + entered * self._prefill) / each
-        return Window(seconds=elapsed, tokens=tokens, entered=entered, steady=steady)
+        return Measurement(seconds=elapsed, tokens=tokens, entered=entered, steady=steady)
 
 
-def request_flops(config: MoRConfig, shape: Shape, histogram: list[int] | None = None) -> float:
+def request_flops(
+    config: MoRConfig, shape: RequestShape, histogram: list[int] | None = None
+) -> float:
     """FLOPs of one request by the cost model: its prompt without the head, its output with it.
 
     Args:
         histogram: measured tokens by recursion count, from 0 on; None takes the capacities.
     """
-    presence = presence_of(config, histogram)
+    presence = depth_fractions_of(config, histogram)
     prefill = sequence_flops(config, shape.prompt, presence=presence)
     decode = decode_flops(config, shape.prompt + shape.output // 2, presence=presence)
     head_once = prefill.head

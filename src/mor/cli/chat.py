@@ -10,7 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
-from mor.cli.chat_backends import Dials, LocalPartner, Partner, RemotePartner, Turn, template_of
+from mor.cli.chat_backends import (
+    ChatBackend,
+    ChatMessage,
+    ChatOptions,
+    LocalChatBackend,
+    RemoteChatBackend,
+    template_of,
+)
 from mor.cli.options.parser import parser
 from mor.errors import ConfigError, MorError, nearest
 from mor.report.palette import MAX_RECURSIONS
@@ -42,7 +49,7 @@ _ONLY_REMOTE = ("api_key", "model")
 def run(args: Sequence[str]) -> int:
     """Entry point; returns the exit status."""
     options = _parse(args)
-    dials = Dials(
+    dials = ChatOptions(
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -50,7 +57,7 @@ def run(args: Sequence[str]) -> int:
     )
     if dials.max_tokens < 1:
         raise ConfigError(f"--max-tokens={dials.max_tokens} must be at least 1.")
-    partner = _partner(options)
+    partner = _open_backend(options)
     chat = _Chat(partner, dials, options.system)
     if options.depth is not None:
         dials.max_recursions = chat.depth(str(options.depth))
@@ -79,7 +86,7 @@ def _parse(args: Sequence[str]) -> Any:
     return p.parse_args(list(args))
 
 
-def _partner(options: Any) -> Partner:
+def _open_backend(options: Any) -> ChatBackend:
     is_remote = "://" in options.partner
     for name in _ONLY_LOCAL if is_remote else _ONLY_REMOTE:
         if getattr(options, name) is not None:
@@ -89,7 +96,7 @@ def _partner(options: Any) -> Partner:
         from mor.serve.client import Client
 
         key = options.api_key or os.environ.get(KEY)
-        return RemotePartner(Client.of(options.partner, key), options.model)
+        return RemoteChatBackend(Client.of(options.partner, key), options.model)
     from mor.cli.generate import open_model
     from mor.engine.config import EngineConfig
     from mor.engine.llm import LLM
@@ -98,16 +105,16 @@ def _partner(options: Any) -> Partner:
     config = EngineConfig(max_sequences=1, dtype=options.dtype, quantization=options.quantization)
     with err_console().status("starting the engine (once, compiling its kernels takes a while)"):
         llm = LLM(model, config, tokenizer=tokenizer)
-    return LocalPartner(options.partner, llm, tokenizer, template_of(tokenizer))
+    return LocalChatBackend(options.partner, llm, tokenizer, template_of(tokenizer))
 
 
 class _Chat:
     """The talk: what was said, and how the next answer is made."""
 
-    def __init__(self, partner: Partner, dials: Dials, system: str | None) -> None:
-        self._partner, self._dials = partner, dials
+    def __init__(self, partner: ChatBackend, dials: ChatOptions, system: str | None) -> None:
+        self._backend, self._options = partner, dials
         self._screen = console()
-        self._opening = [] if system is None else [Turn("system", system)]
+        self._opening = [] if system is None else [ChatMessage("system", system)]
         self._turns = list(self._opening)
         self._commands: Mapping[str, Callable[[str], None]] = MappingProxyType(
             {
@@ -123,17 +130,17 @@ class _Chat:
     def greet(self) -> None:
         """Say whom one talks with; to people only, so that a pipe gets answers alone."""
         notes = err_console()
-        if not self._partner.has_template:
+        if not self._backend.has_template:
             notes.print(
-                f"{self._partner.name} has no chat template: it does not answer, it continues the "
+                f"{self._backend.name} has no chat template: it does not answer, it continues the "
                 "text of the conversation.",
                 style="yellow",
                 markup=False,
             )
         if sys.stdin.isatty():
-            notes.print(f"{self._partner.name}; /help lists the commands.", markup=False)
-            if self._screen.is_terminal and 1 < self._partner.num_recursions <= MAX_RECURSIONS:
-                self._screen.print(depth_legend(self._partner.num_recursions))
+            notes.print(f"{self._backend.name}; /help lists the commands.", markup=False)
+            if self._screen.is_terminal and 1 < self._backend.num_recursions <= MAX_RECURSIONS:
+                self._screen.print(depth_legend(self._backend.num_recursions))
 
     def loop(self) -> None:
         """Until the end of the input, or /quit."""
@@ -167,19 +174,19 @@ class _Chat:
     # -- the talk -------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
-        turns = [*self._turns, Turn("user", text)]
-        answer = _Answer(self._screen, self._partner.num_recursions)
+        turns = [*self._turns, ChatMessage("user", text)]
+        answer = _Answer(self._screen, self._backend.num_recursions)
         try:
-            self._partner.answer(turns, self._dials, answer.add)
+            self._backend.answer(turns, self._options, answer.add)
         except KeyboardInterrupt:  # ends the answer; what there is of it was said
             answer.end("interrupted")
         else:
             answer.end()
         finally:
             if answer.num_tokens:
-                self._turns = [*turns, Turn("assistant", answer.text)]
-        if self._dials.seed is not None:
-            self._dials = replace(self._dials, seed=self._dials.seed + 1)
+                self._turns = [*turns, ChatMessage("assistant", answer.text)]
+        if self._options.seed is not None:
+            self._options = replace(self._options, seed=self._options.seed + 1)
 
     # -- commands -------------------------------------------------------------------------------
 
@@ -197,15 +204,15 @@ class _Chat:
         err_console().print("forgotten.")
 
     def _set_depth(self, argument: str) -> None:
-        self._dials.max_recursions = self.depth(argument)
-        limit = self._dials.max_recursions
+        self._options.max_recursions = self.depth(argument)
+        limit = self._options.max_recursions
         plural = "" if limit == 1 else "s"
         said = "as the router decides" if limit is None else f"at most {limit} recursion{plural}"
         err_console().print(f"{said}.")
 
     def _set_temperature(self, argument: str) -> None:
-        self._dials.temperature = self.temperature(argument)
-        err_console().print(f"temperature {self._dials.temperature:g}.")
+        self._options.temperature = self.temperature(argument)
+        err_console().print(f"temperature {self._options.temperature:g}.")
 
     def depth(self, argument: str) -> int | None:
         """The recursions that a text names; None for an empty one.
@@ -213,7 +220,7 @@ class _Chat:
         Raises:
             ConfigError: the model cannot take so many.
         """
-        most = self._partner.num_recursions
+        most = self._backend.num_recursions
         if not argument:
             return None
         if not argument.isdecimal() or not 1 <= int(argument) <= most:

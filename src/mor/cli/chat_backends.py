@@ -19,7 +19,7 @@ Emit = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChatMessage:
     """What somebody said."""
 
     role: Literal["system", "user", "assistant"]
@@ -27,7 +27,7 @@ class Turn:
 
 
 @dataclass(kw_only=True)
-class Dials:
+class ChatOptions:
     """How the next answer is made; commands change it."""
 
     max_tokens: int
@@ -38,7 +38,7 @@ class Dials:
 
 
 @runtime_checkable
-class Partner(Protocol):
+class ChatBackend(Protocol):
     """Answers conversations."""
 
     name: str
@@ -46,7 +46,7 @@ class Partner(Protocol):
     has_template: bool
     """Whether it knows turns; otherwise it continues the text."""
 
-    def answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+    def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
         """Say what comes next, token by token.
 
         Raises:
@@ -55,12 +55,12 @@ class Partner(Protocol):
         ...
 
 
-def plain(turns: Sequence[Turn]) -> str:
+def join_text(turns: Sequence[ChatMessage]) -> str:
     """A conversation as one text, for a model that knows no turns."""
     return "\n".join(turn.text for turn in turns)
 
 
-class LocalPartner:
+class LocalChatBackend:
     """A model on the engine in this process."""
 
     def __init__(self, name: str, llm: LLM, tokenizer: Tokenizer, template: Any) -> None:
@@ -70,7 +70,7 @@ class LocalPartner:
         self.has_template = template is not None
         self._llm, self._tokenizer, self._template = llm, tokenizer, template
 
-    def answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+    def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
         """See `Partner`."""
         prompt = self._encode(turns)
         room = self._llm.model_config.max_position_embeddings - len(prompt)
@@ -90,9 +90,9 @@ class LocalPartner:
             for event in events:
                 emit(event.text, event.recursion_count)
 
-    def _encode(self, turns: Sequence[Turn]) -> list[int]:
+    def _encode(self, turns: Sequence[ChatMessage]) -> list[int]:
         if self._template is None:
-            return self._tokenizer.encode(plain(turns)) or [self._tokenizer.eos_id]
+            return self._tokenizer.encode(join_text(turns)) or [self._tokenizer.eos_id]
         from mor.serve.errors import HTTPError
         from mor.serve.openai.protocol import Message
 
@@ -113,13 +113,13 @@ def template_of(tokenizer: Tokenizer) -> Any:
     try:
         from mor.serve.text.chat_template import ChatTemplate
     except ModuleNotFoundError as error:
-        if any("chat_template" in name + text for name, text in tokenizer.companions.items()):
+        if any("chat_template" in name + text for name, text in tokenizer.sidecar_files.items()):
             raise MissingExtraError(str(error.name), "serve") from error
         return None
-    return ChatTemplate.of(tokenizer.companions)
+    return ChatTemplate.of(tokenizer.sidecar_files)
 
 
-class RemotePartner:
+class RemoteChatBackend:
     """A model behind the API."""
 
     def __init__(self, client: Client, model: str | None) -> None:
@@ -142,24 +142,24 @@ class RemotePartner:
             return "no chat template" not in str(error)  # another server may not know the route
         return True
 
-    def answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+    def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
         """See `Partner`."""
         _run_until_ctrl_c(self._answer(turns, dials, emit))
 
-    async def _answer(self, turns: Sequence[Turn], dials: Dials, emit: Emit) -> None:
+    async def _answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
         path, body = "/v1/completions", self._body(dials)
         if self.has_template:
             path = "/v1/chat/completions"
             body["messages"] = [{"role": t.role, "content": t.text} for t in turns]
         else:
-            body["prompt"] = plain(turns)
+            body["prompt"] = join_text(turns)
         async with aclosing(self._client.stream(path, body)) as events:
             async for data in events:
                 for choice in read_event(data).get("choices") or ():
                     for text, count in pieces(choice):
                         emit(text, count)
 
-    def _body(self, dials: Dials) -> dict[str, Any]:
+    def _body(self, dials: ChatOptions) -> dict[str, Any]:
         optional = {"seed": dials.seed, "max_recursions": dials.max_recursions}
         return {
             "model": self.name,

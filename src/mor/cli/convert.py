@@ -214,7 +214,7 @@ def _report(
     config, screen = model.config, console()
     kind = "vanilla" if config.num_recursions == 1 else f"recursive, routing {config.routing}"
     screen.print(
-        f"{out}: {kind}, {cost.parameters(config):,} parameters, {config.num_hidden_layers} "
+        f"{out}: {kind}, {cost.num_parameters(config):,} parameters, {config.num_hidden_layers} "
         f"effective layers, {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}",
         markup=False,
     )

@@ -17,7 +17,7 @@ from mor.cli.generate import open_model
 from mor.cli.options.parser import parser
 from mor.cli.train import load_train_config
 from mor.data.batches import TokenShards, sequential_windows
-from mor.data.mixture import quotas, spread_mixture
+from mor.data.mixture import sequence_quotas, spread_mixture
 from mor.data.shards import INDEX_FILE
 from mor.data.sources import Document, SourceDocuments
 from mor.data.stdlib_corpus import stdlib_documents
@@ -34,10 +34,10 @@ from mor.eval.loss import (
     perplexity,
     text_windows,
 )
-from mor.eval.quantization_loss import WeightCost, weight_cost
+from mor.eval.quantization_loss import QuantizationLoss, quantization_loss
 from mor.io.checkpoint import resolve
 from mor.io.tokenizer import Tokenizer
-from mor.model.router import ExpertChoice
+from mor.model.router import ExpertChoiceRouter
 from mor.model.transformer import MoRModel
 from mor.terminal.console import console, progress
 from mor.terminal.table import print_table
@@ -77,7 +77,7 @@ def run(args: Sequence[str]) -> int:
     text, length = _open_text(options, model, tokenizer)
     end = _document_end(options.model, tokenizer)
     if options.calibrate:
-        if not isinstance(model.router, ExpertChoice):
+        if not isinstance(model.router, ExpertChoiceRouter):
             raise ConfigError(
                 f"--calibrate={options.calibrate} needs a model with routing='expert_choice'; "
                 f"this one has routing={model.config.routing!r} and no thresholds."
@@ -87,12 +87,12 @@ def run(args: Sequence[str]) -> int:
     tokens: list[TokenDepth] | None = None
     if options.by_token:
         tokens = tokens_by_depth(model, tokenizer, _watched(text, "depth by token"), end)
-    cost: WeightCost | None = None
+    cost: QuantizationLoss | None = None
     if options.quantization or options.dtype:
         rounded = EngineConfig(
             quantization=options.quantization, dtype=options.dtype, prefix_caching=False
         )
-        cost = weight_cost(model, _watched(text, "rounded weights"), rounded)
+        cost = quantization_loss(model, _watched(text, "rounded weights"), rounded)
     if options.json:
         record = _as_json(options, model, text, length, loss, tokens)
         print(json.dumps(record | ({"rounded_weights": cost.as_dict()} if cost else {})))
@@ -222,7 +222,7 @@ def _corpora(
             )
     counts = [(shards.num_tokens - 1) // length for shards in valid]
     if options.max_windows:
-        wanted = quotas(weights, max(options.max_windows, len(weights)))
+        wanted = sequence_quotas(weights, max(options.max_windows, len(weights)))
         counts = [min(pair) for pair in zip(counts, wanted, strict=True)]
 
     def windows() -> Iterator[Window]:

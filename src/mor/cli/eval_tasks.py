@@ -13,7 +13,7 @@ from mor.cli.options.parser import Parser
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import ConfigError, DataError, nearest
-from mor.eval.harness import Words, evaluate
+from mor.eval.harness import HFStyleTokenizer, evaluate
 from mor.eval.local_tasks import TASKS, write_tasks
 from mor.eval.scoring import EngineScorer, Scorer, TopkScorer
 from mor.io.atomic_files import storage_error, write_file
@@ -105,7 +105,7 @@ def run(options: Any) -> int:
     if not names:
         raise ConfigError("--tasks names no task.")
     model, tokenizer = open_model(options.model, options.device)
-    words = Words(tokenizer, model.config, options.prefix_token)
+    words = HFStyleTokenizer(tokenizer, model.config, options.prefix_token)
     scorer = _scorer(options, model, tokenizer)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mor-eval-") as temporary:
@@ -155,7 +155,7 @@ def _scorer(options: Any, model: MoRModel, tokenizer: Tokenizer) -> Scorer:
 
 
 def _record(
-    options: Any, words: Words, scores: Mapping[str, Any], seconds: float
+    options: Any, words: HFStyleTokenizer, scores: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What the numbers need to be understood, and repeated, later."""
     return {

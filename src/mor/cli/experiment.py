@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mor.cli.options.parser import parser
 from mor.errors import ConfigError, MorError
-from mor.experiments.experiment import Cell, Experiment
+from mor.experiments.experiment import Experiment, PlannedRun
 from mor.experiments.results import collect, planned, rows, write
 from mor.io.atomic_files import storage_error
 from mor.terminal.console import console, err_console
@@ -102,7 +102,7 @@ def _run_all(screen: Console, experiment: Experiment, out: Path, command: str) -
     return 0 if complete else 1
 
 
-def _train(screen: Console, cell: Cell, folder: Path) -> bool:
+def _train(screen: Console, cell: PlannedRun, folder: Path) -> bool:
     """Train or resume one run; False if the user asked to stop."""
     with watched(screen, cell.config) as (on_step, should_stop):
         trainer = Trainer(

@@ -12,7 +12,7 @@ from rich.console import Console
 from mor.cli.options.parser import Parser, parser
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
-from mor.engine.request import TokenEvent
+from mor.engine.request import TokenOutput
 from mor.errors import ConfigError, DataError
 from mor.eval.depth import depth_histogram, mean_recursions, recursion_counts
 from mor.io.checkpoint import load, resolve
@@ -249,7 +249,7 @@ class _Writer:
         )
         self._begun = False
 
-    def write(self, event: TokenEvent) -> None:
+    def write(self, event: TokenOutput) -> None:
         """A token; the first one shows that the prompt was accepted."""
         if not self._begun:
             self._write_prompt()

@@ -111,10 +111,10 @@ def costs(config: MoRConfig, context: int) -> dict[str, Any]:
     flops = cost.sequence_flops(config, context)
     depths = range(1, config.num_recursions + 1)
     return {
-        "parameters": cost.parameters(config),
-        "parameters_non_embedding": cost.parameters_non_embedding(config),
+        "parameters": cost.num_parameters(config),
+        "parameters_non_embedding": cost.num_parameters_non_embedding(config),
         "flops_per_token": round(flops.mean, 3),
-        "flops_per_token_by_depth": [round(flops.of_count(count), 3) for count in depths],
+        "flops_per_token_by_depth": [round(flops.for_recursions(count), 3) for count in depths],
         "training_flops_per_token": round(cost.training_flops(config, context), 3),
         "kv_bytes_per_token": round(cost.kv_bytes_per_token(config), 3),
         "num_hidden_layers": config.num_hidden_layers,

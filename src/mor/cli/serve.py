@@ -39,7 +39,7 @@ def run(args: Sequence[str]) -> int:
     try:
         from mor.serve.app import App
         from mor.serve.config import ServeConfig
-        from mor.serve.served_model import Service
+        from mor.serve.served_model import ServedModel
         from mor.serve.server import Server, bind
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "serve") from error
@@ -59,7 +59,7 @@ def run(args: Sequence[str]) -> int:
     with bind(options.host, options.port) as socket:
         with err_console().status("starting the engine (once, compiling its kernels takes long)"):
             llm = LLM(options.model, engine)
-            service = Service(llm, config)
+            service = ServedModel(llm, config)
         logging.getLogger("mor.serve").info("%s", llm.describe())
         server = Server(
             App(service, __version__),
@@ -162,7 +162,7 @@ def _engine(options: Any) -> EngineConfig:
         quantization=options.quantization,
         device="cuda" if has_gpu and options.device != "cpu" else "cpu",
         num_threads=options.num_threads,
-        burst=options.burst,
+        num_scheduler_steps=options.burst,
     )
 
 

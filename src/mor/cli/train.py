@@ -15,7 +15,7 @@ from mor.io.model_card import model_card, write_card
 from mor.terminal.console import console
 from mor.terminal.training_progress import watched
 from mor.train.config import TrainConfig
-from mor.train.distributed import is_first
+from mor.train.distributed import is_rank0
 from mor.train.trainer import Trainer
 from mor.yaml_config import merge, read_yaml
 
@@ -37,7 +37,7 @@ def run(args: Sequence[str]) -> int:
     config = load_train_config(options.config, overrides)
     out = Path(options.out or Path("runs") / Path(options.config).stem)
     screen = console()
-    screen.quiet = not is_first()
+    screen.quiet = not is_rank0()
     with watched(screen, config) as (on_step, should_stop):
         trainer = Trainer(
             config, out, resume=options.resume, on_step=on_step, should_stop=should_stop
@@ -56,7 +56,7 @@ def run(args: Sequence[str]) -> int:
             f"with `mor train {options.config} --out {out} --resume auto`."
         )
         return 0
-    if is_first():
+    if is_rank0():
         _write_card(out, args)
     screen.print(f"finished: {out}. Next: `mor generate {out} --show-depth`, `mor eval {out}`.")
     return 0

@@ -16,8 +16,8 @@ from pathlib import Path
 from mor.data.build_journal import CORPUS_FOLDER, Journal, open_journal
 from mor.data.shards import INDEX_VERSION, CorpusIndex
 from mor.data.sources import Document, SourceDocuments
-from mor.data.validation_split import HeldOut
-from mor.data.writer import Writing, check_out, finish, staged
+from mor.data.validation_split import ValidationSplit
+from mor.data.writer import CorpusWriter, check_out, finish, staged
 from mor.errors import ConfigError, DataError
 from mor.io.atomic_files import write_file
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -82,17 +82,17 @@ def build_corpus(
     documents = SourceDocuments(
         sources, text_field=text_field, valid=valid, hub_documents=hub_documents
     )
-    held_out = HeldOut(0.0 if valid else valid_fraction, seed)
+    held_out = ValidationSplit(0.0 if valid else valid_fraction, seed)
     encoder = None if tokenizer is None else _load_encoder(tokenizer)
     learned = train_tokenizer if encoder is None else _digest(encoder)
     plan = [learned, valid_fraction, seed, shard_tokens, text_field, documents.plan()]
     with open_journal(out, [INDEX_VERSION, *plan]) as journal:
         encoder = _prepare(journal, documents, held_out, encoder, train_tokenizer)
-        writing = Writing(
+        writing = CorpusWriter(
             folder=journal.folder / CORPUS_FOLDER,
             read=documents.after,
             encoder=encoder,
-            held_out=held_out,
+            validation_split=held_out,
             shard_tokens=shard_tokens,
             workers=workers or _workers_for(documents),
             progress=progress,
@@ -105,7 +105,7 @@ def build_corpus(
 def _prepare(
     journal: Journal,
     documents: SourceDocuments,
-    held_out: HeldOut,
+    held_out: ValidationSplit,
     encoder: Tokenizer | None,
     train_tokenizer: int | None,
 ) -> Tokenizer:
@@ -169,15 +169,15 @@ def build_from_documents(
     if isinstance(documents, Iterator):
         documents = list(documents)
 
-    held_out = HeldOut(valid_fraction, seed)
+    held_out = ValidationSplit(valid_fraction, seed)
     encoder = None if tokenizer is None else _load_encoder(tokenizer)
     encoder = _survey(documents, held_out, encoder, train_tokenizer)
     with staged(out) as folder:
-        writing = Writing(
+        writing = CorpusWriter(
             folder=folder,
             read=lambda number: documents,
             encoder=encoder,
-            held_out=held_out,
+            validation_split=held_out,
             shard_tokens=shard_tokens,
             progress=progress,
         )
@@ -189,7 +189,7 @@ def build_from_documents(
 
 def _survey(
     documents: Iterable[Document],
-    held_out: HeldOut,
+    held_out: ValidationSplit,
     encoder: Tokenizer | None,
     train_tokenizer: int | None,
 ) -> Tokenizer:
@@ -241,7 +241,7 @@ def _load_encoder(path: Path) -> Tokenizer:
     return encoder
 
 
-def _summarise(out: Path, index: CorpusIndex, held_out: HeldOut) -> CorpusSummary:
+def _summarise(out: Path, index: CorpusIndex, held_out: ValidationSplit) -> CorpusSummary:
     train, valid = index.splits["train"], index.splits["valid"]
     return CorpusSummary(
         path=out,

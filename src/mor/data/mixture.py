@@ -10,11 +10,11 @@ from torch import Tensor
 from mor.data.batches import Batches, TokenShards, spread_windows, stack_rows
 from mor.errors import ConfigError
 
-BLOCK = 1000
+SEQUENCES_PER_CYCLE = 1000
 """Sequences of a mixture in which every corpus has exactly its share, rounded to a thousandth."""
 
 
-def quotas(weights: Sequence[float], total: int = BLOCK) -> list[int]:
+def sequence_quotas(weights: Sequence[float], total: int = SEQUENCES_PER_CYCLE) -> list[int]:
     """`total` dealt out by weight, to the nearest whole numbers, at least 1 to each.
 
     Raises:
@@ -51,7 +51,7 @@ class MixedBatches:
         Raises:
             ConfigError: more than 1,000 corpora.
         """
-        self.counts = quotas(weights)
+        self.counts = sequence_quotas(weights)
         self._parts = parts
         self._batch_size = batch_size
         self._seed = seed
@@ -77,11 +77,11 @@ class MixedBatches:
 
     def source_of(self, position: int) -> tuple[int, int]:
         """Which corpus the sequence at `position` is from, and its position in that one's order."""
-        block, offset = divmod(position, BLOCK)
+        block, offset = divmod(position, SEQUENCES_PER_CYCLE)
         if self._block is None or self._block[0] != block:
             dealt = np.repeat(np.arange(len(self.counts)), self.counts)
             order = np.random.default_rng((self._seed, block, 0, 1)).permutation(dealt)
-            ranks = np.empty(BLOCK, np.int64)
+            ranks = np.empty(SEQUENCES_PER_CYCLE, np.int64)
             for source, count in enumerate(self.counts):
                 ranks[order == source] = np.arange(count)
             self._block = (block, order, ranks)
@@ -99,6 +99,6 @@ def spread_mixture(
     Raises:
         DataError: a split is too short for one window.
     """
-    counts = quotas(weights, max(num_windows, len(weights)))
+    counts = sequence_quotas(weights, max(num_windows, len(weights)))
     spread = [spread_windows(s, length, c) for s, c in zip(shards, counts, strict=True)]
     return torch.cat(spread)

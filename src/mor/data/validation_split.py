@@ -7,7 +7,7 @@ from typing import Any
 from mor.data.sources import Document
 
 
-class HeldOut:
+class ValidationSplit:
     """Decides which documents go to the `valid` split, after a survey of all of them."""
 
     def __init__(self, fraction: float, seed: int) -> None:

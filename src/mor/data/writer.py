@@ -12,7 +12,7 @@ from mor.data.build_journal import Journal
 from mor.data.encoding import batched_segments, encode_in_order
 from mor.data.shards import INDEX_FILE, CorpusIndex, ShardWriter
 from mor.data.sources import Document
-from mor.data.validation_split import HeldOut
+from mor.data.validation_split import ValidationSplit
 from mor.errors import DataError
 from mor.io.atomic_files import storage_error
 from mor.io.tokenizer import Tokenizer
@@ -74,14 +74,14 @@ def staged(out: Path) -> Generator[Path, None, None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class CorpusWriter:
     """The second pass over the documents: encode, write."""
 
     folder: Path
     read: Callable[[int], Iterable[Document]]
     """The documents but for so many first ones."""
     encoder: Tokenizer
-    held_out: HeldOut
+    validation_split: ValidationSplit
     shard_tokens: int
     workers: int = 1
     progress: Callable[[int, int], None] | None = None
@@ -102,10 +102,10 @@ class Writing:
                 for split, writer in writers.items():
                     writer.restore(before[split])
                 saved = train.num_written + valid.num_written
-            total = self.held_out.num_documents
+            total = self.validation_split.num_documents
             batches = batched_segments(self.read(read), read)
             for segment, ids in encode_in_order(batches, self.encoder, self.workers):
-                split = self.held_out.split_of(number, segment.document)
+                split = self.validation_split.split_of(number, segment.document)
                 writers[split].write(ids, ends_document=segment.is_last)
                 number += segment.is_last
                 if self.progress and segment.is_last:

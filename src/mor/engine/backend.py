@@ -10,30 +10,36 @@ import torch
 
 from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache
-from mor.engine.layer_stack import CpuKernels, Kernels, Stack, TorchKernels, fits_cpu_kernels
-from mor.engine.multistep.cuda_graphs import GraphStack
+from mor.engine.layer_stack import (
+    CpuKernels,
+    KernelBackend,
+    LayerStack,
+    TorchKernels,
+    fits_cpu_kernels,
+)
+from mor.engine.multistep.cuda_graphs import CUDAGraphLayerStack
 from mor.errors import ConfigError
 from mor.model.transformer import MoRModel
 from mor.ops.cpu.packed_weights import Storage
 
-_BURST = 8  # a few milliseconds on a GPU: what a new request may have to wait
+_DEFAULT_SCHEDULER_STEPS = 8  # a few milliseconds on a GPU: what a new request may have to wait
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class ExecutionBackend:
     """The choice that was made."""
 
     device: torch.device
-    weights: torch.dtype
+    weight_dtype: torch.dtype
     """How weights are kept (int8 apart)."""
-    compute: torch.dtype
+    compute_dtype: torch.dtype
     """Of hidden states, keys and values."""
     kernels: str
-    burst: int
+    num_scheduler_steps: int
     """Decode ticks in a row without the host."""
 
     @classmethod
-    def choose(cls, model: MoRModel, config: EngineConfig) -> "Placement":
+    def select(cls, model: MoRModel, config: EngineConfig) -> "ExecutionBackend":
         """The fastest way that fits.
 
         Raises:
@@ -70,44 +76,48 @@ class Placement:
                 f"they take), and these settings run with {kernels!r}: leave it out."
             )
         compute = torch.float32 if kernels == "cpu" else weights
-        burst = _burst(model, config, device, kernels)
+        burst = _resolve_num_scheduler_steps(model, config, device, kernels)
         return cls(device=device, weights=weights, compute=compute, kernels=kernels, burst=burst)
 
-    def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> Kernels:
+    def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> KernelBackend:
         """Load the kernels."""
         if self.kernels == "cpu":
-            plain: Storage = "bfloat16" if self.weights == torch.bfloat16 else "float32"
+            plain: Storage = "bfloat16" if self.weight_dtype == torch.bfloat16 else "float32"
             storage: Storage = "int8" if config.quantization == "int8" else plain
             return CpuKernels(model.config, cache.kv, storage, config.num_threads)
         operations = importlib.import_module(f"mor.ops.{self.kernels}")
         # A graph has fixed shapes, and the lanes of each depth, which have deltas, vary in number.
         graphs = self.kernels == "triton" and not model.config.relaxation_rank
         wrap = self._graphs(model, cache) if graphs else None
-        return TorchKernels(model.config, operations, cache.kv, self.compute, wrap)
+        return TorchKernels(model.config, operations, cache.kv, self.compute_dtype, wrap)
 
-    def _graphs(self, model: MoRModel, cache: KVCache) -> Callable[[Stack], Stack]:
+    def _graphs(self, model: MoRModel, cache: KVCache) -> Callable[[LayerStack], LayerStack]:
         """Decode ticks as CUDA graphs."""
         return partial(
-            GraphStack,
+            CUDAGraphLayerStack,
             width=model.config.hidden_size,
             table_width=cache.table_width,
-            dtype=self.compute,
+            dtype=self.compute_dtype,
             device=self.device,
-            stream=self.recorder,
+            stream=self.capture_stream,
         )
 
     @cached_property
-    def recorder(self) -> torch.cuda.Stream | None:
+    def capture_stream(self) -> torch.cuda.Stream | None:
         """Where all CUDA graphs of this engine are recorded, and no others; None: nothing is."""
-        return torch.cuda.Stream(self.device) if _records(self.kernels, self.device) else None
+        return (
+            torch.cuda.Stream(self.device) if uses_cuda_graphs(self.kernels, self.device) else None
+        )
 
 
-def _records(kernels: str, device: torch.device) -> bool:
+def uses_cuda_graphs(kernels: str, device: torch.device) -> bool:
     """Whether ticks become CUDA graphs."""
     return kernels == "triton" and device.type == "cuda"
 
 
-def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels: str) -> int:
+def _resolve_num_scheduler_steps(
+    model: MoRModel, config: EngineConfig, device: torch.device, kernels: str
+) -> int:
     """`EngineConfig.burst`, or what suits; ConfigError if it cannot be."""
     obstacle = (
         "kernels='cpu', which wait for nobody"
@@ -119,7 +129,11 @@ def _burst(model: MoRModel, config: EngineConfig, device: torch.device, kernels:
         else None
     )
     if obstacle is None:
-        return config.burst or (_BURST if _records(kernels, device) else 1)
-    if (config.burst or 1) > 1:
-        raise ConfigError(f"burst={config.burst} does not go with {obstacle}: leave it out.")
+        return config.num_scheduler_steps or (
+            _DEFAULT_SCHEDULER_STEPS if uses_cuda_graphs(kernels, device) else 1
+        )
+    if (config.num_scheduler_steps or 1) > 1:
+        raise ConfigError(
+            f"burst={config.num_scheduler_steps} does not go with {obstacle}: leave it out."
+        )
     return 1

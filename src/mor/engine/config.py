@@ -11,14 +11,14 @@ from mor.errors import ConfigError, nearest
 Batching = Literal["depth", "sequence"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8"]
-Kernels = Literal["reference", "cpu", "triton"]
+KernelName = Literal["reference", "cpu", "triton"]
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "batching": get_args(Batching),
         "dtype": get_args(DType),
         "quantization": get_args(Quantization),
-        "kernels": get_args(Kernels),
+        "kernels": get_args(KernelName),
     }
 )
 _AT_LEAST: Mapping[str, int] = MappingProxyType(
@@ -66,7 +66,7 @@ class EngineConfig:
     more than 16, which is enough to keep the processor busy while weights come .."""
     longest_exit_wait: int = 2
     """.. unless one of them has waited for this many ticks, or nothing else can run."""
-    burst: int | None = None
+    num_scheduler_steps: int | None = None
     """Decode ticks that run in a row before the host looks at what came out: until then routing and
     sampling stay on the device, and the lane of a sequence that has ended idles. 1: it looks after
     each. None: 8 with Triton's kernels on a GPU, otherwise 1."""
@@ -77,7 +77,7 @@ class EngineConfig:
     """`int8`: weights of all layers and the head by channel, inputs rounded on the fly (CPU)."""
     device: str | None = None
     """None: where the model is."""
-    kernels: Kernels | None = None
+    kernels: KernelName | None = None
     """None: the fastest for device and dtype."""
     num_threads: int | None = None
     """CPU threads of the compiled kernels; None: as many as torch uses."""

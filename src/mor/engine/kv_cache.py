@@ -6,7 +6,7 @@ from mor.engine.config import EngineConfig
 from mor.engine.pages import PageLayout
 from mor.errors import CapacityError, ConfigError
 from mor.model.config import MoRConfig
-from mor.ops.memory import free_memory, untouched_zeros
+from mor.ops.memory import free_memory, lazy_zeros
 from mor.ops.paged import PagedKV
 
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -30,7 +30,7 @@ class KVCache:
         outer = model.num_prelude_layers + model.num_coda_layers
         self.layers_per_page = height = max(block, outer)
         self.block = self._layout(config, block)
-        self.outer = self._layout(config, outer) if outer else None
+        self.unshared = self._layout(config, outer) if outer else None
         self.table_width = -(-model.max_position_embeddings // config.page_size) + height
         """Cells of the longest page table, with those of a last page that is begun."""
         cell = 2 * kv_heads * head_dim * config.page_size * dtype.itemsize
@@ -39,8 +39,8 @@ class KVCache:
         shape = (self.num_pages * self.layers_per_page, kv_heads)
         try:
             self.kv = PagedKV(
-                k=untouched_zeros((*shape, head_dim, config.page_size), dtype, device),
-                v=untouched_zeros((*shape, config.page_size, head_dim), dtype, device),
+                k=lazy_zeros((*shape, head_dim, config.page_size), dtype, device),
+                v=lazy_zeros((*shape, config.page_size, head_dim), dtype, device),
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             taken = self.num_pages * self.page_bytes
@@ -51,16 +51,16 @@ class KVCache:
             page_size=config.page_size, layers=layers, layers_per_page=self.layers_per_page
         )
 
-    def pages_at_most(self, model: MoRConfig, tokens: int) -> int:
+    def max_pages(self, model: MoRConfig, tokens: int) -> int:
         """Pages of a sequence whose tokens all take every recursion."""
         passes = model.num_recursions
         if model.sharing == "sequence" or model.kv_strategy == "shared":
             passes = 1
-        outer = self.outer.pages_for(tokens) if self.outer is not None else 0
+        outer = self.unshared.pages_for(tokens) if self.unshared is not None else 0
         return outer + passes * self.block.pages_for(tokens)
 
     def _num_pages(self, model: MoRConfig, config: EngineConfig, device: torch.device) -> int:
-        longest = self.pages_at_most(model, model.max_position_embeddings)
+        longest = self.max_pages(model, model.max_position_embeddings)
         if config.kv_memory is not None:
             pages = config.kv_memory // self.page_bytes
             if pages < 1 + model.num_recursions:

@@ -18,48 +18,48 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mor.model.attention import Rope
+from mor.model.attention import RotaryEmbedding
 from mor.model.config import MoRConfig
-from mor.model.depth_lora import DepthLinear
+from mor.model.depth_lora import DepthLoRALinear
 from mor.model.layers import Layer, RMSNorm
-from mor.ops.cpu.packed_weights import PackedDeltas, PackedLinear, Storage
-from mor.ops.low_rank import Delta, add_deltas
-from mor.ops.paged import Lanes, PagedKV, Rotations
+from mor.ops.cpu.packed_weights import PackedLinear, PackedLoRA, Storage
+from mor.ops.low_rank import LoRAPair, add_loras
+from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Application:
+class LayerCall:
     """One use of one layer in a stack."""
 
     layer: Layer
-    home: int
+    kv_layer: int
     """Which of a page's cells has its keys and values."""
-    writes: bool
+    writes_kv: bool
     """Whether it stores them; otherwise they are there already."""
     depths: tuple[int, ...] = ()
     """Whose deltas the lanes of each of `Lanes.groups` get; empty: there are none."""
 
 
 @runtime_checkable
-class Stack(Protocol):
+class LayerStack(Protocol):
     """Layers that run one after another."""
 
-    def run(self, x: Float[Tensor, "n e"], lanes: Lanes) -> Float[Tensor, "n e"]:
+    def run(self, x: Float[Tensor, "n e"], lanes: AttentionMetadata) -> Float[Tensor, "n e"]:
         """(N, E) states after all layers; x may be overwritten."""
         ...
 
 
 @runtime_checkable
-class Kernels(Protocol):
+class KernelBackend(Protocol):
     """A way to run layers: it prepares stacks and the head from a model's modules."""
 
     name: str
 
-    def stack(self, applications: Sequence[Application]) -> Stack:
+    def build_stack(self, applications: Sequence[LayerCall]) -> LayerStack:
         """Prepare layers; a layer that occurs twice is prepared once."""
         ...
 
-    def readout(
+    def compute_logits(
         self, norm: RMSNorm, weight: Float[Tensor, "v e"], x: Float[Tensor, "n e"]
     ) -> Float[Tensor, "n v"]:
         """Final norm and head."""
@@ -75,15 +75,15 @@ def layers_of(modules: Iterable[nn.Module]) -> list[Layer]:
     return [module for module in modules if isinstance(module, Layer)]
 
 
-def rotations(config: MoRConfig, dtype: torch.dtype, device: torch.device) -> Rotations:
+def make_rope_table(config: MoRConfig, dtype: torch.dtype, device: torch.device) -> RopeTable:
     """RoPE's angles for every position that the model takes."""
     _, _, head_dim = config.num_heads_and_dim
     positions = torch.arange(config.max_position_embeddings, device=device)
-    cos, sin = Rope.at(positions, head_dim, config.rope_theta, dtype)
-    return Rotations(cos=cos[:, 0].contiguous(), sin=sin[:, 0].contiguous())
+    cos, sin = RotaryEmbedding.at(positions, head_dim, config.rope_theta, dtype)
+    return RopeTable(cos=cos[:, 0].contiguous(), sin=sin[:, 0].contiguous())
 
 
-def _matrices(layer: Layer) -> list[Tensor]:
+def _fused_weights(layer: Layer) -> list[Tensor]:
     """q, k and v, o, gate and up, down."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
@@ -95,16 +95,16 @@ def _matrices(layer: Layer) -> list[Tensor]:
     ]
 
 
-def _deltas(application: Application, dtype: torch.dtype) -> list[list[Delta]]:
+def _loras(application: LayerCall, dtype: torch.dtype) -> list[list[LoRAPair]]:
     """For each of `_matrices` the deltas of the lanes' groups."""
     attention, mlp = application.layer.self_attn, application.layer.mlp
-    together: Sequence[tuple[DepthLinear, ...]] = (
+    together: Sequence[tuple[DepthLoRALinear, ...]] = (
         *((attention.q_proj,), (attention.k_proj, attention.v_proj), (attention.o_proj,)),
         *((mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)),
     )
     return [
         [
-            Delta.fused([d for m in ms if (d := m.delta(depth)) is not None], dtype)
+            LoRAPair.fused([d for m in ms if (d := m.lora(depth)) is not None], dtype)
             for depth in application.depths
         ]
         for ms in together
@@ -120,23 +120,23 @@ class TorchKernels:
         operations: ModuleType,
         kv: PagedKV,
         dtype: torch.dtype,
-        wrap: Callable[[Stack], Stack] | None = None,
+        wrap: Callable[[LayerStack], LayerStack] | None = None,
     ) -> None:
         self.name = operations.__name__.rsplit(".", 1)[-1]
         self.operations = operations
         self.config = config
         self.kv = kv
         self.dtype = dtype
-        self.rotations = rotations(config, dtype, kv.k.device)
+        self.rope_table = make_rope_table(config, dtype, kv.k.device)
         self._wrap = wrap
         self._head: Tensor | None = None
 
-    def stack(self, applications: Sequence[Application]) -> Stack:
+    def build_stack(self, applications: Sequence[LayerCall]) -> LayerStack:
         """See `Kernels.stack`."""
         stack = TorchStack(self, applications)
         return stack if self._wrap is None else self._wrap(stack)
 
-    def readout(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
+    def compute_logits(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
         """See `Kernels.readout`."""
         if self._head is None:
             self._head = weight.detach().to(self.dtype)
@@ -149,32 +149,32 @@ class TorchKernels:
 class TorchStack:
     """A stack that runs operation by operation."""
 
-    def __init__(self, kernels: TorchKernels, applications: Sequence[Application]) -> None:
+    def __init__(self, kernels: TorchKernels, applications: Sequence[LayerCall]) -> None:
         self._kernels = kernels
         self._applications = list(applications)
         self._weights: dict[int, list[Tensor]] = {}
         for application in applications:
             if id(application.layer) not in self._weights:
-                matrices = [m.detach().to(kernels.dtype) for m in _matrices(application.layer)]
+                matrices = [m.detach().to(kernels.dtype) for m in _fused_weights(application.layer)]
                 self._weights[id(application.layer)] = matrices
-        self._deltas = [_deltas(application, kernels.dtype) for application in applications]
+        self._deltas = [_loras(application, kernels.dtype) for application in applications]
 
-    def run(self, x: Tensor, lanes: Lanes) -> Tensor:
+    def run(self, x: Tensor, lanes: AttentionMetadata) -> Tensor:
         """See `Stack.run`."""
         ops, kv = self._kernels.operations, self._kernels.kv
         _, groups, size = self._kernels.config.num_heads_and_dim
-        angles, writing = self._kernels.rotations, lanes.write_cell.shape[0]
+        angles, writing = self._kernels.rope_table, lanes.slot_cells.shape[0]
         for application, deltas in zip(self._applications, self._deltas, strict=True):
-            layer, home = application.layer, application.home
+            layer, home = application.layer, application.kv_layer
             d_q, d_kv, d_o, d_gate_up, d_down = (
-                partial(add_deltas, ds, lanes.groups) for ds in deltas
+                partial(add_loras, ds, lanes.depth_start_loc) for ds in deltas
             )
             w_q, w_kv, w_o, w_gate_up, w_down = self._weights[id(layer)]
             before, after = layer.input_layernorm, layer.post_attention_layernorm
             y = ops.rms_norm(x, before.weight, before.eps)
             q = d_q(y, F.linear(y, w_q)).unflatten(1, (-1, size))
             q = ops.rotate(q, angles, lanes)
-            if application.writes and writing:
+            if application.writes_kv and writing:
                 both = d_kv(y, F.linear(y[:writing], w_kv)).unflatten(1, (2, groups, size))
                 k = ops.rotate(both[:, 0], angles, lanes)
                 ops.store(k, both[:, 1], kv, home, lanes)
@@ -198,57 +198,65 @@ class CpuKernels:
 
         self.cpu = cpu
         self.config = config
-        self.storage: Storage = storage
-        self.kind = {"float32": cpu.FLOAT32, "bfloat16": cpu.BFLOAT16, "int8": cpu.INT8}[storage]
-        self.threads = cpu.use_threads(num_threads or torch.get_num_threads())
+        self.weight_dtype: Storage = storage
+        self.weight_kind = {"float32": cpu.FLOAT32, "bfloat16": cpu.BFLOAT16, "int8": cpu.INT8}[
+            storage
+        ]
+        self.num_threads = cpu.use_threads(num_threads or torch.get_num_threads())
         self.cells = kv.k.numpy(), kv.v.numpy()
-        angles = rotations(config, torch.float32, kv.k.device)
-        self.angles = angles.cos.numpy(), angles.sin.numpy()
-        self._buffers: tuple[np.ndarray, ...] = ()
+        angles = make_rope_table(config, torch.float32, kv.k.device)
+        self.cos_sin = angles.cos.numpy(), angles.sin.numpy()
+        self._workspace: tuple[np.ndarray, ...] = ()
         self._packed: dict[int, list[PackedLinear]] = {}
         self._head: PackedLinear | None = None
 
     def pack(self, layer: Layer) -> list[PackedLinear]:
         """A layer's matrices, packed once however often it is used."""
         if id(layer) not in self._packed:
-            packed = [PackedLinear(matrix, self.storage) for matrix in _matrices(layer)]
+            packed = [PackedLinear(matrix, self.weight_dtype) for matrix in _fused_weights(layer)]
             self._packed[id(layer)] = packed
         return self._packed[id(layer)]
 
-    def stack(self, applications: Sequence[Application]) -> "CpuStack":
+    def build_stack(self, applications: Sequence[LayerCall]) -> "CpuStack":
         """See `Kernels.stack`."""
         return CpuStack(self, applications)
 
-    def buffers(self, rows: int) -> tuple[np.ndarray, ...]:
+    def workspace(self, rows: int) -> tuple[np.ndarray, ...]:
         """Room for what a layer computes: normed, q, kv, mixed, gate and up, inner, rounded."""
-        if not self._buffers or self._buffers[0].shape[0] < rows:
+        if not self._workspace or self._workspace[0].shape[0] < rows:
             heads, groups, size = self.config.num_heads_and_dim
             width, inner = self.config.hidden_size, self.config.intermediate_size
             widths = (width, heads * size, 2 * groups * size, heads * size, 2 * inner, inner)
             floats = (np.zeros((rows, w), np.float32) for w in widths)
             widest = max(width, heads * size, inner) + 3 & ~3
             rounded = np.zeros((rows, 2 * widest), np.uint8)  # bytes or int16
-            self._buffers = (*floats, rounded, np.zeros(rows, np.float32))
-        return self._buffers
+            self._workspace = (*floats, rounded, np.zeros(rows, np.float32))
+        return self._workspace
 
-    def address(self, weight: PackedLinear) -> tuple[int, int, int]:
+    def weight_pointer(self, weight: PackedLinear) -> tuple[int, int, int]:
         """How the compiled code finds a weight: data, scales, levels."""
-        return weight.data.data_ptr(), weight.scales.data_ptr(), weight.levels
+        return weight.data.data_ptr(), weight.scales.data_ptr(), weight.max_quantized_input
 
-    def product(self, weight: PackedLinear, x: np.ndarray, rows: int, out: np.ndarray) -> None:
+    def linear(self, weight: PackedLinear, x: np.ndarray, rows: int, out: np.ndarray) -> None:
         """out[:rows] = x[:rows] @ weight.T."""
-        found, rounded = np.array(self.address(weight)), self.buffers(rows)[-2:]
-        self.cpu.linear(self.threads, self.kind, x, rows, found, out, 0, rounded)
+        found, rounded = np.array(self.weight_pointer(weight)), self.workspace(rows)[-2:]
+        self.cpu.linear(self.num_threads, self.weight_kind, x, rows, found, out, 0, rounded)
 
-    def readout(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
+    def compute_logits(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
         """See `Kernels.readout`."""
         if self._head is None:
-            self._head = PackedLinear(weight, self.storage)
-        head, num, room = self._head, x.shape[0], self.buffers(x.shape[0])
+            self._head = PackedLinear(weight, self.weight_dtype)
+        head, num, room = self._head, x.shape[0], self.workspace(x.shape[0])
         logits = np.empty((num, head.padded_features), np.float32)
         self.cpu.readout(
-            *(self.threads, self.kind, x.numpy(), num, norm.weight.detach().float().numpy()),
-            *(norm.eps, np.array(self.address(head)), room[0], logits, room[-2:]),
+            *(
+                self.num_threads,
+                self.weight_kind,
+                x.numpy(),
+                num,
+                norm.weight.detach().float().numpy(),
+            ),
+            *(norm.eps, np.array(self.weight_pointer(head)), room[0], logits, room[-2:]),
         )
         return torch.from_numpy(logits)[:, : head.out_features]
 
@@ -258,24 +266,24 @@ class CpuKernels:
         tokens, logprobs = np.empty(num, np.int64), np.empty(num, np.float32)
         width = logits.stride(0)  # rows are padded to whole panels
         rows = logits.as_strided((num, width), (width, 1)).numpy()
-        self.cpu.greedy(self.threads, rows, num, vocabulary, tokens, logprobs)
+        self.cpu.greedy(self.num_threads, rows, num, vocabulary, tokens, logprobs)
         return tokens.tolist(), logprobs.tolist()
 
 
 class CpuStack:
     """A stack that is one compiled call."""
 
-    def __init__(self, kernels: CpuKernels, applications: Sequence[Application]) -> None:
+    def __init__(self, kernels: CpuKernels, applications: Sequence[LayerCall]) -> None:
         self._kernels = kernels
         packed = [kernels.pack(a.layer) for a in applications]
-        weights = np.array([[kernels.address(w) for w in ws] for ws in packed], np.int64)
-        homes = np.array([a.home for a in applications], np.int64)
-        writes = np.array([int(a.writes) for a in applications], np.int64)
-        self.deltas = [[PackedDeltas(d) for d in _deltas(a, torch.float32)] for a in applications]
-        found = [[[kernels.address(w) for w in d.packed] for d in ds] for ds in self.deltas]
+        weights = np.array([[kernels.weight_pointer(w) for w in ws] for ws in packed], np.int64)
+        homes = np.array([a.kv_layer for a in applications], np.int64)
+        writes = np.array([int(a.writes_kv) for a in applications], np.int64)
+        self.loras = [[PackedLoRA(d) for d in _loras(a, torch.float32)] for a in applications]
+        found = [[[kernels.weight_pointer(w) for w in d.packed] for d in ds] for ds in self.loras]
         deltas = np.array(found, np.int64).reshape(len(found), len(found[0]), -1, 3)
-        widths = np.array([d.width for d in self.deltas[0]], np.int64)
-        self._thin = int(widths.max())
+        widths = np.array([d.width for d in self.loras[0]], np.int64)
+        self._lora_width = int(widths.max())
         pairs = [(a.layer.input_layernorm, a.layer.post_attention_layernorm) for a in applications]
         scales = torch.stack([torch.stack([n.weight.detach() for n in pair]) for pair in pairs])
         norms = scales.float().numpy()
@@ -293,16 +301,26 @@ class CpuStack:
         """Now, on the clock that `clock` counts by."""
         return int(self._kernels.cpu.read_cycles())
 
-    def run(self, x: Tensor, lanes: Lanes) -> Tensor:
+    def run(self, x: Tensor, lanes: AttentionMetadata) -> Tensor:
         """See `Stack.run`; overwrites x."""
         kernels = self._kernels
-        fields = (lanes.positions, lanes.kv_len, lanes.runs, lanes.tables)
-        fields += (lanes.write_cell, lanes.write_slot)
-        groups, thin = np.array(lanes.groups, np.int64), np.empty((len(x), self._thin), np.float32)
+        fields = (lanes.positions, lanes.context_lens, lanes.query_start_loc, lanes.page_tables)
+        fields += (lanes.slot_cells, lanes.slot_offsets)
+        groups, thin = (
+            np.array(lanes.depth_start_loc, np.int64),
+            np.empty((len(x), self._lora_width), np.float32),
+        )
         kernels.cpu.run_layers(
-            *(kernels.threads, x.numpy(), x.shape[0], kernels.kind, self._layers, kernels.cells),
+            *(
+                kernels.num_threads,
+                x.numpy(),
+                x.shape[0],
+                kernels.weight_kind,
+                self._layers,
+                kernels.cells,
+            ),
             (*(field.numpy() for field in fields), groups),
-            *(kernels.angles, (*kernels.buffers(x.shape[0]), thin), self.clock),
+            *(kernels.cos_sin, (*kernels.workspace(x.shape[0]), thin), self.clock),
         )
         return x
 

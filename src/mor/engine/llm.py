@@ -7,22 +7,22 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from mor.engine.backend import Placement
+from mor.engine.backend import ExecutionBackend
 from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache
-from mor.engine.model_runner import Runner
-from mor.engine.multistep.device_decoder import Flight
-from mor.engine.multistep.scheduler import Burst
+from mor.engine.model_runner import ModelRunner
+from mor.engine.multistep.device_decoder import DeviceDecoder
+from mor.engine.multistep.scheduler import MultiStepScheduler
 from mor.engine.pages import PagePool, PageTable
 from mor.engine.prefix import PrefixCache
-from mor.engine.request import Chunk, TokenEvent
-from mor.engine.request import Sequence as Track
-from mor.engine.sampler import sampling_row
-from mor.engine.scheduler import Passes, Scheduler
+from mor.engine.request import Chunk, TokenOutput
+from mor.engine.request import SequenceState as Track
+from mor.engine.sampler import make_sampling_input
+from mor.engine.scheduler import RecursionSpec, Scheduler
 from mor.engine.stats import EngineStats, ProgressBar
 from mor.errors import CapacityError, DataError, RequestError
 from mor.io.checkpoint import end_token_ids, load, resolve
-from mor.io.detokenizer import TextStream
+from mor.io.detokenizer import StopDetokenizer
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.config import MoRConfig
 from mor.model.sampling import (
@@ -77,38 +77,38 @@ class LLM:
         self.tokenizer = tokenizer
         self.eos_token_id = _end_of_text(model.config, tokenizer)
         """Ends a completion, unless its request ignores it."""
-        self.placement = Placement.choose(model, self.config)
-        device, compute = self.placement.device, self.placement.compute
+        self.backend = ExecutionBackend.select(model, self.config)
+        device, compute = self.backend.device, self.backend.compute_dtype
         if model.embed_tokens.weight.device != device:
             model = copy.deepcopy(model).to(device)  # the caller keeps its own where it is
         self.cache = KVCache(model.config, self.config, compute, device)
         self.pool = PagePool(self.cache.num_pages)
         caches = self.config.prefix_caching
-        self.prefixes = PrefixCache(self.pool, self.config.page_size) if caches else None
-        passes = _passes(model.config)
-        self.scheduler = Scheduler(self.config, passes, self.pool, self.prefixes)
-        kernels = self.placement.kernels_for(model, self.config, self.cache)
-        num_rows = self.scheduler.num_rows
-        self.runner = Runner(model, self.config, self.cache, kernels, num_rows)
+        self.prefix_cache = PrefixCache(self.pool, self.config.page_size) if caches else None
+        passes = _recursion_spec(model.config)
+        self.scheduler = Scheduler(self.config, passes, self.pool, self.prefix_cache)
+        kernels = self.backend.kernels_for(model, self.config, self.cache)
+        num_rows = self.scheduler.num_state_slots
+        self.runner = ModelRunner(model, self.config, self.cache, kernels, num_rows)
         self.stats = EngineStats(model.config.num_recursions)
-        self._burst: Burst | None = None
-        if self.placement.burst > 1:
-            ticks, recorder = self.placement.burst, self.placement.recorder
-            flight = Flight(self.runner, passes.most, ticks, recorder)
-            self._burst = Burst(self.scheduler, flight, self.stats, ticks)
+        self.multi_step: MultiStepScheduler | None = None
+        if self.backend.num_scheduler_steps > 1:
+            ticks, recorder = self.backend.num_scheduler_steps, self.backend.capture_stream
+            flight = DeviceDecoder(self.runner, passes.max_passes, ticks, recorder)
+            self.multi_step = MultiStepScheduler(self.scheduler, flight, self.stats, ticks)
         self._requests: dict[str, list[Track]] = {}
         self._done: dict[str, dict[int, Completion]] = {}
-        self._texts: dict[Track, TextStream] = {}
+        self._detokenizers: dict[Track, StopDetokenizer] = {}
         self._order = itertools.count()
-        self._events: list[TokenEvent] = []  # that no step has returned yet
-        self._inboxes: dict[str, deque[TokenEvent]] = {}  # of open streams
+        self._events: list[TokenOutput] = []  # that no step has returned yet
+        self._streams: dict[str, deque[TokenOutput]] = {}  # of open streams
 
     def describe(self) -> str:
         """One line: kernels, dtype, memory for keys and values."""
         kv = self.cache.num_pages * self.cache.page_bytes
-        weights = self.config.quantization or str(self.placement.weights).removeprefix("torch.")
+        weights = self.config.quantization or str(self.backend.weight_dtype).removeprefix("torch.")
         return (
-            f"{self.placement.kernels} kernels on {self.placement.device}, {weights} weights, "
+            f"{self.backend.kernels} kernels on {self.backend.device}, {weights} weights, "
             f"{kv / 2**20:,.0f} MiB for keys and values ({self.cache.num_pages} pages of "
             f"{self.cache.page_bytes / 1024:,.0f} KiB)"
         )
@@ -155,10 +155,12 @@ class LLM:
                     self.abort(name)
         return [completion for name in names for completion in done[name]]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TokenEvent]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[TokenOutput]:
         """The tokens of one request as they come; closing the iterator aborts the request."""
         name = self.add_request(prompt, params)
-        inbox = self._inboxes[name] = deque[TokenEvent]()  # other streams' steps fill it, too
+        inbox = self._streams[name] = deque[TokenOutput]()  # other streams' steps fill it, too
         try:
             while inbox or name in self._requests:
                 if not inbox:
@@ -166,7 +168,7 @@ class LLM:
                 while inbox:
                     yield inbox.popleft()
         finally:
-            del self._inboxes[name]
+            del self._streams[name]
             self.abort(name)
 
     # -- step by step ---------------------------------------------------------------------------
@@ -183,27 +185,27 @@ class LLM:
         return self._queue(prompt, params or SamplingParams(), request_id, "the prompt")
 
     @property
-    def has_unfinished(self) -> bool:
+    def has_unfinished_requests(self) -> bool:
         """Whether requests are under way."""
         return bool(self._requests or self._events)
 
-    def step(self) -> list[TokenEvent]:
+    def step(self) -> list[TokenOutput]:
         """One tick: the tokens that came out of it. Nothing happens if there are no requests.
 
         If it is interrupted, requests and their tokens are still there for the next one.
         """
-        if self.scheduler.has_work:
+        if self.scheduler.has_unfinished:
             try:
-                with self.stats.tick(self.runner):
-                    self._tick()
+                with self.stats.time_step(self.runner):
+                    self._run_step()
             except BaseException:
-                self.scheduler.restart()
+                self.scheduler.preempt_all()
                 raise
         events = list(self._events)
         self._events.clear()
         for event in events:
-            if event.request_id in self._inboxes:
-                self._inboxes[event.request_id].append(event)
+            if event.request_id in self._streams:
+                self._streams[event.request_id].append(event)
         return events
 
     def abort(self, request_id: str) -> list[Completion]:
@@ -216,8 +218,8 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        if self.prefixes is not None:
-            self.prefixes.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
 
     def check_integrity(self) -> None:
         """Assert that no page, row or request is lost or counted twice."""
@@ -243,7 +245,7 @@ class LLM:
         check_request(config, tokens, params, label)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer: use stop_token_ids.")
-        most = self.cache.pages_at_most(config, len(tokens) + params.max_tokens - 1)
+        most = self.cache.max_pages(config, len(tokens) + params.max_tokens - 1)
         if most > self.pool.num_pages:
             page = self.cache.page_bytes
             raise CapacityError(
@@ -251,31 +253,31 @@ class LLM:
                 f"{most * page} bytes for keys and values, and kv_memory is "
                 f"{self.pool.num_pages * page}: shorten the request or raise kv_memory."
             )
-        tracks = [self._track(name, i, order, tokens, params) for i in range(params.n)]
+        tracks = [self._make_sequence(name, i, order, tokens, params) for i in range(params.n)]
         self._requests[name] = tracks
         self._done[name] = {}
         for track in tracks:
             self.scheduler.add(track)
             if self.tokenizer is not None:
-                self._texts[track] = TextStream(self.tokenizer, params.stop, tokens)
+                self._detokenizers[track] = StopDetokenizer(self.tokenizer, params.stop, tokens)
         return name
 
-    def _tick(self) -> None:
-        if self._burst is not None and (flying := self._burst.plan()):
-            for track, token, logprob in self._burst.run(flying):
+    def _run_step(self) -> None:
+        if self.multi_step is not None and (flying := self.multi_step.schedule()):
+            for track, token, logprob in self.multi_step.run(flying):
                 track.append(token, logprob, {})
                 self._events.append(self._event(track))
             return
-        chunks = self.scheduler.plan_finish()
+        chunks = self.scheduler.schedule_coda()
         if chunks:
             self._finish(chunks)
-        entering = self.scheduler.plan_enter()
-        if entering.chunks or entering.copies:
-            self.scheduler.entered(entering.chunks, self.runner.enter(entering))
-        advancing = self.scheduler.plan_advance()
+        entering = self.scheduler.schedule_prelude()
+        if entering.chunks or entering.page_copies:
+            self.scheduler.update_after_prelude(entering.chunks, self.runner.run_prelude(entering))
+        advancing = self.scheduler.schedule_block()
         if advancing.chunks:
-            self.stats.lanes += sum(len(c.present) for c in advancing.chunks)
-            self.scheduler.advanced(advancing.chunks, self.runner.advance(advancing))
+            self.stats.block_tokens += sum(len(c.active) for c in advancing.chunks)
+            self.scheduler.update_after_block(advancing.chunks, self.runner.run_block(advancing))
 
     def _tokens(self, prompt: Prompt, label: str) -> list[int]:
         if not isinstance(prompt, str):
@@ -289,41 +291,41 @@ class LLM:
             raise RequestError("a text prompt needs a tokenizer: give token ids instead.")
         return self.tokenizer.encode(prompt)
 
-    def _track(
+    def _make_sequence(
         self, name: str, index: int, order: int, tokens: list[int], params: SamplingParams
     ) -> Track:
         config = self.model_config
         least, most = params.recursion_range(config.num_recursions)
-        passes = 1 if config.kv_strategy == "shared" else self.scheduler.passes.most
-        outer, block = self.cache.outer, self.cache.block
+        passes = 1 if config.kv_strategy == "shared" else self.scheduler.recursion_spec.max_passes
+        outer, block = self.cache.unshared, self.cache.block
         return Track(
             request_id=name,
             index=index,
-            order=order,
+            arrival_index=order,
             params=params,
-            tokens=list(tokens),
-            num_prompt=len(tokens),
-            least=least,
-            most=most,
-            stop_ids=params.end_ids(self.eos_token_id, *self.end_token_ids),
-            random=params.random_numbers(index),
-            outer=PageTable(outer, self.pool) if outer is not None else None,
-            depths=[PageTable(block, self.pool) for _ in range(passes)],
+            token_ids=list(tokens),
+            num_prompt_tokens=len(tokens),
+            min_recursions=least,
+            max_recursions=most,
+            stop_token_ids=params.end_ids(self.eos_token_id, *self.end_token_ids),
+            rng=params.random_numbers(index),
+            unshared_table=PageTable(outer, self.pool) if outer is not None else None,
+            depth_tables=[PageTable(block, self.pool) for _ in range(passes)],
         )
 
     def _finish(self, chunks: list[Chunk]) -> None:
         """Coda, head and sampling for these chunks; events for the caller."""
         sampling = {
-            i: sampling_row(c.sequence)
+            i: make_sampling_input(c.sequence)
             for i, c in enumerate(chunks)
-            if c.start + len(c) == len(c.sequence.tokens)
+            if c.start + len(c) == len(c.sequence.token_ids)
         }
-        result = self.runner.finish(chunks, sampling)
-        self.scheduler.finished(chunks)
+        result = self.runner.run_coda(chunks, sampling)
+        self.scheduler.update_after_coda(chunks)
         for i, (scores, likeliest) in result.prompt_logprobs.items():
-            first = chunks[i].start + chunks[i].scored.start + 1
-            chunks[i].sequence.note_prompt(first, scores, likeliest)
-        sampled = result.sampled
+            first = chunks[i].start + chunks[i].prompt_logprob_range.start + 1
+            chunks[i].sequence.record_prompt_logprobs(first, scores, likeliest)
+        sampled = result.sampler_output
         for i, token, logprob, top in zip(
             *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True
         ):
@@ -331,12 +333,12 @@ class LLM:
             track.append(token, logprob, top)
             self._events.append(self._event(track))
 
-    def _event(self, track: Track) -> TokenEvent:
+    def _event(self, track: Track) -> TokenOutput:
         """What the caller hears of the token that was just appended."""
-        token, text = track.tokens[-1], self._texts.get(track)
-        self.stats.count(track.counts[-1])
-        ends = token in track.stop_ids
-        last = ends or len(track.tokens) - track.num_prompt >= track.params.max_tokens
+        token, text = track.token_ids[-1], self._detokenizers.get(track)
+        self.stats.count_token(track.recursion_counts[-1])
+        ends = token in track.stop_token_ids
+        last = ends or len(track.token_ids) - track.num_prompt_tokens >= track.params.max_tokens
         delta = text.push(token) if text is not None and not ends else ""
         if text is not None and last:
             delta += text.flush()
@@ -346,15 +348,17 @@ class LLM:
             self._close(track, "stop" if stopped else "length")
             if len(self._done[track.request_id]) == track.params.n:
                 completions = self._forget(track.request_id)
-        return TokenEvent(
+        return TokenOutput(
             request_id=track.request_id,
             index=track.index,
             token_id=token,
             text=delta,
             logprob=track.logprobs[-1],
-            recursion_count=track.counts[-1],
+            recursion_count=track.recursion_counts[-1],
             top_logprobs=track.top_logprobs[-1] if track.top_logprobs else {},
-            prompt=track.completion("") if len(track.tokens) == track.num_prompt + 1 else None,
+            prompt=track.to_completion("")
+            if len(track.token_ids) == track.num_prompt_tokens + 1
+            else None,
             finish_reason=track.finish_reason,
             completions=completions,
         )
@@ -362,12 +366,12 @@ class LLM:
     def _close(self, track: Track, reason: FinishReason) -> None:
         """Free what a sequence holds, and keep its completion until the request is complete."""
         track.finish_reason = reason
-        text = self._texts.pop(track, None)
+        text = self._detokenizers.pop(track, None)
         if text is not None and reason == "abort":
             text.flush()
-        completion = track.completion(text.text if text is not None else "")
+        completion = track.to_completion(text.text if text is not None else "")
         self._done[track.request_id][track.index] = completion
-        self.scheduler.close(track)
+        self.scheduler.remove(track)
 
     def _forget(self, request_id: str) -> list[Completion]:
         self._requests.pop(request_id, None)
@@ -385,11 +389,11 @@ def _end_of_text(config: MoRConfig, tokenizer: Tokenizer | None) -> int | None:
         return None
 
 
-def _passes(config: MoRConfig) -> Passes:
+def _recursion_spec(config: MoRConfig) -> RecursionSpec:
     one = config.sharing == "sequence"
-    return Passes(
-        most=1 if one else config.num_recursions,
-        recursions=config.num_recursions if one else 1,
+    return RecursionSpec(
+        max_passes=1 if one else config.num_recursions,
+        recursions_per_pass=config.num_recursions if one else 1,
         shared_kv=config.kv_strategy == "shared",
-        presence=config.depth_capacities,
+        depth_fractions=config.depth_capacities,
     )

@@ -14,26 +14,26 @@ from torch import Tensor
 
 from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache
-from mor.engine.layer_stack import Application, Kernels, layers_of
+from mor.engine.layer_stack import KernelBackend, LayerCall, layers_of
 from mor.engine.pages import PageTable
 from mor.engine.request import Chunk
-from mor.engine.sampler import Sampled, SamplingRow, is_plain, sample
-from mor.engine.scheduler import AdvancePlan, EnterPlan
-from mor.engine.states import rows_of, states_for
+from mor.engine.sampler import SamplerOutput, SamplingInput, is_greedy, sample
+from mor.engine.scheduler import BlockPlan, PreludePlan
+from mor.engine.states import make_hidden_states, state_slots_of
 from mor.model.sampling import MAX_LOGPROBS
 from mor.model.sharing import block_schedule
 from mor.model.transformer import MoRModel
-from mor.ops.paged import Lanes
+from mor.ops.paged import AttentionMetadata
 from mor.ops.sampling import score
 
 _SCORED_ROWS = 128  # logits that are whole at one time: an allocation that is used again
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
+class CodaOutput:
     """What came out of a finish phase."""
 
-    sampled: Sampled
+    sampler_output: SamplerOutput
     prompt_logprobs: dict[int, tuple[list[float], list[dict[int, float]]]] = field(
         default_factory=dict
     )
@@ -41,11 +41,16 @@ class Finished:
     ones, and of the likeliest ones there."""
 
 
-class Runner:
+class ModelRunner:
     """Runs what the scheduler has planned; knows nothing of requests beyond their chunks."""
 
     def __init__(
-        self, model: MoRModel, config: EngineConfig, cache: KVCache, kernels: Kernels, num_rows: int
+        self,
+        model: MoRModel,
+        config: EngineConfig,
+        cache: KVCache,
+        kernels: KernelBackend,
+        num_rows: int,
     ) -> None:
         self.model_config = model.config
         self.cache = cache
@@ -57,13 +62,15 @@ class Runner:
         self._norm = model.norm
         self._embedding = model.embed_tokens.weight.detach()
         self._head = model.lm_head.weight.detach()
-        self.states = states_for(model, kernels, num_rows + 1, self.dtype, self.device)  # one spare
+        self.states = make_hidden_states(
+            model, kernels, num_rows + 1, self.dtype, self.device
+        )  # one spare
         outer = layers_of(model.prelude) + layers_of(model.coda)
-        apps = [Application(layer=m, home=i, writes=True) for i, m in enumerate(outer)]
+        apps = [LayerCall(layer=m, kv_layer=i, writes_kv=True) for i, m in enumerate(outer)]
         num = len(model.prelude)
-        self.prelude = kernels.stack(apps[:num]) if num else None
-        self.coda = kernels.stack(apps[num:]) if apps[num:] else None
-        self.block = kernels.stack(_block(model))
+        self.prelude = kernels.build_stack(apps[:num]) if num else None
+        self.coda = kernels.build_stack(apps[num:]) if apps[num:] else None
+        self.block = kernels.build_stack(_block_calls(model))
         # Depths that share keys and values see all earlier tokens, so positions are the entries.
         self._shared = model.config.kv_strategy == "shared"
         self._num_groups = 1 if model.config.sharing == "sequence" else model.config.num_recursions
@@ -71,26 +78,26 @@ class Runner:
     # -- phases ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def enter(self, plan: EnterPlan) -> list[bool]:
+    def run_prelude(self, plan: PreludePlan) -> list[bool]:
         """Embed and run the prelude; for each token, whether it takes its first pass."""
-        self.cache.copy_pages(plan.copies)
+        self.cache.copy_pages(plan.page_copies)
         if not plan.chunks:
             return []
-        ids = [t for c in plan.chunks for t in c.sequence.tokens[c.start : c.start + len(c)]]
+        ids = [t for c in plan.chunks for t in c.sequence.token_ids[c.start : c.start + len(c)]]
         began = time.perf_counter()
         x = self.embed(self._ints(ids))
         if self.prelude is not None:
-            x = self.prelude.run(x, self._outer_lanes(plan.chunks))
+            x = self.prelude.run(x, self._unshared_metadata(plan.chunks))
         goes_on = self.states.enter(plan.chunks, x)
         self.compute_seconds += time.perf_counter() - began
         return goes_on
 
     @torch.inference_mode()
-    def advance(self, plan: AdvancePlan) -> list[bool]:
+    def run_block(self, plan: BlockPlan) -> list[bool]:
         """One pass of the block over all present tokens; for each, whether it is sent on."""
-        lanes = self._block_lanes(plan)
-        rows = [c.rows[i] for c in plan.chunks for i in c.present]
-        depths = [c.depth + 1 for c in plan.chunks for _ in c.present]
+        lanes = self._block_metadata(plan)
+        rows = [c.state_slots[i] for c in plan.chunks for i in c.active]
+        depths = [c.depth + 1 for c in plan.chunks for _ in c.active]
         began = time.perf_counter()
         update = self.block.run(self.states.take(rows), lanes)
         goes_on = self.states.advance(rows, depths, lanes.positions, update)
@@ -98,20 +105,22 @@ class Runner:
         return goes_on
 
     @torch.inference_mode()
-    def finish(self, chunks: list[Chunk], sampling: dict[int, SamplingRow]) -> Finished:
+    def run_coda(self, chunks: list[Chunk], sampling: dict[int, SamplingInput]) -> CodaOutput:
         """Run coda and head; sample after the last token of each chunk that `sampling` names."""
         began = time.perf_counter()
-        scored = {i: places for i, chunk in enumerate(chunks) if (places := chunk.scored)}
-        result = Finished(sampled=Sampled(tokens=[], logprobs=[], top_logprobs=[]))
+        scored = {
+            i: places for i, chunk in enumerate(chunks) if (places := chunk.prompt_logprob_range)
+        }
+        result = CodaOutput(sampler_output=SamplerOutput(tokens=[], logprobs=[], top_logprobs=[]))
         if self.coda is not None or sampling or scored:
-            x = self.states.leave(rows_of(chunks))
+            x = self.states.leave(state_slots_of(chunks))
             if self.coda is not None:
-                x = self.coda.run(x, self._outer_lanes(chunks))
+                x = self.coda.run(x, self._unshared_metadata(chunks))
             ends = np.cumsum([len(c) for c in chunks])
             if sampling:
                 last = self._ints([int(ends[i]) - 1 for i in sampling])
-                logits = self.readout(x.index_select(0, last))
-                result = Finished(sampled=self._sample(logits, list(sampling.values())))
+                logits = self.compute_logits(x.index_select(0, last))
+                result = CodaOutput(sampler_output=self._sample(logits, list(sampling.values())))
             lines = [(i, int(ends[i]) - len(chunks[i]) + p, p) for i in scored for p in scored[i]]
             self._score(chunks, lines, x, result)
         self.compute_seconds += time.perf_counter() - began
@@ -126,26 +135,28 @@ class Runner:
         """(N, E) what goes into the prelude."""
         return F.embedding(tokens, self._embedding).to(self.dtype)
 
-    def readout(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n v"]:
+    def compute_logits(self, x: Float[Tensor, "n e"]) -> Float[Tensor, "n v"]:
         """(N, V) logits."""
-        return self.kernels.readout(self._norm, self._head, x)
+        return self.kernels.compute_logits(self._norm, self._head, x)
 
-    def _sample(self, logits: Float[Tensor, "n v"], rows: list[SamplingRow]) -> Sampled:
-        if all(is_plain(row) and row.params.logprobs is None for row in rows):
+    def _sample(self, logits: Float[Tensor, "n v"], rows: list[SamplingInput]) -> SamplerOutput:
+        if all(is_greedy(row) and row.params.logprobs is None for row in rows):
             found = self.kernels.greedy(logits)
             if found is not None:
-                return Sampled(tokens=found[0], logprobs=found[1], top_logprobs=[{} for _ in rows])
+                return SamplerOutput(
+                    tokens=found[0], logprobs=found[1], top_logprobs=[{} for _ in rows]
+                )
         return sample(logits, rows)
 
     def _score(
-        self, chunks: list[Chunk], lines: list[tuple[int, int, int]], x: Tensor, result: Finished
+        self, chunks: list[Chunk], lines: list[tuple[int, int, int]], x: Tensor, result: CodaOutput
     ) -> None:
         """Note scores of prompt tokens; a line is a chunk, a row of `x`, a place in the chunk."""
         for start in range(0, len(lines), _SCORED_ROWS):
             part = lines[start : start + _SCORED_ROWS]
-            wanted = [chunks[i].sequence.tokens[chunks[i].start + p + 1] for i, _, p in part]
+            wanted = [chunks[i].sequence.token_ids[chunks[i].start + p + 1] for i, _, p in part]
             tops = [chunks[i].sequence.params.logprobs or 0 for i, _, _ in part]
-            logits = self.readout(x.index_select(0, self._ints([row for _, row, _ in part])))
+            logits = self.compute_logits(x.index_select(0, self._ints([row for _, row, _ in part])))
             best = self.kernels.greedy(logits) if max(tops) <= 1 else None
             scores, likeliest = score(logits, self._ints(wanted), max(tops), MAX_LOGPROBS, best)
             for (i, _, _), num, one, top in zip(part, tops, scores, likeliest, strict=True):
@@ -155,33 +166,33 @@ class Runner:
 
     # -- lanes ----------------------------------------------------------------------------------
 
-    def _outer_lanes(self, chunks: list[Chunk]) -> Lanes:
+    def _unshared_metadata(self, chunks: list[Chunk]) -> AttentionMetadata:
         """Every token of these chunks, in the unshared layers: entry and position are the same."""
-        tables = [c.sequence.outer for c in chunks]
+        tables = [c.sequence.unshared_table for c in chunks]
         ranges = [list(range(c.start, c.start + len(c))) for c in chunks]
-        return self._lanes(tables, ranges, ranges, len(chunks))
+        return self._metadata(tables, ranges, ranges, len(chunks))
 
-    def _block_lanes(self, plan: AdvancePlan) -> Lanes:
+    def _block_metadata(self, plan: BlockPlan) -> AttentionMetadata:
         tables: list[PageTable | None] = []
         positions: list[list[int]] = []
         entries: list[list[int]] = []
-        for chunk, first in zip(plan.chunks, plan.first_entries, strict=True):
-            tables.append(chunk.sequence.depths[0 if self._shared else chunk.depth])
-            positions.append([chunk.start + i for i in chunk.present])
-            ordinal = range(first, first + len(chunk.present))
+        for chunk, first in zip(plan.chunks, plan.first_kv_entries, strict=True):
+            tables.append(chunk.sequence.depth_tables[0 if self._shared else chunk.depth])
+            positions.append([chunk.start + i for i in chunk.active])
+            ordinal = range(first, first + len(chunk.active))
             entries.append(positions[-1] if self._shared else list(ordinal))
-        depths = [chunk.depth for chunk in plan.chunks for _ in chunk.present]
+        depths = [chunk.depth for chunk in plan.chunks for _ in chunk.active]
         groups = tuple(np.searchsorted(depths, range(self._num_groups + 1)).tolist())
-        return self._lanes(tables, positions, entries, plan.num_writing, groups)
+        return self._metadata(tables, positions, entries, plan.num_writing_chunks, groups)
 
-    def _lanes(
+    def _metadata(
         self,
         tables: list[PageTable | None],
         positions: list[list[int]],
         entries: list[list[int]],
         num_writing: int,
         groups: tuple[int, ...] = (),
-    ) -> Lanes:
+    ) -> AttentionMetadata:
         """The first `num_writing` runs store their keys and values; `entries` sees itself last."""
         width = max(len(t.cells) for t in tables if t is not None)
         table = np.zeros((len(tables), width), np.int32)
@@ -190,39 +201,40 @@ class Runner:
             assert t is not None
             table[number, : len(t.cells)] = t.cells
             if number < num_writing:
-                slots += [t.slot(entry) for entry in run]
+                slots += [t.cell_and_offset(entry) for entry in run]
         runs = np.cumsum([0, *map(len, entries)])
-        return Lanes(
+        return AttentionMetadata(
             positions=self._int32([p for run in positions for p in run]),
-            kv_len=self._int32([entry + 1 for run in entries for entry in run]),
-            runs=self._int32(runs),
-            tables=self._int32(table),
-            write_cell=self._int32([cell for cell, _ in slots]),
-            write_slot=self._int32([slot for _, slot in slots]),
-            groups=groups,
-            longest_run=max(map(len, entries)),
+            context_lens=self._int32([entry + 1 for run in entries for entry in run]),
+            query_start_loc=self._int32(runs),
+            page_tables=self._int32(table),
+            slot_cells=self._int32([cell for cell, _ in slots]),
+            slot_offsets=self._int32([slot for _, slot in slots]),
+            depth_start_loc=groups,
+            max_query_len=max(map(len, entries)),
         )
 
     def _int32(self, values: list[int] | np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int32)).to(self.device)
 
 
-def _block(model: MoRModel) -> list[Application]:
+def _block_calls(model: MoRModel) -> list[LayerCall]:
     """One pass of the shared block; with sharing='sequence' one pass is all recursions."""
     config = model.config
     layers = layers_of(model.block)
     every = tuple(range(config.num_recursions)) if config.relaxation_rank else ()
     if config.sharing == "cycle":
         return [
-            Application(layer=m, home=i, writes=True, depths=every) for i, m in enumerate(layers)
+            LayerCall(layer=m, kv_layer=i, writes_kv=True, depths=every)
+            for i, m in enumerate(layers)
         ]
     schedule = block_schedule(config.sharing, config.num_block_layers, config.num_recursions)
     shared = config.kv_strategy == "shared"
     return [
-        Application(
+        LayerCall(
             layer=layers[slot.layer],
-            home=slot.layer if shared else i,
-            writes=slot.depth == 0 or not shared,
+            kv_layer=slot.layer if shared else i,
+            writes_kv=slot.depth == 0 or not shared,
             depths=every[slot.depth : slot.depth + 1],
         )
         for i, slot in enumerate(schedule)

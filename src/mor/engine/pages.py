@@ -28,14 +28,14 @@ class PageLayout:
     layers_per_page: int
 
     @property
-    def groups(self) -> int:
+    def cell_groups(self) -> int:
         """Groups of cells in a page."""
         return self.layers_per_page // self.layers
 
     @property
     def entries_per_page(self) -> int:
         """Tokens that a page holds."""
-        return self.page_size * self.groups
+        return self.page_size * self.cell_groups
 
     def pages_for(self, entries: int) -> int:
         """Pages that this many entries take."""
@@ -48,14 +48,14 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
-        self._holders = [0] * num_pages
+        self._ref_counts = [0] * num_pages
 
     @property
     def num_free(self) -> int:
         """Pages that can be taken."""
         return len(self._free)
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """A free page, held once.
 
         Raises:
@@ -64,28 +64,28 @@ class PagePool:
         if not self._free:
             raise CapacityError(f"all {self.num_pages} pages are in use.")
         page = self._free.pop()
-        self._holders[page] = 1
+        self._ref_counts[page] = 1
         return page
 
-    def hold(self, page: int) -> None:
+    def incref(self, page: int) -> None:
         """One more holder of a page that is in use."""
-        assert self._holders[page] > 0, f"page {page} is free"
-        self._holders[page] += 1
+        assert self._ref_counts[page] > 0, f"page {page} is free"
+        self._ref_counts[page] += 1
 
-    def release(self, page: int) -> None:
+    def decref(self, page: int) -> None:
         """One holder less."""
-        assert self._holders[page] > 0, f"page {page} is free"
-        self._holders[page] -= 1
-        if self._holders[page] == 0:
+        assert self._ref_counts[page] > 0, f"page {page} is free"
+        self._ref_counts[page] -= 1
+        if self._ref_counts[page] == 0:
             self._free.append(page)
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Assert that each page has as many holders as it occurs in `held`, and that exactly the
         pages without holders are free, each once."""
         counts = Counter(held)
-        wrong = [page for page, count in enumerate(self._holders) if count != counts[page]]
+        wrong = [page for page, count in enumerate(self._ref_counts) if count != counts[page]]
         assert not wrong, f"pages {wrong} leaked"
-        unheld = [page for page, count in enumerate(self._holders) if count == 0]
+        unheld = [page for page, count in enumerate(self._ref_counts) if count == 0]
         assert sorted(self._free) == unheld, "free pages and reference counts disagree"
 
 
@@ -100,7 +100,7 @@ class PageTable:
         self.num_entries = 0
         self._pool = pool
 
-    def missing(self, count: int) -> int:
+    def pages_needed(self, count: int) -> int:
         """Pages to take before `count` more entries fit; below 0 if more are reserved."""
         return self.layout.pages_for(self.num_entries + count) - len(self.pages)
 
@@ -117,26 +117,26 @@ class PageTable:
 
     def reserve(self, count: int) -> None:
         """Take the pages of `count` more entries, without adding them; errors as for `append`."""
-        missing = self.missing(count)
+        missing = self.pages_needed(count)
         if missing > self._pool.num_free:
             raise CapacityError(f"{missing} pages are needed, {self._pool.num_free} are free.")
         for _ in range(missing):
-            self.adopt(self._pool.take())
+            self.append_page(self._pool.allocate())
 
-    def trim(self) -> None:
+    def release_unused(self) -> None:
         """Release pages that hold no entry."""
         while len(self.pages) > self.layout.pages_for(self.num_entries):
-            self._pool.release(self.pages.pop())
-            del self.cells[-self.layout.groups :]
+            self._pool.decref(self.pages.pop())
+            del self.cells[-self.layout.cell_groups :]
 
-    def adopt(self, page: int) -> None:
+    def append_page(self, page: int) -> None:
         """Add a page that is held on this table's behalf."""
         start = page * self.layout.layers_per_page
         step = self.layout.layers
         self.pages.append(page)
-        self.cells.extend(start + group * step for group in range(self.layout.groups))
+        self.cells.extend(start + group * step for group in range(self.layout.cell_groups))
 
-    def slot(self, entry: int) -> tuple[int, int]:
+    def cell_and_offset(self, entry: int) -> tuple[int, int]:
         """(cell of the first layer, slot in it) of an entry."""
         size = self.layout.page_size
         return self.cells[entry // size], entry % size
@@ -144,7 +144,7 @@ class PageTable:
     def clear(self) -> None:
         """Release all pages."""
         for page in self.pages:
-            self._pool.release(page)
+            self._pool.decref(page)
         self.pages.clear()
         del self.cells[:]
         self.num_entries = 0

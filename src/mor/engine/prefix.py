@@ -20,12 +20,12 @@ class PrefixNode:
     """Some tokens in the light of all before them."""
 
     parent: "PrefixNode | None"
-    root: Hashable
+    namespace: Hashable
     """Requests of different roots (e.g. other recursion limits) share nothing."""
-    tokens: tuple[int, ...]
-    counts: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    recursion_counts: tuple[int, ...]
     """Recursion count of each token."""
-    entries: tuple[int, ...]
+    num_kv_entries: tuple[int, ...]
     """Entries of each table after these tokens."""
     pages: tuple[tuple[int, ...], ...]
     """For each table the pages of the entries that these tokens added; the first may be begun."""
@@ -36,7 +36,7 @@ class PrefixNode:
     @property
     def key(self) -> tuple[Hashable, tuple[int, ...]]:
         """What a lookup asks for."""
-        return (self.root if self.parent is None else id(self.parent), self.tokens)
+        return (self.namespace if self.parent is None else id(self.parent), self.token_ids)
 
 
 class PrefixCache:
@@ -50,7 +50,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def find(self, root: Hashable, tokens: Sequence[int]) -> list[PrefixNode]:
+    def match_prefix(self, root: Hashable, tokens: Sequence[int]) -> list[PrefixNode]:
         """The nodes of the longest known prefix, from the first on; one token stays uncovered."""
         found: list[PrefixNode] = []
         size, above = self.page_size, root
@@ -79,15 +79,15 @@ class PrefixCache:
             before = 0
             for node in nodes:
                 pages[before // per_page :] = node.pages[number]
-                before = node.entries[number]
+                before = node.num_kv_entries[number]
             whole = before // per_page
             for page in pages[:whole]:
-                self._pool.hold(page)
-                table.adopt(page)
+                self._pool.incref(page)
+                table.append_page(page)
             if before % per_page:
-                own = self._pool.take()
+                own = self._pool.allocate()
                 copies.append((pages[whole], own))
-                table.adopt(own)
+                table.append_page(own)
             table.num_entries = before
         return copies
 
@@ -105,34 +105,34 @@ class PrefixCache:
         if key in self._nodes:
             self._nodes.move_to_end(key)
             return self._nodes[key]
-        before = parent.entries if parent is not None else (0,) * len(tables)
+        before = parent.num_kv_entries if parent is not None else (0,) * len(tables)
         pages = tuple(
             tuple(t.pages[old // t.layout.entries_per_page : t.layout.pages_for(new)])
             for t, old, new in zip(tables, before, entries, strict=True)
         )
         node = PrefixNode(
             parent=parent,
-            root=root,
-            tokens=tuple(tokens),
-            counts=tuple(counts),
-            entries=tuple(entries),
+            namespace=root,
+            token_ids=tuple(tokens),
+            recursion_counts=tuple(counts),
+            num_kv_entries=tuple(entries),
             pages=pages,
             num_tokens=len(tokens) + (0 if parent is None else parent.num_tokens),
         )
         for page in self._pages_of(node):
-            self._pool.hold(page)
+            self._pool.incref(page)
         if parent is not None:
             parent.num_children += 1
         self._nodes[key] = node
         return node
 
-    def holds(self, node: PrefixNode | None) -> bool:
+    def contains(self, node: PrefixNode | None) -> bool:
         """Whether a node is still in the tree (None, the root's place, always is)."""
         return node is None or self._nodes.get(node.key) is node
 
-    def evict(self, wanted: int) -> None:
+    def evict(self, num_free: int) -> None:
         """Drop leaves, the least recently used first, until `wanted` pages are free."""
-        while self._pool.num_free < wanted and self._nodes:
+        while self._pool.num_free < num_free and self._nodes:
             leaf = next(node for node in self._nodes.values() if node.num_children == 0)
             self._drop(leaf)
 
@@ -146,11 +146,11 @@ class PrefixCache:
         if node.parent is not None:
             node.parent.num_children -= 1
         for page in self._pages_of(node):
-            self._pool.release(page)
+            self._pool.decref(page)
 
     def _pages_of(self, node: PrefixNode) -> list[int]:
         return [page for pages in node.pages for page in pages]
 
-    def held_pages(self) -> list[int]:
+    def cached_pages(self) -> list[int]:
         """Every page that a node holds, once for each node."""
         return [page for node in self._nodes.values() for page in self._pages_of(node)]

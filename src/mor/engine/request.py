@@ -16,58 +16,58 @@ class Chunk:
     on are a shorter run; when none is left, the chunk waits for the coda.
     """
 
-    sequence: "Sequence"
+    sequence: "SequenceState"
     start: int
     """Position of its first token."""
-    rows: list[int]
+    state_slots: list[int]
     """Where the runner keeps each token's hidden state."""
-    counts: list[int] = field(default_factory=list)
+    recursion_counts: list[int] = field(default_factory=list)
     """Passes that each token has taken."""
-    present: list[int] = field(default_factory=list)
+    active: list[int] = field(default_factory=list)
     """Tokens that take the coming pass, by their place in the chunk, rising."""
     depth: int = 0
     """Of the coming pass."""
-    left_at: int = 0
+    exited_at_step: int = 0
     """Tick in which the last token left the block."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.state_slots)
 
     @property
-    def scored(self) -> range:
+    def prompt_logprob_range(self) -> range:
         """Tokens, by their place in it, after which a prompt token's probability is asked for."""
         sequence = self.sequence
         if not sequence.params.prompt_logprobs:
             return range(0)
         first = max(0, sequence.params.prompt_logprobs_from - 1 - self.start)
-        return range(first, max(first, min(len(self), sequence.num_prompt - 1 - self.start)))
+        return range(first, max(first, min(len(self), sequence.num_prompt_tokens - 1 - self.start)))
 
 
 @dataclass(eq=False, kw_only=True)
-class Sequence:
+class SequenceState:
     """One completion in the making: `index` of the `n` that a request asked for."""
 
     request_id: str
     index: int
-    order: int
+    arrival_index: int
     """Rank of arrival: who came first is served first and preempted last."""
     params: SamplingParams
-    tokens: list[int]
+    token_ids: list[int]
     """Prompt and output."""
-    num_prompt: int
-    least: int
+    num_prompt_tokens: int
+    min_recursions: int
     """Recursions that every token takes at least, .."""
-    most: int
+    max_recursions: int
     """.. and at most."""
-    stop_ids: frozenset[int]
+    stop_token_ids: frozenset[int]
     """Tokens that end it."""
-    random: Random
-    outer: PageTable | None
+    rng: Random
+    unshared_table: PageTable | None
     """Entries of prelude and coda, every token's; None if there are no such layers."""
-    depths: list[PageTable]
+    depth_tables: list[PageTable]
     """Entries of the block at each depth; a single table if all depths share theirs."""
 
-    counts: list[int] = field(default_factory=list)
+    recursion_counts: list[int] = field(default_factory=list)
     """Recursion count of every token that has left the block."""
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -77,69 +77,73 @@ class Sequence:
     """In flight, in order of position."""
     is_running: bool = False
     """Whether it was admitted and not preempted since."""
-    num_entered: int = 0
+    num_scheduled_tokens: int = 0
     """Tokens whose way through the model has begun, .."""
-    num_finished: int = 0
+    num_computed_tokens: int = 0
     """.. and is over."""
     finish_reason: FinishReason | None = None
     uniforms: list[float] = field(default_factory=list)
     """Random numbers of its next tokens, as far as they are drawn."""
     prefix_node: PrefixNode | None = None
     """The last of its own prefixes that the prefix cache knows."""
-    prefix_open: bool = True
+    can_extend_prefix: bool = True
     """Whether its further tokens may still join the prefix cache."""
-    num_cached: int = 0
+    num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache spared."""
 
     def __post_init__(self) -> None:
-        unscored = range(min(self.params.prompt_logprobs_from, self.num_prompt))
+        unscored = range(min(self.params.prompt_logprobs_from, self.num_prompt_tokens))
         if self.params.prompt_logprobs:
             self.prompt_logprobs = [None for _ in unscored]
         if self.params.reports_prompt_top:
             self.prompt_top_logprobs = [None for _ in unscored]
 
     @property
-    def tables(self) -> list[PageTable]:
+    def page_tables(self) -> list[PageTable]:
         """All its page tables."""
-        return self.depths if self.outer is None else [self.outer, *self.depths]
+        return (
+            self.depth_tables
+            if self.unshared_table is None
+            else [self.unshared_table, *self.depth_tables]
+        )
 
     @property
-    def output(self) -> list[int]:
+    def output_token_ids(self) -> list[int]:
         """Generated tokens."""
-        return self.tokens[self.num_prompt :]
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_remaining(self) -> int:
         """Tokens that it may still generate."""
-        return self.params.max_tokens - (len(self.tokens) - self.num_prompt)
+        return self.params.max_tokens - (len(self.token_ids) - self.num_prompt_tokens)
 
     @property
-    def num_waiting(self) -> int:
+    def num_unscheduled_tokens(self) -> int:
         """Tokens that have not entered yet."""
-        return len(self.tokens) - self.num_entered
+        return len(self.token_ids) - self.num_scheduled_tokens
 
     @property
-    def prefix_root(self) -> tuple[int, int]:
+    def prefix_namespace(self) -> tuple[int, int]:
         """Only sequences with the same recursion limits can share what was computed."""
-        return self.least, self.most
+        return self.min_recursions, self.max_recursions
 
     def uniform(self, ahead: int = 0) -> float:
         """Random number in [0, 1) for the next token, or one further ahead; greedy has none."""
         if self.params.temperature == 0:
             return 0.0
         while len(self.uniforms) <= ahead:
-            self.uniforms.append(self.random.random())
+            self.uniforms.append(self.rng.random())
         return self.uniforms[ahead]
 
     def append(self, token: int, logprob: float, top_logprobs: dict[int, float]) -> None:
         """A token that was sampled for it."""
-        self.tokens.append(token)
+        self.token_ids.append(token)
         self.logprobs.append(logprob)
         if self.params.logprobs is not None:
             self.top_logprobs.append(top_logprobs)
         del self.uniforms[:1]
 
-    def note_prompt(
+    def record_prompt_logprobs(
         self, first: int, scores: list[float], likeliest: list[dict[int, float]]
     ) -> None:
         """Log-probabilities of the prompt's tokens from `first` on, and of the likeliest there."""
@@ -147,17 +151,17 @@ class Sequence:
         if self.params.reports_prompt_top:
             self.prompt_top_logprobs[first : first + len(scores)] = likeliest
 
-    def completion(self, text: str) -> Completion:
+    def to_completion(self, text: str) -> Completion:
         """What the caller gets, now or in the end."""
-        output = self.output
+        output = self.output_token_ids
         return Completion(
-            prompt_token_ids=self.tokens[: self.num_prompt],
-            prompt_recursion_counts=self.counts[: self.num_prompt],
-            num_cached_tokens=self.num_cached,
+            prompt_token_ids=self.token_ids[: self.num_prompt_tokens],
+            prompt_recursion_counts=self.recursion_counts[: self.num_prompt_tokens],
+            num_cached_tokens=self.num_cached_tokens,
             index=self.index,
             text=text,
             token_ids=output,
-            recursion_counts=self.counts[self.num_prompt - 1 :][: len(output)],
+            recursion_counts=self.recursion_counts[self.num_prompt_tokens - 1 :][: len(output)],
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
             prompt_logprobs=self.prompt_logprobs,
@@ -167,15 +171,15 @@ class Sequence:
 
     def reset(self) -> None:
         """Give back what it holds, to be computed again; what the caller may hear of it stays."""
-        for table in self.tables:
+        for table in self.page_tables:
             table.clear()
         self.chunks.clear()
-        self.num_entered = self.num_finished = self.num_cached = 0
-        self.prefix_node, self.prefix_open = None, True
+        self.num_scheduled_tokens = self.num_computed_tokens = self.num_cached_tokens = 0
+        self.prefix_node, self.can_extend_prefix = None, True
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenEvent:
+class TokenOutput:
     """A generated token, as the caller of `step` hears of it."""
 
     request_id: str

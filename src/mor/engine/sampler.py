@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mor.engine.request import Sequence as Track
+from mor.engine.request import SequenceState as Track
 from mor.model.sampling import MAX_LOGPROBS, SamplingParams
-from mor.ops.sampling import Draws, argmax, column, draw, ranked, wide
+from mor.ops.sampling import SamplingTensors, argmax, as_column, sample, top_logprobs, upcast
 
 _CPU_ROWS = 8  # at a time: what they are turned into stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingRow:
+class SamplingInput:
     """What the sampler must know about one row."""
 
     params: SamplingParams
@@ -36,7 +36,7 @@ class SamplingRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
+class SamplerOutput:
     """What came out, one entry for each row."""
 
     tokens: list[int]
@@ -46,19 +46,21 @@ class Sampled:
     """The likeliest tokens and their log-probabilities, as many as the row asks for."""
 
 
-def sampling_row(track: Track) -> SamplingRow:
+def make_sampling_input(track: Track) -> SamplingInput:
     """What the sampler must know about a sequence's next token."""
     looks_back = _has_penalties(track.params)
-    return SamplingRow(
+    return SamplingInput(
         params=track.params,
         uniform=track.uniform(),
-        prompt=track.tokens[: track.num_prompt] if looks_back else (),
-        output=track.output if looks_back else (),
-        forbidden=sorted(track.stop_ids) if len(track.output) < track.params.min_tokens else (),
+        prompt=track.token_ids[: track.num_prompt_tokens] if looks_back else (),
+        output=track.output_token_ids if looks_back else (),
+        forbidden=sorted(track.stop_token_ids)
+        if len(track.output_token_ids) < track.params.min_tokens
+        else (),
     )
 
 
-class SteadySampler:
+class DeviceSampler:
     """Rows whose rules stay what they are from token to token; nothing waits for the device.
 
     Args:
@@ -72,31 +74,33 @@ class SteadySampler:
         drawing = [number for number, p in enumerate(params) if p.temperature > 0]
         self._where = torch.tensor(drawing, device=device)
         like = torch.empty(0, dtype=torch.float64, device=device)
-        self._draws = Draws.of([params[i] for i in drawing], vocabulary, like) if drawing else None
+        self._draws = (
+            SamplingTensors.of([params[i] for i in drawing], vocabulary, like) if drawing else None
+        )
 
     def __call__(
         self, logits: Float[Tensor, "n v"], uniforms: Float[Tensor, " n"]
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
         """(N,) tokens and their log-probabilities, as `sample` would give them."""
-        logits = wide(logits.detach())
+        logits = upcast(logits.detach())
         tokens = argmax(logits)
         if self._draws is not None:
             best, where = tokens[self._where][:, None], self._where
             scores = logits[where].double()
-            tokens[where] = draw(scores, best, uniforms[where][:, None], self._draws)
+            tokens[where] = sample(scores, best, uniforms[where][:, None], self._draws)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
     @staticmethod
-    def takes(track: Track) -> bool:
+    def supports(track: Track) -> bool:
         """Whether a sequence's further tokens can be sampled so."""
         return not (
             _has_penalties(track.params)
             or track.params.logprobs
-            or len(track.output) < track.params.min_tokens
+            or len(track.output_token_ids) < track.params.min_tokens
         )
 
 
-def sample(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Sampled:
+def sample(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> SamplerOutput:
     """Choose one token for each row of logits; one transfer from the device to the host."""
     num = len(rows)
     assert num == len(logits)
@@ -107,23 +111,24 @@ def sample(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Sampled
         for start in range(0, max(num, 1), step)
     ]
     table = torch.cat(parts).tolist()
-    return Sampled(
+    return SamplerOutput(
         tokens=[int(line[0]) for line in table],
         logprobs=[line[1] for line in table],
         top_logprobs=[
-            ranked(line[2:], row.params.logprobs) for line, row in zip(table, rows, strict=True)
+            top_logprobs(line[2:], row.params.logprobs)
+            for line, row in zip(table, rows, strict=True)
         ],
     )
 
 
 def _table(
-    logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow], num_top: int
+    logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput], num_top: int
 ) -> Float[Tensor, "n columns"]:
     """In float64, which holds every id: token, its logprob, likeliest ids, their logprobs."""
-    logits = wide(logits.detach())
+    logits = upcast(logits.detach())
     logprobs = logits.log_softmax(-1)
     tokens = argmax(logits)
-    others = [number for number, row in enumerate(rows) if not is_plain(row)]
+    others = [number for number, row in enumerate(rows) if not is_greedy(row)]
     if others:
         where = torch.tensor(others, device=logits.device)
         tokens[where] = _pick(logits[where].double(), [rows[number] for number in others])
@@ -135,7 +140,7 @@ def _table(
     return torch.cat([column.double() for column in columns], dim=1)
 
 
-def is_plain(row: SamplingRow) -> bool:
+def is_greedy(row: SamplingInput) -> bool:
     """Whether a row takes the likeliest token of the logits as they are."""
     return row.params.temperature == 0 and not row.forbidden and not _has_penalties(row.params)
 
@@ -144,7 +149,7 @@ def _has_penalties(p: SamplingParams) -> bool:
     return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
 
 
-def _pick(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Int[Tensor, " n"]:
+def _pick(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> Int[Tensor, " n"]:
     """(N,) tokens of rows that draw or have penalties; the float64 logits are overwritten."""
     _penalise(logits, rows)
     _forbid(logits, rows)
@@ -153,13 +158,15 @@ def _pick(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> Int[Tens
     if drawing:
         where = torch.tensor(drawing, device=logits.device)
         best = tokens[where][:, None]
-        uniforms = column([rows[number].uniform for number in drawing], logits)
-        draws = Draws.of([rows[number].params for number in drawing], logits.shape[1], logits)
-        tokens[where] = draw(logits[where], best, uniforms, draws)
+        uniforms = as_column([rows[number].uniform for number in drawing], logits)
+        draws = SamplingTensors.of(
+            [rows[number].params for number in drawing], logits.shape[1], logits
+        )
+        tokens[where] = sample(logits[where], best, uniforms, draws)
     return tokens
 
 
-def _penalise(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> None:
+def _penalise(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> None:
     numbers: list[int] = []
     ids: list[int] = []
     factors: list[float] = []
@@ -180,12 +187,12 @@ def _penalise(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> None
     if not ids:
         return
     where = torch.tensor([numbers, ids], device=logits.device).unbind(0)
-    factor, less = (column(values, logits)[:, 0] for values in (factors, taken))
+    factor, less = (as_column(values, logits)[:, 0] for values in (factors, taken))
     old = logits[where]
     logits[where] = torch.where(old > 0, old / factor, old * factor) - less
 
 
-def _forbid(logits: Float[Tensor, "n v"], rows: Sequence[SamplingRow]) -> None:
+def _forbid(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> None:
     pairs = [(number, token) for number, row in enumerate(rows) for token in row.forbidden]
     if pairs:
         logits[torch.tensor(pairs, device=logits.device).unbind(1)] = -torch.inf

@@ -15,20 +15,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor.engine.layer_stack import CpuKernels, Kernels
+from mor.engine.layer_stack import CpuKernels, KernelBackend
 from mor.engine.request import Chunk
 from mor.model.config import MoRConfig
-from mor.model.ragged_batch import Packing
+from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import (
-    ExpertChoice,
+    ExpertChoiceRouter,
     LinearRouter,
     RecursionLimits,
-    TokenChoice,
+    TokenChoiceRouter,
 )
 from mor.model.transformer import MoRModel
 
 
-class States:
+class HiddenStates:
     """Without a router: every pass replaces a state, and every token takes every pass.
 
     `enter`, `take`, `advance` and `leave` are for the host, which reads back who goes on; beneath
@@ -41,7 +41,7 @@ class States:
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         """Keep what the prelude gave for the tokens of these chunks; who takes the first pass."""
-        rows, positions = self._ints(rows_of(chunks)), self._ints(positions_of(chunks))
+        rows, positions = self._ints(state_slots_of(chunks)), self._ints(positions_of(chunks))
         return _listed(self.arrive(rows, positions, x, self._limits(chunks)), len(x))
 
     def take(self, rows: list[int]) -> Float[Tensor, "n e"]:
@@ -104,10 +104,10 @@ class States:
         return torch.tensor(values, device=self.hidden.device)
 
 
-class ExpertStates(States):
+class ExpertChoiceStates(HiddenStates):
     """Expert choice by threshold: before each pass a router says who takes it, and its gate."""
 
-    def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoice) -> None:
+    def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoiceRouter) -> None:
         super().__init__(config, hidden)
         self._router = router
         self._gate = hidden.new_zeros(len(hidden))
@@ -138,10 +138,10 @@ class ExpertStates(States):
         return decision >= self._thresholds.to(decision.dtype)[depths]
 
 
-class FusedStates(ExpertStates):
+class FusedExpertChoiceStates(ExpertChoiceStates):
     """Expert choice with linear routers, compiled for CPUs; fp32."""
 
-    def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoice) -> None:
+    def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoiceRouter) -> None:
         from mor.ops.cpu import router as cpu_route
 
         super().__init__(config, hidden, router)
@@ -158,7 +158,7 @@ class FusedStates(ExpertStates):
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         """See `States.enter`."""
-        return self._route(rows_of(chunks), [0] * len(x), x, self._ops.SET)
+        return self._route(state_slots_of(chunks), [0] * len(x), x, self._ops.SET)
 
     def take(self, rows: list[int]) -> Float[Tensor, "n e"]:
         """See `States.take`."""
@@ -182,10 +182,10 @@ class FusedStates(ExpertStates):
         return goes_on.tolist()
 
 
-class TokenStates(States):
+class TokenChoiceStates(HiddenStates):
     """Token choice: a router reads the state before the block and fixes the number of passes."""
 
-    def __init__(self, config: MoRConfig, hidden: Tensor, router: TokenChoice) -> None:
+    def __init__(self, config: MoRConfig, hidden: Tensor, router: TokenChoiceRouter) -> None:
         super().__init__(config, hidden)
         self._router = router
         self._start = torch.zeros_like(hidden)  # x0
@@ -215,34 +215,38 @@ class TokenStates(States):
         return self._start.index_select(0, rows) + h
 
     def _limits(self, chunks: Sequence[Chunk]) -> RecursionLimits:
-        pairs = [(c.sequence.least, c.sequence.most) for c in chunks for _ in c.rows]
+        pairs = [
+            (c.sequence.min_recursions, c.sequence.max_recursions)
+            for c in chunks
+            for _ in c.state_slots
+        ]
         least, most = self._ints([a for a, _ in pairs]), self._ints([b for _, b in pairs])
-        return RecursionLimits(least=least, most=most)
+        return RecursionLimits(min_recursions=least, max_recursions=most)
 
 
-def states_for(
-    model: MoRModel, kernels: Kernels, num_rows: int, dtype: torch.dtype, device: torch.device
-) -> States:
+def make_hidden_states(
+    model: MoRModel, kernels: KernelBackend, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> HiddenStates:
     """The states of a model's tokens."""
     config = model.config
     hidden = torch.zeros(num_rows, config.hidden_size, dtype=dtype, device=device)
     if model.router is None:
-        return States(config, hidden)
+        return HiddenStates(config, hidden)
     # Routers compute in the engine's dtype; a copy, since the model stays its owner's.
     router = copy.deepcopy(model.router)
     router.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    if isinstance(router, TokenChoice):
-        return TokenStates(config, hidden, router)
-    assert isinstance(router, ExpertChoice)
+    if isinstance(router, TokenChoiceRouter):
+        return TokenChoiceStates(config, hidden, router)
+    assert isinstance(router, ExpertChoiceRouter)
     linear = all(isinstance(each, LinearRouter) for each in router.routers)
     if isinstance(kernels, CpuKernels) and linear and not router.aux_routers:
-        return FusedStates(config, hidden, router)
-    return ExpertStates(config, hidden, router)
+        return FusedExpertChoiceStates(config, hidden, router)
+    return ExpertChoiceStates(config, hidden, router)
 
 
-def rows_of(chunks: Sequence[Chunk]) -> list[int]:
+def state_slots_of(chunks: Sequence[Chunk]) -> list[int]:
     """Rows of all tokens of these chunks."""
-    return [row for chunk in chunks for row in chunk.rows]
+    return [row for chunk in chunks for row in chunk.state_slots]
 
 
 def positions_of(chunks: Sequence[Chunk]) -> list[int]:
@@ -255,8 +259,10 @@ def _listed(flags: Bool[Tensor, " n"] | None, num: int) -> list[bool]:
     return [True] * num if flags is None else flags.tolist()
 
 
-def _packing(positions: Tensor) -> Packing:
+def _packing(positions: Tensor) -> RaggedBatch:
     """Some tokens, for routers: they look at positions only."""
     num = positions.shape[0]
     flat = torch.arange(num, device=positions.device)
-    return Packing(flat=flat, positions=positions, batch=1, width=num, pad=None)
+    return RaggedBatch(
+        token_indices=flat, positions=positions, batch=1, width=num, padded_indices=None
+    )

@@ -24,8 +24,8 @@ class EngineStats:
 
     def reset(self) -> None:
         """Start to count anew."""
-        self.ticks = 0
-        self.lanes = 0
+        self.steps = 0
+        self.block_tokens = 0
         """Tokens times passes of the block."""
         self.seconds = 0.0
         """Spent in `step`."""
@@ -39,16 +39,16 @@ class EngineStats:
         """Generated tokens."""
         return sum(self.depth_histogram)
 
-    def count(self, recursions: int) -> None:
+    def count_token(self, recursions: int) -> None:
         """One more generated token."""
         self.depth_histogram[recursions] += 1
 
     @contextmanager
-    def tick(self, runner: HasComputeTime) -> Generator[None]:
+    def time_step(self, runner: HasComputeTime) -> Generator[None]:
         """Time one tick."""
         began, before = time.perf_counter(), runner.compute_seconds
         yield
-        self.ticks += 1
+        self.steps += 1
         self.seconds += time.perf_counter() - began
         self.compute_seconds += runner.compute_seconds - before
 

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from mor.errors import ConfigError, DataError, MissingExtraError, RequestError, nearest
-from mor.eval.scoring import Pair, Scorer
+from mor.eval.scoring import LoglikelihoodRequest, Scorer
 from mor.io.tokenizer import END_OF_TEXT, Tokenizer
 from mor.model.config import MoRConfig
 from mor.model.sampling import SamplingParams
@@ -19,7 +19,7 @@ _MAX_TOKENS = 256  # that a task generates if it does not say how many
 _BOOTSTRAPS = 100  # for the standard error of what is not a mean
 
 
-class Words:
+class HFStyleTokenizer:
     """Text into ids as `transformers` would: special tokens are recognised, a BOS comes first where
     the tokenizer says so."""
 
@@ -56,7 +56,7 @@ class Words:
 
 def evaluate(
     scorer: Scorer,
-    words: Words,
+    words: HFStyleTokenizer,
     tasks: Sequence[str],
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -156,7 +156,7 @@ def _quiet() -> Generator[None, None, None]:
             logger.setLevel(level)
 
 
-def _model(scorer: Scorer, words: Words, on_progress: Callable[[int, int], None]) -> Any:
+def _model(scorer: Scorer, words: HFStyleTokenizer, on_progress: Callable[[int, int], None]) -> Any:
     """The scorer as a model of lm-eval."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -181,11 +181,13 @@ def _model(scorer: Scorer, words: Words, on_progress: Callable[[int, int], None]
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            pairs = [Pair(tuple(context), tuple(after)) for _, context, after in requests]
+            pairs = [
+                LoglikelihoodRequest(tuple(context), tuple(after)) for _, context, after in requests
+            ]
             return [tuple(score) for score in _watched(scorer, pairs, on_progress)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-            pairs: list[Pair] = []
+            pairs: list[LoglikelihoodRequest] = []
             owners: list[int] = []
             for number, request in enumerate(requests):
                 for window in get_rolling_token_windows(
@@ -195,7 +197,7 @@ def _model(scorer: Scorer, words: Words, on_progress: Callable[[int, int], None]
                     context_len=1,
                 ):
                     context, after = make_disjoint_window(window)
-                    pairs.append(Pair(tuple(context), tuple(after)))
+                    pairs.append(LoglikelihoodRequest(tuple(context), tuple(after)))
                     owners.append(number)
             totals = [0.0] * len(requests)
             for owner, score in zip(owners, _watched(scorer, pairs, on_progress), strict=True):
@@ -209,7 +211,9 @@ def _model(scorer: Scorer, words: Words, on_progress: Callable[[int, int], None]
     return Model()
 
 
-def _watched(scorer: Scorer, pairs: list[Pair], on_progress: Callable[[int, int], None]) -> Any:
+def _watched(
+    scorer: Scorer, pairs: list[LoglikelihoodRequest], on_progress: Callable[[int, int], None]
+) -> Any:
     """Scores of the pairs, each different pair computed once."""
     different = list(dict.fromkeys(pairs))
     finished = 0
@@ -224,7 +228,7 @@ def _watched(scorer: Scorer, pairs: list[Pair], on_progress: Callable[[int, int]
 
 
 def _request(
-    words: Words, longest: int, context: str, settings: Mapping[str, Any]
+    words: HFStyleTokenizer, longest: int, context: str, settings: Mapping[str, Any]
 ) -> tuple[list[int], SamplingParams]:
     """Prompt and params of a text to be generated."""
     until = settings.get("until") or []

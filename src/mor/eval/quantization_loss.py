@@ -14,7 +14,7 @@ _SEQUENCES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightCost:
+class QuantizationLoss:
     """The engine with rounded weights beside the engine with the model's own."""
 
     tokens: int
@@ -29,7 +29,9 @@ class WeightCost:
         return {**asdict(self), "nll_cost": self.nll_rounded - self.nll}
 
 
-def weight_cost(model: MoRModel, batches: Iterable[Tensor], rounded: EngineConfig) -> WeightCost:
+def quantization_loss(
+    model: MoRModel, batches: Iterable[Tensor], rounded: EngineConfig
+) -> QuantizationLoss:
     """Run the same windows through two engines.
 
     Args:
@@ -47,7 +49,7 @@ def weight_cost(model: MoRModel, batches: Iterable[Tensor], rounded: EngineConfi
     predicted = max(1, len(scores[0]))
     counts = [[c for d in side for c in d.prompt_recursion_counts] for side in both]
     changed = sum(a != b for a, b in zip(*counts, strict=True))
-    return WeightCost(
+    return QuantizationLoss(
         tokens=len(scores[0]),
         nll=-sum(scores[0]) / predicted,
         nll_rounded=-sum(scores[1]) / predicted,

@@ -21,7 +21,7 @@ _WAVE_TOKENS = 8192  # of contexts that are started together, so that the cache 
 _TOPK_TOKENS = 4096  # in one forward pass
 
 
-class Pair(NamedTuple):
+class LoglikelihoodRequest(NamedTuple):
     """A continuation after a context, both as token ids and neither empty."""
 
     context: tuple[int, ...]
@@ -42,7 +42,9 @@ class Scorer(Protocol):
     longest: int
     """Tokens of context and continuation together; longer ones lose the context's beginning."""
 
-    def score(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Score]:
+    def score(
+        self, pairs: Sequence[LoglikelihoodRequest], done: Callable[[int], None]
+    ) -> list[Score]:
         """Score of every pair, in their order; `done` hears how many more are finished."""
         ...
 
@@ -53,7 +55,7 @@ class Scorer(Protocol):
         ...
 
 
-def cut(pair: Pair, longest: int) -> Pair:
+def truncate_context(pair: LoglikelihoodRequest, longest: int) -> LoglikelihoodRequest:
     """The pair with its context shortened from the left so that both fit.
 
     Raises:
@@ -68,7 +70,7 @@ def cut(pair: Pair, longest: int) -> Pair:
             f"a continuation of {len(continuation)} tokens does not fit this model: with at least "
             f"one token of context it takes {longest}."
         )
-    return Pair(context[-room:], continuation)
+    return LoglikelihoodRequest(context[-room:], continuation)
 
 
 class EngineScorer:
@@ -79,9 +81,11 @@ class EngineScorer:
         self.longest = llm.model_config.max_position_embeddings - 1  # one more token is sampled
         self._shared = llm.config.page_size  # a shorter context is in no cache
 
-    def score(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Score]:
+    def score(
+        self, pairs: Sequence[LoglikelihoodRequest], done: Callable[[int], None]
+    ) -> list[Score]:
         """See `Scorer.score`."""
-        pairs = [cut(pair, self.longest) for pair in pairs]
+        pairs = [truncate_context(pair, self.longest) for pair in pairs]
         scores: dict[int, Score] = {}
         for wave in self._waves(pairs):
             prompts = [[*pairs[i].context, *pairs[i].continuation] for i in wave]
@@ -98,7 +102,7 @@ class EngineScorer:
             done(len(wave))
         return [scores[i] for i in range(len(pairs))]
 
-    def _waves(self, pairs: Sequence[Pair]) -> Iterator[list[int]]:
+    def _waves(self, pairs: Sequence[LoglikelihoodRequest]) -> Iterator[list[int]]:
         """Pairs to be scored together: the first ones of some contexts, the others of those before.
 
         Contexts are taken in the order of their tokens, so that common beginnings are neighbours.
@@ -144,9 +148,11 @@ class TopkScorer:
         self.longest = model.config.max_position_embeddings
 
     @torch.inference_mode()
-    def score(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Score]:
+    def score(
+        self, pairs: Sequence[LoglikelihoodRequest], done: Callable[[int], None]
+    ) -> list[Score]:
         """See `Scorer.score`; the model reads all tokens but the last."""
-        pairs = [cut(pair, self.longest) for pair in pairs]
+        pairs = [truncate_context(pair, self.longest) for pair in pairs]
         scores: dict[int, Score] = {}
         lengths: dict[int, list[int]] = {}
         for i, pair in enumerate(pairs):
@@ -166,7 +172,7 @@ class TopkScorer:
         return [scores[i] for i in range(len(pairs))]
 
     def _score(self, states: Tensor, ids: Tensor, num: int) -> Score:
-        logprobs = self.model.readout(states[-num:]).float().log_softmax(-1)
+        logprobs = self.model.compute_logits(states[-num:]).float().log_softmax(-1)
         wanted = ids[-num:]
         total = logprobs.gather(1, wanted[:, None]).sum()
         return Score(float(total), bool((logprobs.argmax(-1) == wanted).all()))

@@ -16,8 +16,8 @@ from mor.model.config import MoRConfig
 from mor.report.run import Run
 from mor.train.budget import Budget
 from mor.train.config import STDLIB, TrainConfig
-from mor.train.schedule import resolve_budget, step_flops
-from mor.train.trainer import FREE
+from mor.train.schedule import resolve_steps, step_flops
+from mor.train.trainer import CHANGEABLE_ON_RESUME
 from mor.yaml_config import merge, read_yaml
 
 _KEYS = frozenset(
@@ -27,7 +27,7 @@ _RANDOM = "-random"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class PlannedRun:
     """One run of the grid, as planned."""
 
     variant: str
@@ -58,7 +58,7 @@ class Cell:
             return "new"
         theirs = read_yaml(folder / "config.yaml")
         ours = json.loads(json.dumps(asdict(self.config), default=str))
-        skipped = FREE | ({"steps"} if self.config.budget else set())
+        skipped = CHANGEABLE_ON_RESUME | ({"steps"} if self.config.budget else set())
         for key, value in ours.items():
             if key not in skipped and key in theirs and theirs[key] != value:
                 raise ConfigError(
@@ -77,7 +77,7 @@ class Experiment:
 
     name: str
     about: str
-    cells: tuple[Cell, ...]
+    cells: tuple[PlannedRun, ...]
     twins: Mapping[str, str]
     """The variant with random routing that each learned one is compared with."""
     baseline: str | None
@@ -140,7 +140,7 @@ class Experiment:
             if not (out / f"data-{size}" / "index.json").is_file():
                 build_from_documents(stdlib_documents(), out / f"data-{size}", train_tokenizer=size)
 
-        def placed(cell: Cell) -> Cell:
+        def placed(cell: PlannedRun) -> PlannedRun:
             if cell.config.data != STDLIB:
                 return cell
             data = (out / f"data-{cell.model.vocab_size}").resolve()
@@ -179,7 +179,7 @@ def _random_twin(variant: Mapping[str, Any]) -> dict[str, Any]:
     return {**variant, "model": {**model, "router_type": "random"}}
 
 
-def _alike(cells: list[Cell], variant: str) -> Iterator[str]:
+def _alike(cells: list[PlannedRun], variant: str) -> Iterator[str]:
     """Learned variants that drop the same share of tokens as one."""
     first = next(c.model for c in cells if c.variant == variant)
     for cell in cells:
@@ -196,7 +196,7 @@ def _cell(
     variant: tuple[str, Any],
     budget: str,
     seed: Any,
-) -> Cell:
+) -> PlannedRun:
     where = f"{path}: {variant[0]}, {size[0]}, {budget}"
     values = merge(common, {"budget": budget, "seed": seed})
     values = merge(merge(values, size[1]), variant[1])
@@ -209,10 +209,10 @@ def _cell(
         if "vocab_size" not in config.model:
             raise ConfigError("model.vocab_size is missing, which the FLOPs depend on.")
         model = config.model_config()
-        config = resolve_budget(config, model)
+        config = resolve_steps(config, model)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return Cell(
+    return PlannedRun(
         variant=variant[0], size=size[0], budget=budget, seed=seed, config=config, model=model
     )
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mor.experiments.experiment import Cell, Experiment
+from mor.experiments.experiment import Experiment, PlannedRun
 from mor.io.atomic_files import write_file
 from mor.machine import machine
-from mor.model.cost import parameters_non_embedding
+from mor.model.cost import num_parameters_non_embedding
 from mor.report.charts import Series, line_chart
 from mor.report.comparison import depths
 from mor.report.run import Run
 from mor.train.budget import Budget
 
 Result = dict[str, Any]
-Group = tuple[str, str, str]
+GroupKey = tuple[str, str, str]
 """Size, budget, variant."""
 
 
@@ -84,9 +84,9 @@ def write(experiment: Experiment, out: Path, command: str, failures: Mapping[str
     return complete
 
 
-def groups(found: Sequence[Result]) -> dict[Group, list[Result]]:
+def groups(found: Sequence[Result]) -> dict[GroupKey, list[Result]]:
     """Finished runs by size, budget and variant: each group holds the seeds."""
-    grouped: dict[Group, list[Result]] = {}
+    grouped: dict[GroupKey, list[Result]] = {}
     for result in found:
         if result["status"] == "done":
             key = (result["size"], result["budget"], result["variant"])
@@ -220,7 +220,7 @@ def _twins(experiment: Experiment) -> set[str]:
 
 
 def _final(
-    grouped: Mapping[Group, list[Result]], x: str, names: tuple[int, ...]
+    grouped: Mapping[GroupKey, list[Result]], x: str, names: tuple[int, ...]
 ) -> dict[str, list[tuple[float, float]]]:
     """Points of the final losses, by the parts of the group that name a line."""
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -242,11 +242,11 @@ def _chart(
     return line_chart(experiment.name, x, y, series, height=380, log_x=True)
 
 
-def planned(cells: Sequence[Cell]) -> list[list[str]]:
+def planned(cells: Sequence[PlannedRun]) -> list[list[str]]:
     """A row per cell for people: name, steps, parameters without embedding, FLOPs."""
     lines = []
     for cell in cells:
         timed = Budget.parse(cell.budget).unit == "seconds"
         steps, flops = ("", "") if timed else (str(cell.config.steps), _flops(cell.flops))
-        lines.append([cell.name, steps, _count(parameters_non_embedding(cell.model)), flops])
+        lines.append([cell.name, steps, _count(num_parameters_non_embedding(cell.model)), flops])
     return lines

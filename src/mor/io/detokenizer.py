@@ -9,7 +9,7 @@ _LONGEST_CHARACTER = 4
 """Bytes of UTF-8, hence tokens, that one character can take."""
 
 
-class PieceStream:
+class IncrementalDetokenizer:
     """The text of tokens as they come, never half a character; see `Tokenizer.pieces`."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
@@ -39,7 +39,7 @@ class PieceStream:
         return text[len(self._known) :]
 
 
-class TextStream:
+class StopDetokenizer:
     """The text of one completion, up to the first of its stop texts.
 
     An end that could become a stop text is held back until it is decided.
@@ -52,7 +52,7 @@ class TextStream:
         """What is certain so far."""
         self.stopped = False
         """Whether a stop text has come; it is not part of the text."""
-        self._pieces = PieceStream(tokenizer, before)
+        self._pieces = IncrementalDetokenizer(tokenizer, before)
         self._stop = stop
         self._held = ""
 

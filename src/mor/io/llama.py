@@ -18,10 +18,10 @@ from mor.errors import CheckpointError, ConfigError
 from mor.io import gguf
 from mor.io.checkpoint import GENERATION, save_new
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
-from mor.io.uptrain import from_donor
+from mor.io.uptrain import init_from_vanilla
 from mor.io.weights import read_json, read_weights
 from mor.model.config import LLAMA_FIELDS, MoRConfig
-from mor.model.sharing import Initialisation
+from mor.model.sharing import Initialization
 from mor.model.transformer import MoRModel
 
 # What transformers' LlamaConfig means where a config.json says nothing.
@@ -189,7 +189,7 @@ def vanilla_from_llama(checkpoint: LlamaCheckpoint, dtype: torch.dtype | None = 
 
 
 def recursive_config(
-    donor: MoRConfig, init: Initialisation = "stepwise", sharing: str = "middle_cycle", **given: Any
+    donor: MoRConfig, init: Initialization = "stepwise", sharing: str = "middle_cycle", **given: Any
 ) -> MoRConfig:
     """The recursive model that a vanilla one is turned into.
 
@@ -224,7 +224,7 @@ def recursive_config(
 def from_llama(
     source: Path | str,
     *,
-    init: Initialisation = "stepwise",
+    init: Initialization = "stepwise",
     sharing: str = "middle_cycle",
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -243,7 +243,7 @@ def convert_llama(
     source: Path | str,
     out: Path | str,
     *,
-    init: Initialisation = "stepwise",
+    init: Initialization = "stepwise",
     sharing: str = "middle_cycle",
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -265,7 +265,7 @@ def convert_llama(
 
 def _built(
     checkpoint: LlamaCheckpoint,
-    init: Initialisation,
+    init: Initialization,
     sharing: str,
     seed: int,
     dtype: torch.dtype | None,
@@ -282,7 +282,7 @@ def _built(
         if recursions == 1:
             return vanilla
         config = recursive_config(vanilla.config, init, sharing, **fields)
-        return from_donor(vanilla, config, init, seed).eval()
+        return init_from_vanilla(vanilla, config, init, seed).eval()
 
 
 def _llama_name(ours: str) -> str:

@@ -105,7 +105,7 @@ def _shape(config: MoRConfig) -> dict[str, str]:
     layers = f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}"
     heads, kv_heads, _ = config.num_heads_and_dim
     shape = {
-        "parameters": f"{cost.parameters(config):,}",
+        "parameters": f"{cost.num_parameters(config):,}",
         "layers (prelude + block + coda)": layers,
         "recursions": str(config.num_recursions),
         "effective layers": str(config.num_hidden_layers),

@@ -48,7 +48,7 @@ class Tokenizer:
         is_bytes = backend.token_to_id("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}") is not None
         self._byte_values = _byte_values() if is_bytes else {}
         self._vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
-        self.companions = dict(companions or {})
+        self.sidecar_files = dict(companions or {})
         """Texts of the files that lie beside it, by name; the chat template is in one of them."""
 
     @classmethod
@@ -130,7 +130,7 @@ class Tokenizer:
             file = file / TOKENIZER_FILE
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            for name, text in self.companions.items():
+            for name, text in self.sidecar_files.items():
                 write_file(file.parent / name, text.encode("utf-8"))
             write_file(file, self.to_json().encode("utf-8"))
         except OSError as error:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
-from mor.model.depth_lora import DepthLinear
-from mor.model.sharing import Initialisation, donor_layers, original_layers
+from mor.model.depth_lora import DepthLoRALinear
+from mor.model.sharing import Initialization, original_layers, source_layers
 from mor.model.transformer import MoRModel
-from mor.ops.low_rank import Delta
+from mor.ops.low_rank import LoRAPair
 
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
@@ -30,8 +30,8 @@ _NORMS: Mapping[str, str] = MappingProxyType(
 
 
 @torch.no_grad()
-def from_donor(
-    donor: MoRModel, config: MoRConfig, init: Initialisation = "stepwise", seed: int = 0
+def init_from_vanilla(
+    donor: MoRModel, config: MoRConfig, init: Initialization = "stepwise", seed: int = 0
 ) -> MoRModel:
     """A model of `config` whose layers start from a vanilla donor's.
 
@@ -59,7 +59,7 @@ def from_donor(
                 "and how they are shared may change."
             )
     layers = [*donor.prelude, *donor.block, *donor.coda]
-    sources = donor_layers(
+    sources = source_layers(
         init,
         sharing=config.sharing,
         num_donor_layers=len(layers),
@@ -105,12 +105,12 @@ def _relax(shared: nn.Module, original: nn.Module, depth: int) -> None:
     """
     for name, norm in _NORMS.items():
         target = shared.get_submodule(name)
-        assert isinstance(target, DepthLinear)
+        assert isinstance(target, DepthLoRALinear)
         down, up = target.delta_down, target.delta_up
         if down is None or up is None or depth >= len(up):
             continue  # keys and values that all depths take from depth 0
         ours, scale = _with_norm(shared, name, norm)
-        delta = Delta.truncated(_with_norm(original, name, norm)[0] - ours, up.shape[2])
+        delta = LoRAPair.truncated(_with_norm(original, name, norm)[0] - ours, up.shape[2])
         up[depth] = delta.up
         down[depth] = torch.where(scale == 0, 0.0, delta.down / scale)
 

@@ -16,14 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mor.model.config import MoRConfig
-from mor.model.depth_lora import DepthLinear
-from mor.model.ragged_batch import Packing
-from mor.model.sharing import Slot
+from mor.model.depth_lora import DepthLoRALinear
+from mor.model.ragged_batch import RaggedBatch
+from mor.model.sharing import LayerKey
 from mor.ops.document_attention import attend_at, attend_inside
 from mor.ops.memory_efficient import rotate
 
 
-class Rope(NamedTuple):
+class RotaryEmbedding(NamedTuple):
     """Cosine and sine of every token's rotation angles, each (N, 1, D / 2)."""
 
     cos: Float[Tensor, "n 1 half"]
@@ -32,15 +32,15 @@ class Rope(NamedTuple):
     @classmethod
     def at(
         cls, positions: Int[Tensor, " n"], head_dim: int, theta: float, dtype: torch.dtype
-    ) -> "Rope":
+    ) -> "RotaryEmbedding":
         """Angles for the given positions, computed in fp32 whatever the model's dtype."""
         exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
         angles = positions[:, None].float() * (theta ** (-exponents / head_dim))
         return cls(angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype))
 
-    def take(self, places: Int[Tensor, " m"]) -> "Rope":
+    def select(self, places: Int[Tensor, " m"]) -> "RotaryEmbedding":
         """The angles of some of the tokens."""
-        return Rope(self.cos.index_select(0, places), self.sin.index_select(0, places))
+        return RotaryEmbedding(self.cos.index_select(0, places), self.sin.index_select(0, places))
 
     def rotate(self, x: Float[Tensor, "n hd"]) -> Float[Tensor, "n h d"]:
         """Rotate all heads' queries or keys, in place; see `ops.lean.rotate`."""
@@ -48,39 +48,39 @@ class Rope(NamedTuple):
 
 
 @runtime_checkable
-class KVAccess(Protocol):
+class AttentionBackend(Protocol):
     """Owner of keys and values during one or many forward passes."""
 
-    def has_kv(self, slot: Slot) -> bool:
+    def has_kv(self, slot: LayerKey) -> bool:
         """Whether this slot's keys and values are there already, so only queries are needed."""
         ...
 
     def attend(
         self,
-        slot: Slot,
+        slot: LayerKey,
         q: Float[Tensor, "n h d"],
         k: Float[Tensor, "n g d"] | None,
         v: Float[Tensor, "n g d"] | None,
-        packing: Packing,
+        packing: RaggedBatch,
     ) -> Float[Tensor, "n h d"]:
         """Store k and v (None if `has_kv`) and attend from q to what its tokens may see."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class ForwardContext:
     """What a layer needs besides hidden states: who is present, their angles, their KV's owner."""
 
-    packing: Packing
-    rope: Rope
-    kv: KVAccess
+    ragged: RaggedBatch
+    rope: RotaryEmbedding
+    kv: AttentionBackend
 
-    def narrow(self, packing: Packing, places: Int[Tensor, " m"]) -> "Context":
+    def select(self, packing: RaggedBatch, places: Int[Tensor, " m"]) -> "ForwardContext":
         """The context of some of the tokens: those at `places`."""
-        return Context(packing=packing, rope=self.rope.take(places), kv=self.kv)
+        return ForwardContext(ragged=packing, rope=self.rope.select(places), kv=self.kv)
 
 
-class WholeSequence:
+class FullSequenceAttention:
     """Keys and values of one forward pass over whole sequences: nothing outlives the pass.
 
     `recursion_wise`: a slot sees the tokens that are in it. `shared`: every depth of a layer sees
@@ -97,28 +97,28 @@ class WholeSequence:
         self._documents = documents
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (B, G, T, D) keys, values
 
-    def has_kv(self, slot: Slot) -> bool:
+    def has_kv(self, slot: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
         return self._shared and slot.depth > 0
 
     def attend(
-        self, slot: Slot, q: Tensor, k: Tensor | None, v: Tensor | None, packing: Packing
+        self, slot: LayerKey, q: Tensor, k: Tensor | None, v: Tensor | None, packing: RaggedBatch
     ) -> Tensor:
         """Causal attention; see `KVAccess.attend`."""
-        queries = packing.to_rows(q)
+        queries = packing.to_padded(q)
         if k is None or v is None:
             keys, values = self._kept[slot.layer]
-            where = packing.to_rows(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
-            return packing.from_rows(attend_at(queries, keys, values, where, self._documents))
-        keys, values = packing.to_rows(k), packing.to_rows(v)
+            where = packing.to_padded(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
+            return packing.from_padded(attend_at(queries, keys, values, where, self._documents))
+        keys, values = packing.to_padded(k), packing.to_padded(v)
         if self._shared and slot.depth == 0:
             self._kept[slot.layer] = keys, values
         if self._documents is not None:
-            return attend_inside(q, k, v, self._documents[packing.flat])
+            return attend_inside(q, k, v, self._documents[packing.token_indices])
         out = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return packing.from_rows(out)
+        return packing.from_padded(out)
 
 
 class Attention(nn.Module):
@@ -130,13 +130,13 @@ class Attention(nn.Module):
         width, inner = config.hidden_size, self.num_heads * self.head_dim
         kv_width, depths = self.num_kv_heads * self.head_dim, config.num_recursions
         kv_depths = 1 if config.kv_strategy == "shared" else depths
-        self.q_proj = DepthLinear(width, inner, rank, depths)
-        self.k_proj = DepthLinear(width, kv_width, rank, kv_depths)
-        self.v_proj = DepthLinear(width, kv_width, rank, kv_depths)
-        self.o_proj = DepthLinear(inner, width, rank, depths)
+        self.q_proj = DepthLoRALinear(width, inner, rank, depths)
+        self.k_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)
+        self.v_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)
+        self.o_proj = DepthLoRALinear(inner, width, rank, depths)
 
     def forward(
-        self, x: Float[Tensor, "n e"], slot: Slot, context: Context
+        self, x: Float[Tensor, "n e"], slot: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """Attention of the packed tokens to what the KV's owner lets them see in `slot`."""
         num, rope, kv = x.shape[0], context.rope, context.kv
@@ -145,5 +145,5 @@ class Attention(nn.Module):
         if not kv.has_kv(slot):
             k = rope.rotate(self.k_proj(x, slot.depth))
             v = self.v_proj(x, slot.depth).view(num, self.num_kv_heads, self.head_dim)
-        out = kv.attend(slot, q, k, v, context.packing)
+        out = kv.attend(slot, q, k, v, context.ragged)
         return self.o_proj(out.reshape(num, self.num_heads * self.head_dim), slot.depth)

@@ -19,11 +19,11 @@ from mor.model.config import MoRConfig
 class Flops:
     """Forward FLOPs of one token, averaged over a sequence or at one position."""
 
-    outer: float
+    unshared: float
     """Prelude and coda layers."""
     depths: tuple[float, ...]
     """(R,) the block at each depth, for a token that is there, its router included."""
-    presence: tuple[float, ...]
+    depth_fractions: tuple[float, ...]
     """(R,) share of tokens at each depth."""
     routing: float
     """Routers that decide for tokens which then do not go on, averaged over all tokens."""
@@ -32,15 +32,17 @@ class Flops:
     @property
     def mean(self) -> float:
         """Of an average token."""
-        block = sum(p * f for p, f in zip(self.presence, self.depths, strict=True))
-        return self.outer + block + self.routing + self.head
+        block = sum(p * f for p, f in zip(self.depth_fractions, self.depths, strict=True))
+        return self.unshared + block + self.routing + self.head
 
-    def of_count(self, recursions: int) -> float:
+    def for_recursions(self, recursions: int) -> float:
         """Of a token that takes this many recursions."""
-        return self.outer + sum(self.depths[:recursions]) + self.head
+        return self.unshared + sum(self.depths[:recursions]) + self.head
 
 
-def presence_of(config: MoRConfig, histogram: Sequence[float] | None = None) -> tuple[float, ...]:
+def depth_fractions_of(
+    config: MoRConfig, histogram: Sequence[float] | None = None
+) -> tuple[float, ...]:
     """(R,) share of tokens at each depth.
 
     Args:
@@ -61,12 +63,12 @@ def presence_of(config: MoRConfig, histogram: Sequence[float] | None = None) -> 
     return tuple(sum(counts[r:]) / total for r in range(num))
 
 
-def layer_parameters(config: MoRConfig) -> int:
+def num_layer_parameters(config: MoRConfig) -> int:
     """Parameters of one layer, norms included, without the deltas of its depths."""
-    return layer_matrix_parameters(config) + 2 * config.hidden_size
+    return num_layer_matrix_parameters(config) + 2 * config.hidden_size
 
 
-def layer_matrix_parameters(config: MoRConfig) -> int:
+def num_layer_matrix_parameters(config: MoRConfig) -> int:
     """Parameters of one layer's seven matrices."""
     return config.hidden_size * sum(_widths(config))
 
@@ -77,20 +79,22 @@ def _widths(config: MoRConfig) -> tuple[int, ...]:
     return (*[kv_heads * dim] * 2, *[heads * dim] * 2, *[config.intermediate_size] * 3)
 
 
-def relaxation_parameters(config: MoRConfig) -> int:
+def num_lora_parameters(config: MoRConfig) -> int:
     """Parameters of the low-rank deltas of all depths."""
     depths = range(config.num_recursions)
-    return config.num_block_layers * sum(_delta_parameters(config, depth) for depth in depths)
+    return config.num_block_layers * sum(
+        _num_depth_lora_parameters(config, depth) for depth in depths
+    )
 
 
-def _delta_parameters(config: MoRConfig, depth: int) -> int:
+def _num_depth_lora_parameters(config: MoRConfig, depth: int) -> int:
     """Of one layer at one depth; where depths share keys and values, only depth 0 computes them."""
     width, rank = config.hidden_size, config.relaxation_rank
     reused = config.kv_strategy == "shared" and depth > 0
     return sum(min(rank, width, w) * (width + w) for w in _widths(config)[2 if reused else 0 :])
 
 
-def router_parameters(config: MoRConfig) -> int:
+def num_router_parameters(config: MoRConfig) -> int:
     """Parameters of all routers, auxiliary ones included."""
     if config.routing == "expert_choice":
         one, copies = _router_matrices(config, 1), config.num_recursions
@@ -107,16 +111,16 @@ def _router_matrices(config: MoRConfig, outputs: int) -> int:
     }[config.router_type]
 
 
-def parameters_non_embedding(config: MoRConfig) -> int:
+def num_parameters_non_embedding(config: MoRConfig) -> int:
     """Everything but the embedding and the head; the paper's parameter count."""
-    layers = config.num_unique_layers * layer_parameters(config) + relaxation_parameters(config)
-    return layers + config.hidden_size + router_parameters(config)
+    layers = config.num_unique_layers * num_layer_parameters(config) + num_lora_parameters(config)
+    return layers + config.hidden_size + num_router_parameters(config)
 
 
-def parameters(config: MoRConfig) -> int:
+def num_parameters(config: MoRConfig) -> int:
     """All parameters; a tied head counts once."""
     matrices = 1 if config.tie_word_embeddings else 2
-    return parameters_non_embedding(config) + matrices * config.vocab_size * config.hidden_size
+    return num_parameters_non_embedding(config) + matrices * config.vocab_size * config.hidden_size
 
 
 def sequence_flops(
@@ -134,7 +138,7 @@ def sequence_flops(
         causal: count only keys that a query sees; False counts the full square, as torch's FLOP
             counter does.
     """
-    there = tuple(presence if presence is not None else presence_of(config))
+    there = tuple(presence if presence is not None else depth_fractions_of(config))
 
     def keys(tokens: float) -> float:
         return (tokens + 1) / 2 if causal else tokens
@@ -148,7 +152,7 @@ def decode_flops(
     config: MoRConfig, context: int, *, presence: Sequence[float] | None = None
 ) -> Flops:
     """Forward FLOPs of one new token after `context` tokens, itself included."""
-    there = tuple(presence if presence is not None else presence_of(config))
+    there = tuple(presence if presence is not None else depth_fractions_of(config))
     shared = config.kv_strategy == "shared"
     return _flops(config, there, [context if shared else p * context for p in there], context)
 
@@ -157,7 +161,7 @@ def _flops(
     config: MoRConfig, presence: tuple[float, ...], seen: Sequence[float], outer_seen: float
 ) -> Flops:
     heads, kv_heads, dim = config.num_heads_and_dim
-    matrices = 2 * layer_matrix_parameters(config)
+    matrices = 2 * num_layer_matrix_parameters(config)
     kv_matrices = 2 * config.hidden_size * dim * 2 * kv_heads  # k_proj and v_proj
     per_key = 2 * 2 * heads * dim  # scores and mixing
     outer_layers = config.num_prelude_layers + config.num_coda_layers
@@ -167,7 +171,7 @@ def _flops(
     for r, keys in enumerate(seen):
         reused = config.kv_strategy == "shared" and r > 0
         layer = matrices - (kv_matrices if reused else 0) + per_key * keys
-        layer += 2 * _delta_parameters(config, r)
+        layer += 2 * _num_depth_lora_parameters(config, r)
         router = 0
         if config.routing == "expert_choice":
             router = 2 * routers * _router_matrices(config, 1)
@@ -176,9 +180,9 @@ def _flops(
             router = 2 * _router_matrices(config, config.num_recursions)
         depths.append(config.num_block_layers * layer + router)
     return Flops(
-        outer=outer_layers * (matrices + per_key * outer_seen),
+        unshared=outer_layers * (matrices + per_key * outer_seen),
         depths=tuple(depths),
-        presence=presence,
+        depth_fractions=presence,
         routing=routing,
         head=2.0 * config.vocab_size * config.hidden_size,
     )
@@ -196,7 +200,7 @@ def kv_bytes_per_token(
 ) -> float:
     """Bytes of keys and values that an average token leaves in the cache, all layers."""
     _, kv_heads, dim = config.num_heads_and_dim
-    there = presence if presence is not None else presence_of(config)
+    there = presence if presence is not None else depth_fractions_of(config)
     depths = 1.0 if config.kv_strategy == "shared" else sum(there)
     outer_layers = config.num_prelude_layers + config.num_coda_layers
     layers = outer_layers + config.num_block_layers * depths
@@ -213,6 +217,6 @@ def activation_values_per_token(
     """
     heads, kv_heads, dim = config.num_heads_and_dim
     layer = 4 * config.hidden_size + 2 * (heads + kv_heads) * dim + 2 * config.intermediate_size
-    there = presence if presence is not None else presence_of(config)
+    there = presence if presence is not None else depth_fractions_of(config)
     outer_layers = config.num_prelude_layers + config.num_coda_layers
     return (outer_layers + config.num_block_layers * sum(there)) * layer

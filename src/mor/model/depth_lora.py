@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mor.model.sharing import UNSHARED
-from mor.ops.low_rank import Delta
+from mor.ops.low_rank import LoRAPair
 
 
-class DepthLinear(nn.Linear):
+class DepthLoRALinear(nn.Linear):
     """y = W x, or y = W x + B_r A_r x at depth r; without bias.
 
     Args:
@@ -31,18 +31,18 @@ class DepthLinear(nn.Linear):
             self.delta_down = nn.Parameter(torch.zeros(depths, rank, in_features))
             self.delta_up = nn.Parameter(torch.zeros(depths, out_features, rank))
 
-    def reset_deltas(self, std: float) -> None:
+    def reset_loras(self, std: float) -> None:
         """Draw A anew and make B zero: the function of the shared matrix alone."""
         if self.delta_down is not None and self.delta_up is not None:
             nn.init.normal_(self.delta_down, std=std)
             nn.init.zeros_(self.delta_up)
 
-    def delta(self, depth: int) -> Delta | None:
+    def lora(self, depth: int) -> LoRAPair | None:
         """The delta of one depth, or that of depth 0 if it serves all; None where there is none."""
         if self.delta_down is None or self.delta_up is None:
             return None
         mine = min(depth, len(self.delta_up) - 1)
-        return Delta(self.delta_down[mine], self.delta_up[mine])
+        return LoRAPair(self.delta_down[mine], self.delta_up[mine])
 
     def forward(
         self,
@@ -50,7 +50,7 @@ class DepthLinear(nn.Linear):
         depth: int = UNSHARED,
     ) -> Float[Tensor, "n m"]:
         """The product, and at a depth its delta's."""
-        out, delta = super().forward(input), self.delta(depth)
+        out, delta = super().forward(input), self.lora(depth)
         if delta is None:
             return out
         return out + nn.functional.linear(nn.functional.linear(input, delta.down), delta.up)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mor.errors import RequestError
 from mor.model.config import MoRConfig
-from mor.model.ragged_batch import Packing
+from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import RecursionLimits
 from mor.model.sampling import Completion, SamplingParams, check_request, params_for_each
-from mor.model.sharing import UNSHARED, Slot
+from mor.model.sharing import UNSHARED, LayerKey
 from mor.model.transformer import MoRModel
 
 
@@ -33,7 +33,7 @@ class RaggedKVCache:
     def __init__(self, config: MoRConfig, num_sequences: int) -> None:
         self._shared = config.kv_strategy == "shared"
         self._sequences = list(range(num_sequences))
-        self._kept: dict[tuple[Slot, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._kept: dict[tuple[LayerKey, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def begin(self, sequences: Sequence[int]) -> None:
         """Say which sequence each row of the coming packing is."""
@@ -48,16 +48,16 @@ class RaggedKVCache:
         ]
         return max(sizes, default=0)
 
-    def has_kv(self, slot: Slot) -> bool:
+    def has_kv(self, slot: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
         return self._shared and slot.depth > 0
 
     def attend(
-        self, slot: Slot, q: Tensor, k: Tensor | None, v: Tensor | None, packing: Packing
+        self, slot: LayerKey, q: Tensor, k: Tensor | None, v: Tensor | None, packing: RaggedBatch
     ) -> Tensor:
         """Append k and v, then let each query see the entries up to its own position."""
         out = torch.empty_like(q)
-        rows = packing.rows
+        rows = packing.sequence_ids
         for row, sequence in enumerate(self._sequences):
             mine = (rows == row).nonzero().squeeze(1)
             if len(mine) == 0:
@@ -65,7 +65,7 @@ class RaggedKVCache:
             where = packing.positions[mine]
             if k is not None and v is not None:
                 self._append(slot, sequence, k[mine], v[mine], where)
-            home = Slot(0, slot.layer) if self.has_kv(slot) else slot
+            home = LayerKey(0, slot.layer) if self.has_kv(slot) else slot
             keys, values, times = self._kept[home, sequence]
             seen = times[None, :] <= where[:, None]  # (new, entries)
             out[mine] = F.scaled_dot_product_attention(
@@ -77,14 +77,16 @@ class RaggedKVCache:
             )[0].transpose(0, 1)
         return out
 
-    def _append(self, slot: Slot, sequence: int, k: Tensor, v: Tensor, where: Tensor) -> None:
+    def _append(self, slot: LayerKey, sequence: int, k: Tensor, v: Tensor, where: Tensor) -> None:
         if (slot, sequence) in self._kept:
             old = self._kept[slot, sequence]
             k, v, where = (torch.cat(pair) for pair in zip(old, (k, v, where), strict=True))
         self._kept[slot, sequence] = k, v, where
 
 
-def ragged_packing(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Packing:
+def ragged_packing(
+    starts: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> RaggedBatch:
     """The packing of new tokens: row i holds `lengths[i]` tokens from position `starts[i]` on."""
     width = max(lengths)
     within = torch.cat([torch.arange(n, device=device) for n in lengths])
@@ -92,16 +94,16 @@ def ragged_packing(starts: Sequence[int], lengths: Sequence[int], device: torch.
         torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
     )
     ragged = any(n != width for n in lengths)
-    return Packing(
-        flat=torch.arange(len(within), device=device),
+    return RaggedBatch(
+        token_indices=torch.arange(len(within), device=device),
         positions=within + torch.tensor(starts, device=device)[rows],
         batch=len(lengths),
         width=width,
-        pad=rows * width + within if ragged else None,
+        padded_indices=rows * width + within if ragged else None,
     )
 
 
-def penalised(
+def penalize(
     logits: Float[Tensor, " v"],
     params: SamplingParams,
     prompt: Sequence[int],
@@ -135,7 +137,7 @@ def pick(
         prompt: token ids for the penalties, as are those of the output.
         forbidden: ids that must not come.
     """
-    scores = penalised(logits.double(), params, prompt, output)
+    scores = penalize(logits.double(), params, prompt, output)
     scores[list(forbidden)] = -torch.inf
     if params.temperature == 0:
         return int(scores.argmax())
@@ -237,10 +239,10 @@ def _step(
     ids = torch.tensor([t for row in rows for t in row.feed], device=device)
     x = model.run_prelude(model.embed_tokens(ids), context)
     limits = _limits(model.config, rows, device)
-    x, counts, _ = model.recurse(x, context, "threshold", limits=limits)
+    x, counts, _ = model.run_recursions(x, context, "threshold", limits=limits)
     x = model.run_coda(x, context)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    logits = model.readout(x[last]).cpu()
+    logits = model.compute_logits(x[last]).cpu()
     split = [c.tolist() for c in counts.split(lengths)]
     return list(zip(x.split(lengths), logits, split, strict=True))
 
@@ -254,7 +256,7 @@ def _limits(
     if config.sharing == "sequence" or all(limit == (0, most_of_all) for limit in ranges):
         return None
     least, most = torch.tensor(ranges, device=device).unbind(1)
-    return RecursionLimits(least=least, most=most)
+    return RecursionLimits(min_recursions=least, max_recursions=most)
 
 
 def _advance(
@@ -265,7 +267,7 @@ def _advance(
     if not done.token_ids:
         done.prompt_recursion_counts = counts
         if params.prompt_logprobs:
-            every = model.readout(states).double().log_softmax(-1)
+            every = model.compute_logits(states).double().log_softmax(-1)
             first, tokens = params.prompt_logprobs_from, done.prompt_token_ids
             unknown: list[None] = [None] * min(first, len(tokens))
             places = range(first, len(tokens))
@@ -300,7 +302,7 @@ __all__ = [
     "RaggedKVCache",
     "generate",
     "likeliest",
-    "penalised",
+    "penalize",
     "pick",
     "ragged_packing",
 ]

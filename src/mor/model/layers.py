@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mor.model.attention import Attention, Context
+from mor.model.attention import Attention, ForwardContext
 from mor.model.config import MoRConfig
-from mor.model.depth_lora import DepthLinear
-from mor.model.sharing import UNSHARED, Slot
+from mor.model.depth_lora import DepthLoRALinear
+from mor.model.sharing import UNSHARED, LayerKey
 from mor.ops.memory_efficient import rms_norm, swiglu
 
 
@@ -30,9 +30,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config: MoRConfig, rank: int = 0) -> None:
         super().__init__()
         width, inner, depths = config.hidden_size, config.intermediate_size, config.num_recursions
-        self.gate_proj = DepthLinear(width, inner, rank, depths)
-        self.up_proj = DepthLinear(width, inner, rank, depths)
-        self.down_proj = DepthLinear(inner, width, rank, depths)
+        self.gate_proj = DepthLoRALinear(width, inner, rank, depths)
+        self.up_proj = DepthLoRALinear(width, inner, rank, depths)
+        self.down_proj = DepthLoRALinear(inner, width, rank, depths)
 
     def forward(self, x: Float[Tensor, "n e"], depth: int = UNSHARED) -> Float[Tensor, "n e"]:
         """Feed-forward of each token."""
@@ -55,7 +55,7 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config, rank)
 
     def forward(
-        self, x: Float[Tensor, "n e"], slot: Slot, context: Context
+        self, x: Float[Tensor, "n e"], slot: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """One application of the layer to the packed tokens, its keys and values kept in `slot`."""
         # The sums' arrays come first: what the parts need for a while then leaves no holes between

@@ -13,24 +13,24 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packing:
+class RaggedBatch:
     """N present tokens of a (B, T) batch.
 
     Shape letters: B batch, T time, N packed tokens, W tokens of the longest sequence.
     """
 
-    flat: Int[Tensor, " n"]
+    token_indices: Int[Tensor, " n"]
     """Row of each token in the hidden states of all tokens, from which this packing was taken."""
     positions: Int[Tensor, " n"]
     """Original position of each token in its sequence: what RoPE rotates by, at every depth."""
     batch: int
     width: int
     """W, tokens of the longest sequence."""
-    pad: Int[Tensor, " n"] | None
+    padded_indices: Int[Tensor, " n"] | None
     """Index of each token in a padded (B * W); None if every sequence has W tokens."""
 
     @classmethod
-    def full(cls, batch: int, time: int, device: torch.device) -> "Packing":
+    def full(cls, batch: int, time: int, device: torch.device) -> "RaggedBatch":
         """Every token of a (B, T) batch."""
         flat = torch.arange(batch * time, device=device)
         return cls(flat=flat, positions=flat % max(time, 1), batch=batch, width=time, pad=None)
@@ -38,9 +38,11 @@ class Packing:
     @property
     def num_tokens(self) -> int:
         """N."""
-        return self.flat.shape[0]
+        return self.token_indices.shape[0]
 
-    def take_per_row(self, index: Int[Tensor, "b k"]) -> tuple["Packing", Int[Tensor, " n"]]:
+    def select_per_sequence(
+        self, index: Int[Tensor, "b k"]
+    ) -> tuple["RaggedBatch", Int[Tensor, " n"]]:
         """Keep k tokens of every sequence; needs a packing without ragged ends.
 
         Args:
@@ -49,19 +51,19 @@ class Packing:
         Returns:
             The smaller packing and the (N',) places of its tokens in this one.
         """
-        assert self.pad is None, "a ragged packing has no common width to take from"
+        assert self.padded_indices is None, "a ragged packing has no common width to take from"
         rows = torch.arange(self.batch, device=index.device)[:, None] * self.width
         places = (index + rows).reshape(-1)
-        chosen = Packing(
-            flat=self.flat[places],
+        chosen = RaggedBatch(
+            token_indices=self.token_indices[places],
             positions=self.positions[places],
             batch=self.batch,
             width=index.shape[1],
-            pad=None,
+            padded_indices=None,
         )
         return chosen, places
 
-    def take(self, keep: Bool[Tensor, " n"]) -> tuple["Packing", Int[Tensor, " n"]]:
+    def select(self, keep: Bool[Tensor, " n"]) -> tuple["RaggedBatch", Int[Tensor, " n"]]:
         """Keep the tokens that are marked; sequences may then differ in length.
 
         Returns:
@@ -70,44 +72,44 @@ class Packing:
         places = keep.nonzero().squeeze(1)
         if places.shape[0] == self.num_tokens:
             return self, places
-        rows = self.rows[places]
+        rows = self.sequence_ids[places]
         lengths = torch.bincount(rows, minlength=self.batch)
         width = int(lengths.max()) if places.shape[0] else 0
         starts = torch.cumsum(lengths, 0) - lengths
         within = torch.arange(places.shape[0], device=places.device) - starts[rows]
         ragged = bool((lengths != width).any())
-        chosen = Packing(
-            flat=self.flat[places],
+        chosen = RaggedBatch(
+            token_indices=self.token_indices[places],
             positions=self.positions[places],
             batch=self.batch,
             width=width,
-            pad=rows * width + within if ragged else None,
+            padded_indices=rows * width + within if ragged else None,
         )
         return chosen, places
 
     @property
-    def rows(self) -> Int[Tensor, " n"]:
+    def sequence_ids(self) -> Int[Tensor, " n"]:
         """(N,) the sequence that each token belongs to."""
-        if self.pad is not None:
-            return self.pad // max(self.width, 1)
-        return torch.arange(self.num_tokens, device=self.flat.device) // max(self.width, 1)
+        if self.padded_indices is not None:
+            return self.padded_indices // max(self.width, 1)
+        return torch.arange(self.num_tokens, device=self.token_indices.device) // max(self.width, 1)
 
     @property
     def lengths(self) -> Int[Tensor, " b"]:
         """(B,) present tokens of each sequence."""
-        return torch.bincount(self.rows, minlength=self.batch)
+        return torch.bincount(self.sequence_ids, minlength=self.batch)
 
-    def to_rows(self, x: Shaped[Tensor, "n h d"]) -> Shaped[Tensor, "b h w d"]:
+    def to_padded(self, x: Shaped[Tensor, "n h d"]) -> Shaped[Tensor, "b h w d"]:
         """(N, H, D) heads to (B, H, W, D) for attention; short sequences get zeros at their end.
 
         A causal query never looks past itself, so the padding at the end is never seen.
         """
-        if self.pad is not None:
+        if self.padded_indices is not None:
             padded = x.new_zeros(self.batch * self.width, *x.shape[1:])
-            x = padded.index_copy(0, self.pad, x)
+            x = padded.index_copy(0, self.padded_indices, x)
         return x.view(self.batch, self.width, *x.shape[1:]).transpose(1, 2)
 
-    def from_rows(self, x: Shaped[Tensor, "b h w d"]) -> Shaped[Tensor, "n h d"]:
+    def from_padded(self, x: Shaped[Tensor, "b h w d"]) -> Shaped[Tensor, "n h d"]:
         """The inverse of `to_rows`."""
         rows = x.transpose(1, 2).reshape(self.batch * self.width, x.shape[1], x.shape[3])
-        return rows if self.pad is None else rows.index_select(0, self.pad)
+        return rows if self.padded_indices is None else rows.index_select(0, self.padded_indices)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mor.model.config import MoRConfig
-from mor.model.ragged_batch import Packing
+from mor.model.ragged_batch import RaggedBatch
 
 Selection = Literal["topk", "threshold"]
 
@@ -77,7 +77,7 @@ def build_router(config: MoRConfig, num_outputs: int, depth: int = 0) -> nn.Modu
     return {"linear": LinearRouter, "mlp": MLPRouter}[config.router_type](config, num_outputs)
 
 
-def warmed_capacity(capacity: float, step: int, warmup_steps: int) -> float:
+def capacity_at_step(capacity: float, step: int, warmup_steps: int) -> float:
     """Capacity at a training step: falls from 1 to `capacity` along a cosine (section 3.1).
 
     A pure function of the trainer's step, so that a resumed run and a copied module agree.
@@ -88,7 +88,7 @@ def warmed_capacity(capacity: float, step: int, warmup_steps: int) -> float:
 
 
 @dataclass
-class RoutingRecord:
+class RoutingOutput:
     """What the routers did in one forward pass: losses by name, choices, and how sure they were."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -115,46 +115,46 @@ class RecursionLimits:
     Indexed like the hidden states of all tokens: by `Packing.flat`.
     """
 
-    least: Int[Tensor, " n"]
+    min_recursions: Int[Tensor, " n"]
     """(N,) passes that a token takes at least; 0 leaves it to the router."""
-    most: Int[Tensor, " n"]
+    max_recursions: Int[Tensor, " n"]
     """(N,) passes that a token takes at most, 1..R."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Selected:
     """The candidates that expert choice sends on from one depth."""
 
-    packing: Packing
-    places: Int[Tensor, " m"] | None
+    ragged: RaggedBatch
+    indices: Int[Tensor, " m"] | None
     """Their places among the candidates; None if all were chosen."""
     gate: Float[Tensor, "m 1"]
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _upcast(logits: Tensor) -> Tensor:
     """Routing decisions are taken in fp32 or wider, whatever the model computes in."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def num_selected(fraction: float, packing: Packing) -> int | Int[Tensor, " b"]:
+def num_selected(fraction: float, packing: RaggedBatch) -> int | Int[Tensor, " b"]:
     """k_r: that fraction of a sequence's tokens; (B,) if the sequences differ in length."""
-    if packing.pad is None:
+    if packing.padded_indices is None:
         return max(1, int(fraction * packing.width))
     return (fraction * packing.lengths.double()).long().clamp(min=1)
 
 
 def _among_best(
-    score: Float[Tensor, " n"], packing: Packing, num: Int[Tensor, " b"]
+    score: Float[Tensor, " n"], packing: RaggedBatch, num: Int[Tensor, " b"]
 ) -> Bool[Tensor, " n"]:
     """Whether a token is among the `num` best of its sequence."""
     order = score.argsort(descending=True)
-    order = order[packing.rows[order].argsort(stable=True)]  # by sequence, its best first
-    rows, lengths = packing.rows[order], packing.lengths
+    order = order[packing.sequence_ids[order].argsort(stable=True)]  # by sequence, its best first
+    rows, lengths = packing.sequence_ids[order], packing.lengths
     rank = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[rows]
     return torch.empty_like(order, dtype=torch.bool).index_copy(0, order, rank < num[rows])
 
 
-class ExpertChoice(nn.Module):
+class ExpertChoiceRouter(nn.Module):
     """A router per depth; each depth picks from the tokens that were at the depth before."""
 
     def __init__(self, config: MoRConfig) -> None:
@@ -182,18 +182,18 @@ class ExpertChoice(nn.Module):
         return self.config.thresholds[depth]
 
     def logits(
-        self, depth: int, x: Float[Tensor, "n e"], packing: Packing
+        self, depth: int, x: Float[Tensor, "n e"], packing: RaggedBatch
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """(N,) logits of the gate, and of the causal decision (the same without `aux_router`)."""
         scaled = x / self.config.router_temperature if self.config.router_temperature != 1 else x
-        main = _wide(self.routers[depth](scaled, packing.positions))[:, 0]
+        main = _upcast(self.routers[depth](scaled, packing.positions))[:, 0]
         if not self.aux_routers:
             return main, main
         # Detached: the second router learns to imitate the selection and shapes nothing else.
-        return main, _wide(self.aux_routers[depth](x.detach(), packing.positions))[:, 0]
+        return main, _upcast(self.aux_routers[depth](x.detach(), packing.positions))[:, 0]
 
     def logits_at(
-        self, depths: Int[Tensor, " n"], x: Float[Tensor, "n e"], packing: Packing
+        self, depths: Int[Tensor, " n"], x: Float[Tensor, "n e"], packing: RaggedBatch
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """`logits` for tokens at different depths: one product where all routers are linear."""
         linear = [r.proj.weight for r in self.routers if isinstance(r, LinearRouter)]
@@ -201,7 +201,7 @@ class ExpertChoice(nn.Module):
             scaled = (
                 x if self.config.router_temperature == 1 else x / self.config.router_temperature
             )
-            main = _wide(F.linear(scaled, torch.cat(linear))).gather(1, depths[:, None])[:, 0]
+            main = _upcast(F.linear(scaled, torch.cat(linear))).gather(1, depths[:, None])[:, 0]
             return main, main
         # Every router judges all: which token is whose stays on the device.
         judged = [self.logits(r, x, packing) for r in range(self.config.num_recursions)]
@@ -212,12 +212,12 @@ class ExpertChoice(nn.Module):
         self,
         depth: int,
         x: Float[Tensor, "n e"],
-        packing: Packing,
+        packing: RaggedBatch,
         selection: Selection,
         num_selected: int | Int[Tensor, " b"],
-        record: RoutingRecord,
+        record: RoutingOutput,
         limits: RecursionLimits | None = None,
-    ) -> Choice:
+    ) -> Selected:
         """Select among the candidates x.
 
         Args:
@@ -232,23 +232,26 @@ class ExpertChoice(nn.Module):
             record.decisions.append(decision.detach())
             goes_on = decision.detach() >= self.threshold(depth)
             if limits is not None:
-                least, most = limits.least[packing.flat], limits.most[packing.flat]
+                least, most = (
+                    limits.min_recursions[packing.token_indices],
+                    limits.max_recursions[packing.token_indices],
+                )
                 goes_on = (goes_on | (depth < least)) & (depth < most)
-            chosen, places = packing.take(goes_on)
+            chosen, places = packing.select(goes_on)
         else:
             assert limits is None, "topk sends a fixed number of tokens to each depth"
             if isinstance(num_selected, int):
                 rows = gate.detach().view(packing.batch, packing.width)
                 num_selected = min(num_selected, packing.width)
                 index = rows.topk(num_selected, dim=1, sorted=False).indices.sort(dim=1).values
-                chosen, places = packing.take_per_row(index)
+                chosen, places = packing.select_per_sequence(index)
                 record.selected.append(chosen.positions.view(chosen.batch, chosen.width))
             else:
-                chosen, places = packing.take(_among_best(gate.detach(), packing, num_selected))
+                chosen, places = packing.select(_among_best(gate.detach(), packing, num_selected))
             self._record(depth, main, decision, places, record)
         if places.shape[0] == packing.num_tokens:
-            return Choice(packing=packing, places=None, gate=gate[:, None])
-        return Choice(packing=chosen, places=places, gate=gate[places][:, None])
+            return Selected(ragged=packing, indices=None, gate=gate[:, None])
+        return Selected(ragged=chosen, indices=places, gate=gate[places][:, None])
 
     def _record(
         self,
@@ -256,7 +259,7 @@ class ExpertChoice(nn.Module):
         main: Tensor,
         decision: Tensor,
         places: Tensor,
-        record: RoutingRecord,
+        record: RoutingOutput,
     ) -> None:
         was_selected = torch.zeros_like(decision).index_fill(0, places, 1.0)
         if self.config.selection_training != "none":
@@ -269,7 +272,7 @@ class ExpertChoice(nn.Module):
             record.correct.append(agrees.float().mean().detach())
 
 
-class TokenChoice(nn.Module):
+class TokenChoiceRouter(nn.Module):
     """One router that reads the state before the block and fixes each token's recursion count."""
 
     bias: Tensor
@@ -284,8 +287,8 @@ class TokenChoice(nn.Module):
     def choose(
         self,
         x: Float[Tensor, "n e"],
-        packing: Packing,
-        record: RoutingRecord | None,
+        packing: RaggedBatch,
+        record: RoutingOutput | None,
         limits: RecursionLimits | None = None,
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 1"]]:
         """(N,) recursion counts 1..R, within the limits, and (N, 1) weights of the result.
@@ -295,14 +298,14 @@ class TokenChoice(nn.Module):
         """
         config = self.config
         assert config.router_alpha is not None
-        logits = _wide(self.router(x / config.router_temperature, packing.positions))
+        logits = _upcast(self.router(x / config.router_temperature, packing.positions))
         softmax = config.router_activation == "softmax"
         squashed = logits.softmax(-1) if softmax else logits.sigmoid()
         probs = config.router_alpha * squashed
         score = probs + self.bias if config.balancing == "loss_free" else probs
         choice = score.argmax(-1)
         if limits is not None:
-            choice = choice.clamp(limits.least - 1, limits.most - 1)
+            choice = choice.clamp(limits.min_recursions - 1, limits.max_recursions - 1)
         if record is not None and config.balancing == "loss":
             fractions = self.fractions(choice + 1)
             balance = (probs.mean(0) * fractions * config.num_recursions).sum()

@@ -10,13 +10,13 @@ from typing import Literal, NamedTuple
 from mor.errors import ConfigError
 from mor.model.config import Sharing
 
-Initialisation = Literal["stepwise", "lower", "upper", "random", "average"]
+Initialization = Literal["stepwise", "lower", "upper", "random", "average"]
 
 UNSHARED = -1
 """The depth of prelude and coda layers, which every token passes exactly once."""
 
 
-class Slot(NamedTuple):
+class LayerKey(NamedTuple):
     """Where one application of one layer keeps its keys and values.
 
     A shared layer runs at several depths and needs a place for each; the caller of the layer says
@@ -27,19 +27,19 @@ class Slot(NamedTuple):
     layer: int
 
 
-def block_schedule(sharing: Sharing, num_block_layers: int, num_recursions: int) -> list[Slot]:
+def block_schedule(sharing: Sharing, num_block_layers: int, num_recursions: int) -> list[LayerKey]:
     """The applications of the block's layers in order.
 
     `cycle` runs the whole block R times: (1 2 3)(1 2 3)..; `sequence` runs each layer R times
     before the next: 1 1 2 2 3 3.
     """
     if sharing == "cycle":
-        return [Slot(r, i) for r in range(num_recursions) for i in range(num_block_layers)]
-    return [Slot(r, i) for i in range(num_block_layers) for r in range(num_recursions)]
+        return [LayerKey(r, i) for r in range(num_recursions) for i in range(num_block_layers)]
+    return [LayerKey(r, i) for i in range(num_block_layers) for r in range(num_recursions)]
 
 
-def donor_layers(
-    init: Initialisation,
+def source_layers(
+    init: Initialization,
     *,
     sharing: Sharing,
     num_donor_layers: int,
@@ -84,7 +84,7 @@ def donor_layers(
 
 def original_layers(
     sharing: Sharing, num_block_layers: int, num_recursions: int, first: int, last: int
-) -> dict[Slot, int]:
+) -> dict[LayerKey, int]:
     """For each application of the block's layers the layer of a plain donor that it stands for.
 
     Args:

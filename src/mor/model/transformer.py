@@ -15,20 +15,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mor.errors import ConfigError, RequestError
-from mor.model.attention import Context, KVAccess, Rope, WholeSequence
+from mor.model.attention import (
+    AttentionBackend,
+    ForwardContext,
+    FullSequenceAttention,
+    RotaryEmbedding,
+)
 from mor.model.config import MoRConfig
-from mor.model.depth_lora import DepthLinear
+from mor.model.depth_lora import DepthLoRALinear
 from mor.model.layers import Layer, RMSNorm
-from mor.model.ragged_batch import Packing
+from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import (
-    ExpertChoice,
+    ExpertChoiceRouter,
     RecursionLimits,
-    RoutingRecord,
+    RoutingOutput,
     Selection,
-    TokenChoice,
+    TokenChoiceRouter,
     num_selected,
 )
-from mor.model.sharing import UNSHARED, Slot, block_schedule
+from mor.model.sharing import UNSHARED, LayerKey, block_schedule
 from mor.ops.cross_entropy import IGNORE, linear_cross_entropy
 from mor.ops.document_attention import number_documents
 
@@ -78,20 +83,20 @@ class MoRModel(nn.Module):
         self.coda = nn.ModuleList(layer(config) for _ in range(config.num_coda_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._initialise)
+        self.apply(self._initialize)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         # Routers and deltas come last: models that differ only in them start from equal weights.
-        self.router: ExpertChoice | TokenChoice | None = None
+        self.router: ExpertChoiceRouter | TokenChoiceRouter | None = None
         if config.routing == "expert_choice":
-            self.router = ExpertChoice(config).apply(self._initialise)
+            self.router = ExpertChoiceRouter(config).apply(self._initialize)
         elif config.routing == "token_choice":
-            self.router = TokenChoice(config).apply(self._initialise)
+            self.router = TokenChoiceRouter(config).apply(self._initialize)
         for module in self.block.modules():
-            if isinstance(module, DepthLinear):
-                module.reset_deltas(config.initializer_range)
+            if isinstance(module, DepthLoRALinear):
+                module.reset_loras(config.initializer_range)
 
-    def _initialise(self, module: nn.Module) -> None:
+    def _initialize(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
@@ -101,7 +106,7 @@ class MoRModel(nn.Module):
         Raises:
             ConfigError: the model has no thresholds, or not this many.
         """
-        if not isinstance(self.router, ExpertChoice):
+        if not isinstance(self.router, ExpertChoiceRouter):
             raise ConfigError(
                 f"thresholds need routing='expert_choice'; this model has "
                 f"routing={self.config.routing!r}."
@@ -110,45 +115,45 @@ class MoRModel(nn.Module):
 
     # -- stages ---------------------------------------------------------------------------------
 
-    def context(self, packing: Packing, kv: KVAccess) -> Context:
+    def context(self, packing: RaggedBatch, kv: AttentionBackend) -> ForwardContext:
         """The context of the tokens in `packing`, with their rotation angles."""
         _, _, head_dim = self.config.num_heads_and_dim
         dtype = self.embed_tokens.weight.dtype
-        rope = Rope.at(packing.positions, head_dim, self.config.rope_theta, dtype)
-        return Context(packing=packing, rope=rope, kv=kv)
+        rope = RotaryEmbedding.at(packing.positions, head_dim, self.config.rope_theta, dtype)
+        return ForwardContext(ragged=packing, rope=rope, kv=kv)
 
-    def run_prelude(self, x: Float[Tensor, "n e"], context: Context) -> Float[Tensor, "n e"]:
+    def run_prelude(self, x: Float[Tensor, "n e"], context: ForwardContext) -> Float[Tensor, "n e"]:
         """The unshared first layers."""
         for i, layer in enumerate(self.prelude):
-            x = layer(x, Slot(UNSHARED, i), context)
+            x = layer(x, LayerKey(UNSHARED, i), context)
         return x
 
     def run_block(
-        self, x: Float[Tensor, "n e"], depth: int, context: Context
+        self, x: Float[Tensor, "n e"], depth: int, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """f(h): one pass of the shared block, its own residuals included."""
         for i, layer in enumerate(self.block):
-            x = layer(x, Slot(depth, i), context)
+            x = layer(x, LayerKey(depth, i), context)
         return x
 
-    def run_coda(self, x: Float[Tensor, "n e"], context: Context) -> Float[Tensor, "n e"]:
+    def run_coda(self, x: Float[Tensor, "n e"], context: ForwardContext) -> Float[Tensor, "n e"]:
         """The unshared last layers."""
         for i, layer in enumerate(self.coda):
-            x = layer(x, Slot(UNSHARED, len(self.prelude) + i), context)
+            x = layer(x, LayerKey(UNSHARED, len(self.prelude) + i), context)
         return x
 
-    def readout(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n v"]:
+    def compute_logits(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n v"]:
         """Final norm and head: logits."""
         return self.lm_head(self.norm(x))
 
-    def recurse(
+    def run_recursions(
         self,
         x: Float[Tensor, "n e"],
-        context: Context,
+        context: ForwardContext,
         selection: Selection,
         capacities: Sequence[float] | None = None,
         limits: RecursionLimits | None = None,
-    ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingRecord]:
+    ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingOutput]:
         """All recursions: (N, E) states after the block, (N,) recursion counts, what routers did.
 
         Args:
@@ -157,24 +162,24 @@ class MoRModel(nn.Module):
             limits: (N,) least and most passes of each token; not with `topk`, nor with
                 `sharing='sequence'`, where tokens cannot stop early.
         """
-        record = RoutingRecord()
-        if isinstance(self.router, ExpertChoice):
+        record = RoutingOutput()
+        if isinstance(self.router, ExpertChoiceRouter):
             out, counts = self._expert_choice(x, context, selection, capacities, record, limits)
-        elif isinstance(self.router, TokenChoice):
+        elif isinstance(self.router, TokenChoiceRouter):
             out, counts = self._token_choice(x, context, record, limits)
         else:
             out, counts = self._unrouted(x, context, limits)
         return out, counts, record
 
     def _unrouted(
-        self, x: Tensor, context: Context, limits: RecursionLimits | None
+        self, x: Tensor, context: ForwardContext, limits: RecursionLimits | None
     ) -> tuple[Tensor, Tensor]:
         """h <- f(h), R times or up to the limit."""
         config = self.config
         if limits is not None:
             assert config.sharing == "cycle", "a layer finishes all its passes before the next one"
-            return self._repeat(x, limits.most, context), limits.most
-        counts = torch.full_like(context.packing.flat, config.num_recursions)
+            return self._repeat(x, limits.max_recursions, context), limits.max_recursions
+        counts = torch.full_like(context.ragged.token_indices, config.num_recursions)
         if config.sharing == "cycle":
             for depth in range(config.num_recursions):
                 x = self.run_block(x, depth, context)
@@ -186,62 +191,66 @@ class MoRModel(nn.Module):
     def _expert_choice(
         self,
         x: Tensor,
-        context: Context,
+        context: ForwardContext,
         selection: Selection,
         capacities: Sequence[float] | None,
-        record: RoutingRecord,
+        record: RoutingOutput,
         limits: RecursionLimits | None,
     ) -> tuple[Tensor, Tensor]:
         """Section 3 of the design: h_sel <- h_sel + g * f(h_sel), depth by depth."""
-        assert isinstance(self.router, ExpertChoice)
+        assert isinstance(self.router, ExpertChoiceRouter)
         fractions = self.config.depth_capacities if capacities is None else capacities
-        sequences = context.packing
-        counts = torch.zeros_like(context.packing.flat)
+        sequences = context.ragged
+        counts = torch.zeros_like(context.ragged.token_indices)
         h = candidates = x
         for depth in range(self.config.num_recursions):
             num = num_selected(fractions[depth], sequences)
             choice = self.router.choose(
-                depth, candidates, context.packing, selection, num, record, limits
+                depth, candidates, context.ragged, selection, num, record, limits
             )
-            if choice.places is not None:
-                candidates = candidates.index_select(0, choice.places)
-                context = context.narrow(choice.packing, choice.places)
-            if choice.packing.num_tokens == 0:
+            if choice.indices is not None:
+                candidates = candidates.index_select(0, choice.indices)
+                context = context.select(choice.ragged, choice.indices)
+            if choice.ragged.num_tokens == 0:
                 break
             update = self.run_block(candidates, depth, context)
             if self.config.gating == "weighted":
                 update = choice.gate.to(update.dtype) * update
             candidates = candidates + update
-            whole = choice.packing.num_tokens == h.shape[0]
-            h = candidates if whole else h.index_copy(0, choice.packing.flat, candidates)
-            counts[choice.packing.flat] += 1
+            whole = choice.ragged.num_tokens == h.shape[0]
+            h = candidates if whole else h.index_copy(0, choice.ragged.token_indices, candidates)
+            counts[choice.ragged.token_indices] += 1
         return h, counts
 
     def _token_choice(
-        self, x0: Tensor, context: Context, record: RoutingRecord, limits: RecursionLimits | None
+        self,
+        x0: Tensor,
+        context: ForwardContext,
+        record: RoutingOutput,
+        limits: RecursionLimits | None,
     ) -> tuple[Tensor, Tensor]:
         """Section 3 of the design: x0 + w * f^count(x0), the count fixed from the start."""
-        assert isinstance(self.router, TokenChoice)
-        counts, weight = self.router.choose(x0, context.packing, record, limits)
+        assert isinstance(self.router, TokenChoiceRouter)
+        counts, weight = self.router.choose(x0, context.ragged, record, limits)
         h = self._repeat(x0, counts, context)
         if self.config.gating == "weighted":
             h = weight.to(h.dtype) * h
         return x0 + h, counts
 
-    def _repeat(self, x: Tensor, counts: Tensor, context: Context) -> Tensor:
+    def _repeat(self, x: Tensor, counts: Tensor, context: ForwardContext) -> Tensor:
         """f^count(x): each token passes the block as often as its count says, at least once."""
         h = present = x
         for depth in range(self.config.num_recursions):
             if depth > 0:
-                goes_on = counts[context.packing.flat] > depth
-                packing, places = context.packing.take(goes_on)
+                goes_on = counts[context.ragged.token_indices] > depth
+                packing, places = context.ragged.select(goes_on)
                 if packing.num_tokens == 0:
                     break
                 present = present.index_select(0, places)
-                context = context.narrow(packing, places)
+                context = context.select(packing, places)
             present = self.run_block(present, depth, context)
-            whole = context.packing.num_tokens == h.shape[0]
-            h = present if whole else h.index_copy(0, context.packing.flat, present)
+            whole = context.ragged.num_tokens == h.shape[0]
+            h = present if whole else h.index_copy(0, context.ragged.token_indices, present)
         return h
 
     # -- the whole --------------------------------------------------------------------------------
@@ -252,7 +261,7 @@ class MoRModel(nn.Module):
         selection: Selection,
         capacities: Sequence[float] | None = None,
         document_end: int | None = None,
-    ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingRecord]:
+    ) -> tuple[Float[Tensor, "n e"], Int[Tensor, " n"], RoutingOutput]:
         """(B * T, E) states before the final norm, recursion counts, and what the routers did.
 
         Arguments as those of `forward`.
@@ -266,11 +275,11 @@ class MoRModel(nn.Module):
                 f"a sequence of {time} tokens does not fit this model: it takes 1 to "
                 f"max_position_embeddings={self.config.max_position_embeddings}."
             )
-        packing = Packing.full(batch, time, input_ids.device)
+        packing = RaggedBatch.full(batch, time, input_ids.device)
         documents = None if document_end is None else number_documents(input_ids, document_end)
-        context = self.context(packing, WholeSequence(self.config, documents))
+        context = self.context(packing, FullSequenceAttention(self.config, documents))
         x = self.run_prelude(self.embed_tokens(input_ids.reshape(-1)), context)
-        x, counts, record = self.recurse(x, context, selection, capacities)
+        x, counts, record = self.run_recursions(x, context, selection, capacities)
         return self.run_coda(x, context), counts, record
 
     def forward(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Delta(NamedTuple):
+class LoRAPair(NamedTuple):
     """A thin pair of matrices."""
 
     down: Float[Tensor, "r k"]
@@ -24,20 +24,20 @@ class Delta(NamedTuple):
     """B."""
 
     @classmethod
-    def fused(cls, parts: Sequence["Delta"], dtype: torch.dtype) -> "Delta":
+    def fused(cls, parts: Sequence["LoRAPair"], dtype: torch.dtype) -> "LoRAPair":
         """The delta of several layers with the same inputs, their outputs one after another."""
         down = torch.cat([part.down.detach() for part in parts])
         return cls(down.to(dtype), torch.block_diag(*(p.up.detach() for p in parts)).to(dtype))
 
     @classmethod
-    def truncated(cls, lost: Float[Tensor, "m k"], rank: int) -> "Delta":
+    def truncated(cls, lost: Float[Tensor, "m k"], rank: int) -> "LoRAPair":
         """The pair of this rank whose product is nearest to a matrix: B = U S, A = V^T."""
         u, s, v = torch.linalg.svd(lost, full_matrices=False)
         return cls(v[:rank], u[:, :rank] * s[:rank])
 
 
-def add_deltas(
-    deltas: Sequence[Delta],
+def add_loras(
+    deltas: Sequence[LoRAPair],
     groups: Sequence[int],
     x: Float[Tensor, "n k"],
     out: Float[Tensor, "w m"],

@@ -21,7 +21,7 @@ class _MallInfo(ctypes.Structure):
         return int(self.field7)
 
 
-def keep_freed_memory() -> bool:
+def retain_freed_memory() -> bool:
     """Have glibc keep what large tensors free, for the next step's, instead of giving it back.
 
     A step asks for the same gigabytes again and again, and the system clears every page that it
@@ -43,7 +43,7 @@ def keep_freed_memory() -> bool:
     return bool(block) and _PROBE // 2 < grown < 2 * _PROBE
 
 
-def give_back_freed_memory() -> bool:
+def return_freed_memory() -> bool:
     """The opposite: memory of 64 KB and more goes back to the system when it is freed.
 
     Slower. What the process then holds is what is alive in it, without what malloc cannot use

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that on a CPU take memory only once they are written to, page by page."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -23,7 +23,7 @@ class PagedKV:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rotations:
+class RopeTable:
     """RoPE's angles for every position a sequence can have."""
 
     cos: Float[Tensor, "t half"]
@@ -31,7 +31,7 @@ class Rotations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lanes:
+class AttentionMetadata:
     """The tokens of one pass, in runs: lanes of a run share a sequence and a depth.
 
     Within a run lanes are in time order. All integers are int32.
@@ -39,17 +39,17 @@ class Lanes:
 
     positions: Int[Tensor, " n"]
     """Original position of each token in its sequence: what RoPE rotates by."""
-    kv_len: Int[Tensor, " n"]
+    context_lens: Int[Tensor, " n"]
     """Entries of its run's table that a lane sees, from the first on; its own is among them."""
-    runs: Int[Tensor, " u1"]
+    query_start_loc: Int[Tensor, " u1"]
     """(U + 1) run u has the lanes runs[u] .. runs[u + 1]."""
-    tables: Int[Tensor, "u p"]
+    page_tables: Int[Tensor, "u p"]
     """Cells of each run's pages, for layer 0; entry e lies in cell tables[u, e // S]."""
-    write_cell: Int[Tensor, " w"]
+    slot_cells: Int[Tensor, " w"]
     """Where the first W lanes store their keys and values: the cell of layer 0 (-1: nowhere) .."""
-    write_slot: Int[Tensor, " w"]
+    slot_offsets: Int[Tensor, " w"]
     """.. and the slot in it. Lanes from W on find theirs there already."""
-    groups: tuple[int, ...] = ()
+    depth_start_loc: tuple[int, ...] = ()
     """In the block: lanes groups[r] .. groups[r + 1] are at depth r, where depths may differ."""
-    longest_run: int = 0
+    max_query_len: int = 0
     """Lanes of the longest run; 0: unknown. A hint, 1 in pure decode."""

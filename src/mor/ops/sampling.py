@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @runtime_checkable
-class Cuts(Protocol):
+class TruncationParams(Protocol):
     """How a row is drawn, see `mor.model.sampling.SamplingParams`."""
 
     @property
@@ -58,21 +58,21 @@ def score(
         pairs = list(zip(*best, strict=True))
         scores = [top + less for (_, top), less in zip(pairs, behind, strict=True)]
         return scores, [{token: top} for token, top in pairs]
-    logprobs = wide(logits).log_softmax(-1)
+    logprobs = upcast(logits).log_softmax(-1)
     columns = [logprobs.gather(1, tokens[:, None])]
     if num_top:
         likeliest = logprobs.topk(min(most, logits.shape[1]))
         columns += [likeliest.indices, likeliest.values]
     table = torch.cat([column.double() for column in columns], dim=1).tolist()
-    return [line[0] for line in table], [ranked(line[1:], num_top) for line in table]
+    return [line[0] for line in table], [top_logprobs(line[1:], num_top) for line in table]
 
 
-def wide(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+def upcast(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
     """Logits in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def ranked(line: list[float], num_top: int | None) -> dict[int, float]:
+def top_logprobs(line: list[float], num_top: int | None) -> dict[int, float]:
     """The first entries of a line of ids, then log-probabilities; likeliest first, then by id."""
     half = len(line) // 2
     best = sorted(zip(line[:half], line[half:], strict=True), key=lambda pair: (-pair[1], pair[0]))
@@ -80,7 +80,7 @@ def ranked(line: list[float], num_top: int | None) -> dict[int, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws:
+class SamplingTensors:
     """How some rows are drawn, on the device: nothing of it is read back or sent anew."""
 
     temperature: Float[Tensor, "n 1"]
@@ -93,7 +93,9 @@ class Draws:
     """Whether anything is cut at all."""
 
     @classmethod
-    def of(cls, cuts: Sequence[Cuts], vocabulary: int, like: Tensor) -> "Draws":
+    def of(
+        cls, cuts: Sequence[TruncationParams], vocabulary: int, like: Tensor
+    ) -> "SamplingTensors":
         """For logits of so many columns, of the dtype and on the device of `like`."""
 
         def ints(values: list[int]) -> Tensor:
@@ -103,19 +105,21 @@ class Draws:
         ks = [cuts[i].top_k for i in few]
         nuclei = [i for i, c in enumerate(cuts) if c.top_p < 1]
         return cls(
-            temperature=column([c.temperature for c in cuts], like),
-            min_p=column([c.min_p for c in cuts], like),
+            temperature=as_column([c.temperature for c in cuts], like),
+            min_p=as_column([c.min_p for c in cuts], like),
             top_k=(ints(few), ints(ks)[:, None], max(ks)) if few else None,
-            top_p=(ints(nuclei), column([cuts[i].top_p for i in nuclei], like)) if nuclei else None,
+            top_p=(ints(nuclei), as_column([cuts[i].top_p for i in nuclei], like))
+            if nuclei
+            else None,
             cuts=any(c.top_k or c.top_p < 1 or c.min_p for c in cuts),
         )
 
 
-def draw(
+def sample(
     scores: Float[Tensor, "n v"],
     best: Int[Tensor, "n 1"],
     uniforms: Float[Tensor, "n 1"],
-    draws: Draws,
+    draws: SamplingTensors,
 ) -> Int[Tensor, " n"]:
     """(N,) tokens by inverse CDF over what the cuts leave; the scores are overwritten.
 
@@ -149,7 +153,7 @@ def argmax(logits: Float[Tensor, "n v"]) -> Int[Tensor, " n"]:
     return logits.argmax(-1)
 
 
-def column(values: Sequence[float], like: Tensor) -> Float[Tensor, "n 1"]:
+def as_column(values: Sequence[float], like: Tensor) -> Float[Tensor, "n 1"]:
     """Numbers as a column, where another tensor is."""
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
@@ -162,7 +166,7 @@ def _nucleus(weights: Float[Tensor, "n v"], top_p: Float[Tensor, "n 1"]) -> Floa
         # Weights below a V-th of what may be cut are cut, even if all are; half, to be safe.
         small = (total - enough) / (2 * weights.shape[1])
         bounds = torch.cat((enough, small), dim=1).tolist()
-        return column([_reaching(w, *b) for w, b in zip(weights, bounds, strict=True)], weights)
+        return as_column([_reaching(w, *b) for w, b in zip(weights, bounds, strict=True)], weights)
     ordered = weights.sort(descending=True).values
     num_less = (ordered.cumsum(-1) < enough).sum(-1, keepdim=True)
     return ordered.gather(1, num_less.clamp(max=ordered.shape[1] - 1))

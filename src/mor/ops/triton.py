@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mor.errors import MissingExtraError
-from mor.ops.paged import Lanes, PagedKV, Rotations
+from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 
 try:
     import triton
@@ -269,20 +269,26 @@ def _silu_mul(
     tl.store(out + row * width + i, gate * tl.sigmoid(gate) * up, mask=i < width)
 
 
-def rotate(x: Float[Tensor, "n h d"], rotations: Rotations, lanes: Lanes) -> Float[Tensor, "n h d"]:
+def rotate(
+    x: Float[Tensor, "n h d"], rotations: RopeTable, lanes: AttentionMetadata
+) -> Float[Tensor, "n h d"]:
     """RoPE at each lane's position, computed in fp32: `reference.rotate`."""
     (num, heads, dim), x, out = x.shape, _packed(x), x.new_empty(x.shape)
     _launch(
         _place, (num,), x,
         x, out, x, x, rotations.cos, rotations.sin, lanes.positions,
-        x, x, lanes.write_cell, lanes.write_slot, 0, 0, x.stride(0), 0, 0, True,
+        x, x, lanes.slot_cells, lanes.slot_offsets, 0, 0, x.stride(0), 0, 0, True,
         heads, 0, dim // 2, 1, _power(heads), 1, _power(dim // 2),
     )  # fmt: skip
     return out
 
 
 def store(
-    k: Float[Tensor, "w g d"], v: Float[Tensor, "w g d"], kv: PagedKV, layer: int, lanes: Lanes
+    k: Float[Tensor, "w g d"],
+    v: Float[Tensor, "w g d"],
+    kv: PagedKV,
+    layer: int,
+    lanes: AttentionMetadata,
 ) -> None:
     """Put the writing lanes' rotated keys and values into their slots: `reference.store`.
 
@@ -293,14 +299,20 @@ def store(
 
 def rotate_and_store(
     q: Float[Tensor, "n h d"], k: Float[Tensor, "w g d"], v: Float[Tensor, "w g d"],
-    rotations: Rotations, kv: PagedKV, layer: int, lanes: Lanes,
+    rotations: RopeTable, kv: PagedKV, layer: int, lanes: AttentionMetadata,
 ) -> Float[Tensor, "n h d"]:  # fmt: skip
     """`rotate` q and k, `store` k and v, in one kernel; returns q rotated."""
     return _write(q, k, v, rotations, kv, layer, lanes)
 
 
 def _write(
-    q: Tensor, k: Tensor, v: Tensor, turn: Rotations | None, kv: PagedKV, layer: int, lanes: Lanes
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    turn: RopeTable | None,
+    kv: PagedKV,
+    layer: int,
+    lanes: AttentionMetadata,
 ) -> Tensor:
     """Both of them: (W, 0, D) queries and no rotations where only `store` is meant."""
     (num, heads, dim), (writing, kv_heads, _) = q.shape, k.shape
@@ -309,7 +321,7 @@ def _write(
     cos, sin = (turn.cos, turn.sin) if turn is not None else (k, k)
     _launch(
         _place, (num,), k,
-        q, out, k, v, cos, sin, lanes.positions, kv.k, kv.v, lanes.write_cell, lanes.write_slot,
+        q, out, k, v, cos, sin, lanes.positions, kv.k, kv.v, lanes.slot_cells, lanes.slot_offsets,
         layer, writing, q.stride(0), k.stride(0), v.stride(0), turn is not None,
         heads, kv_heads, dim // 2, kv.k.shape[3], _power(heads), _power(kv_heads), _power(dim // 2),
     )  # fmt: skip
@@ -320,7 +332,7 @@ def attend(
     q: Float[Tensor, "n h d"],
     kv: PagedKV,
     layer: int,
-    lanes: Lanes,
+    lanes: AttentionMetadata,
     *,
     max_run: int | None = None,
     splits: int | None = None,
@@ -342,7 +354,7 @@ def attend(
             bits in whatever batch it is.
     """
     (num, heads, dim), (_, kv_heads, _, size) = q.shape, kv.k.shape
-    num_runs, width = lanes.tables.shape
+    num_runs, width = lanes.page_tables.shape
     if not num_runs:
         return torch.zeros_like(q)
     assert kv.k.is_contiguous() and kv.v.is_contiguous()  # noqa: PT018
@@ -362,8 +374,8 @@ def attend(
     scale = dim**-0.5 * math.log2(math.e)
     _launch(
         _attend, (tiles, kv_heads, splits), q,
-        q, kv.k, kv.v, parts, sums, lanes.kv_len, lanes.runs, lanes.tables, scale, layer,
-        num, num_runs, lanes.tables.stride(0), q.stride(0),
+        q, kv.k, kv.v, parts, sums, lanes.context_lens, lanes.query_start_loc, lanes.page_tables, scale, layer,
+        num, num_runs, lanes.page_tables.stride(0), q.stride(0),
         heads, kv_heads, dim, size, min(size & -size, block_n), tile, splits,
         block_m, block_n, block_d, num_warps=8 if block_m * block_d > 4096 else 4,
     )  # fmt: skip

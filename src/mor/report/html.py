@@ -16,7 +16,7 @@ from mor.report.palette import (
     DEPTH_SHADES,
     LIGHT_INK,
     SERIES_SHADES,
-    Shade,
+    ColorPair,
     shade_index,
 )
 
@@ -169,7 +169,7 @@ def _scheme() -> str:
     """The CSS variables of both schemes and the class of every depth shade."""
 
     def variables(ink: str, rest: str, dark: bool) -> str:
-        def pick(shade: Shade) -> str:
+        def pick(shade: ColorPair) -> str:
             return shade.dark if dark else shade.light
 
         depths = "".join(f"--d{i}:{pick(shade)};" for i, shade in enumerate(DEPTH_SHADES))

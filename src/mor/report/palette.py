@@ -11,7 +11,7 @@ MAX_RECURSIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shade:
+class ColorPair:
     """One colour in its variant for a light page and its variant for a dark page, as #rrggbb."""
 
     light: str
@@ -24,25 +24,25 @@ LIGHT_INK = "#16181d"
 DARK_INK = "#f2f3f5"
 """Text on the dark variant of every depth shade, and on a dark page."""
 
-DEPTH_SHADES: tuple[Shade, ...] = (
-    Shade(light="#f9f5da", dark="#2b281d"),
-    Shade(light="#e2edca", dark="#2f341a"),
-    Shade(light="#c5e6c2", dark="#284223"),
-    Shade(light="#a4dfc3", dark="#0e5038"),
-    Shade(light="#82d6cc", dark="#005c55"),
-    Shade(light="#65cad7", dark="#006676"),
-    Shade(light="#59bae3", dark="#006b98"),
-    Shade(light="#64a6e9", dark="#316cb5"),
+DEPTH_SHADES: tuple[ColorPair, ...] = (
+    ColorPair(light="#f9f5da", dark="#2b281d"),
+    ColorPair(light="#e2edca", dark="#2f341a"),
+    ColorPair(light="#c5e6c2", dark="#284223"),
+    ColorPair(light="#a4dfc3", dark="#0e5038"),
+    ColorPair(light="#82d6cc", dark="#005c55"),
+    ColorPair(light="#65cad7", dark="#006676"),
+    ColorPair(light="#59bae3", dark="#006b98"),
+    ColorPair(light="#64a6e9", dark="#316cb5"),
 )
 """Token backgrounds from few recursions (nearly the page's own colour) to many."""
 
-SERIES_SHADES: tuple[Shade, ...] = (
-    Shade(light="#1558b0", dark="#5b9df9"),
-    Shade(light="#d1500f", dark="#fc8a3f"),
-    Shade(light="#2f9f86", dark="#8fe8c8"),
-    Shade(light="#6d1250", dark="#c58bb0"),
-    Shade(light="#ab8f08", dark="#f3e04a"),
-    Shade(light="#8587cc", dark="#b6b9f0"),
+SERIES_SHADES: tuple[ColorPair, ...] = (
+    ColorPair(light="#1558b0", dark="#5b9df9"),
+    ColorPair(light="#d1500f", dark="#fc8a3f"),
+    ColorPair(light="#2f9f86", dark="#8fe8c8"),
+    ColorPair(light="#6d1250", dark="#c58bb0"),
+    ColorPair(light="#ab8f08", dark="#f3e04a"),
+    ColorPair(light="#8587cc", dark="#b6b9f0"),
 )
 """Lines and bars of charts, in the order in which series take them."""
 

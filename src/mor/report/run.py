@@ -10,7 +10,7 @@ from mor.errors import DataError
 from mor.eval.depth import mean_recursions
 from mor.io.checkpoint import load_config, newest_step
 from mor.model.config import MoRConfig
-from mor.model.cost import parameters, parameters_non_embedding, sequence_flops
+from mor.model.cost import num_parameters, num_parameters_non_embedding, sequence_flops
 from mor.train.config import TrainConfig
 from mor.train.metrics_file import MetricsFile
 from mor.yaml_config import read_yaml
@@ -75,8 +75,8 @@ class Run:
             "steps": last["step"],
             "tokens": last["tokens"],
             "training_flops": last.get("flops"),
-            "parameters": parameters(self.model),
-            "parameters_non_embedding": parameters_non_embedding(self.model),
+            "parameters": num_parameters(self.model),
+            "parameters_non_embedding": num_parameters_non_embedding(self.model),
             "flops_per_token": sequence_flops(self.model, self.config.sequence_length).mean,
             "train_loss": statistics.fmean(row["loss"] for row in self.rows[-20:]),
             **{k: final.get(k) for k in ("nll_topk", "nll_threshold", "nll_gap")},

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from mor.serve.auth import Auth
 from mor.serve.engine_state import EngineState
-from mor.serve.errors import HTTPError, invalid
+from mor.serve.errors import HTTPError, validation_error
 from mor.serve.limits import BodyLimit
 from mor.serve.log import RequestLog
 from mor.serve.openai.chat import create_chat_completion
@@ -38,7 +38,7 @@ from mor.serve.openai.protocol import (
     TokenizeResponse,
     VersionResponse,
 )
-from mor.serve.served_model import Service
+from mor.serve.served_model import ServedModel
 
 _STATIC = Path(__file__).with_name("static")
 _STATIC_HEADERS: Mapping[str, str] = MappingProxyType(
@@ -55,7 +55,7 @@ _STATE_SECONDS = 5.0  # that `/metrics` waits for a busy engine
 class App:
     """The ASGI application of one service, and how many requests it works on."""
 
-    def __init__(self, service: Service, version: str) -> None:
+    def __init__(self, service: ServedModel, version: str) -> None:
         self.service = service
         self.api = _api(service, version)
         config = service.config
@@ -72,12 +72,12 @@ class App:
         await self._log(scope, receive, send)
 
 
-def _api(service: Service, version: str) -> FastAPI:
+def _api(service: ServedModel, version: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        service.bridge.start()
+        service.engine.start()
         yield
-        await service.bridge.stop()
+        await service.engine.stop()
 
     api = FastAPI(
         title="mor",
@@ -104,7 +104,7 @@ def _add_errors(api: FastAPI) -> None:
 
     async def body(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return invalid(error.errors()).response
+        return validation_error(error.errors()).response
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -135,7 +135,7 @@ def _events(model: type[CompletionResponse | ChatChunk]) -> dict[str, Any]:
 _GENERATION_ERRORS = (400, 404, 408, 413, 429, 500, 503, 504)
 
 
-def _add_generation(api: FastAPI, service: Service) -> None:
+def _add_generation(api: FastAPI, service: ServedModel) -> None:
     @api.post(
         "/v1/completions",
         response_model=CompletionResponse,
@@ -155,7 +155,7 @@ def _add_generation(api: FastAPI, service: Service) -> None:
         return await create_chat_completion(service, body, request)
 
 
-def _add_tokens(api: FastAPI, service: Service) -> None:
+def _add_tokens(api: FastAPI, service: ServedModel) -> None:
     @api.post("/tokenize", responses=_errors(400, 404, 408, 413))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -167,7 +167,7 @@ def _add_tokens(api: FastAPI, service: Service) -> None:
         return service.detokenize(body)
 
 
-def _add_state(api: FastAPI, service: Service) -> None:
+def _add_state(api: FastAPI, service: ServedModel) -> None:
     @api.get("/v1/models", responses=_errors())
     async def models() -> ModelList:
         """The served model."""
@@ -182,7 +182,7 @@ def _add_state(api: FastAPI, service: Service) -> None:
     @api.get("/health", response_class=Response, responses={503: {"model": ErrorResponse}})
     async def health() -> Response:
         """200 while requests are taken."""
-        service.bridge.check()
+        service.engine.check_admission()
         return Response()
 
     @api.get("/depths", responses=_errors(503, 504))
@@ -195,7 +195,7 @@ def _add_state(api: FastAPI, service: Service) -> None:
         """For Prometheus."""
         try:
             async with asyncio.timeout(_STATE_SECONDS):
-                state = await service.bridge.ask(EngineState.of)
+                state = await service.engine.call(EngineState.of)
         except (TimeoutError, HTTPError):
             state = None
         return Response(service.metrics.exposition(state), media_type=CONTENT_TYPE_LATEST)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from mor.engine.llm import LLM
-from mor.engine.request import TokenEvent
+from mor.engine.request import TokenOutput
 from mor.errors import MorError
 from mor.model.sampling import SamplingParams
-from mor.serve.errors import HTTPError, refused
+from mor.serve.errors import HTTPError, from_engine_error
 from mor.serve.metrics import Metrics
-from mor.serve.request_stream import Prompt, Ticket
+from mor.serve.request_stream import Prompt, RequestStream
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ _MOST_FAILURES = 3
 _LONGEST_RETRY = 60  # seconds
 
 
-class Bridge:
+class AsyncEngine:
     """Requests to the engine, and their tokens back.
 
     Args:
@@ -47,7 +47,9 @@ class Bridge:
         self._seconds = seconds
         self._most = llm.config.max_sequences + max_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._tickets: dict[str, Ticket] = {}  # by the names of their engine requests
+        self._request_streams: dict[
+            str, RequestStream
+        ] = {}  # by the names of their engine requests
         self._numbers = itertools.count()
         self._active = 0  # sequences of all tickets
         self._is_draining = False
@@ -76,10 +78,10 @@ class Bridge:
 
     def fail_all(self, error: HTTPError) -> None:
         """End all requests that are under way with an error."""
-        for ticket in set(self._tickets.values()):
+        for ticket in set(self._request_streams.values()):
             ticket.fail(error)
 
-    def check(self, num_sequences: int = 0) -> None:
+    def check_admission(self, num_sequences: int = 0) -> None:
         """Refuse what cannot be taken now.
 
         Raises:
@@ -108,7 +110,7 @@ class Bridge:
                 headers={"Retry-After": str(seconds)},
             )
 
-    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Ticket:
+    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> RequestStream:
         """Hand a client's request to the engine, which has accepted it when this returns.
 
         `release` must follow, when the client is served or has gone.
@@ -116,30 +118,30 @@ class Bridge:
         Raises:
             HTTPError: as `check` says, or the engine cannot serve it; then nothing is under way.
         """
-        self.check(len(prompts) * params.n)
-        ticket = Ticket(f"http-{next(self._numbers)}", prompts, params)
+        self.check_admission(len(prompts) * params.n)
+        ticket = RequestStream(f"http-{next(self._numbers)}", prompts, params)
         self._active += ticket.num_sequences
-        self._tickets.update(dict.fromkeys(ticket.names, ticket))
+        self._request_streams.update(dict.fromkeys(ticket.names, ticket))
         try:
-            await self.ask(lambda llm: self._add(llm, ticket))
+            await self.call(lambda llm: self._add(llm, ticket))
         except MorError as error:
             self.release(ticket)
-            raise refused(error) from error
+            raise from_engine_error(error) from error
         except BaseException:  # the client has gone: what was added goes, too
             self.release(ticket)
             raise
         ticket.expire_after(self._seconds)
         return ticket
 
-    def release(self, ticket: Ticket) -> None:
+    def release(self, ticket: RequestStream) -> None:
         """Free what the engine still holds for a ticket."""
         for name in ticket.names:
-            del self._tickets[name]
+            del self._request_streams[name]
         self._active -= ticket.num_sequences
         ticket.close()
         self._commands.put(lambda: self._abort(ticket.names))
 
-    async def ask(self, command: Callable[[LLM], T]) -> T:
+    async def call(self, command: Callable[[LLM], T]) -> T:
         """What a function of the engine returns, called in its thread between two ticks."""
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
@@ -152,7 +154,7 @@ class Bridge:
                 self._call(_resolve, answer, result)
 
         if self._is_broken:
-            self.check()
+            self.check_admission()
         self._commands.put(run)
         try:
             async with asyncio.timeout(self._seconds):
@@ -160,9 +162,9 @@ class Bridge:
         except TimeoutError as error:
             raise HTTPError(504, "the engine is busy and does not answer: try later.") from error
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
+    def _deliver(self, events: list[TokenOutput]) -> None:
         for event in events:
-            ticket = self._tickets.get(event.request_id)
+            ticket = self._request_streams.get(event.request_id)
             if ticket is not None:
                 ticket.push(event)
 
@@ -171,10 +173,10 @@ class Bridge:
     def _run(self) -> None:
         failures = 0
         while not self._is_stopping:
-            self._obey()
+            self._run_commands()
             try:
                 events = self._llm.step()
-                self._metrics.ticked(self._llm, events)
+                self._metrics.record_step(self._llm, events)
             except Exception as error:
                 failures += 1
                 self._recover(error, failures)
@@ -184,11 +186,11 @@ class Bridge:
                 self._call(self._deliver, events)
         self._abort(self._metrics.names)
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         """Do what has been asked for; wait for it if there is nothing else to do."""
         while True:
             try:
-                command = self._commands.get(block=not self._llm.has_unfinished)
+                command = self._commands.get(block=not self._llm.has_unfinished_requests)
             except queue.Empty:
                 return
             command()
@@ -203,19 +205,19 @@ class Bridge:
             self._is_broken = self._is_stopping = True
         for name in self._metrics.names:
             self._llm.abort(name)
-            self._metrics.closed(name)
+            self._metrics.record_end(name)
         failed = HTTPError(500, "the engine failed while it worked on this request: try again.")
         self._call(self.fail_all, failed)
 
-    def _add(self, llm: LLM, ticket: Ticket) -> None:
+    def _add(self, llm: LLM, ticket: RequestStream) -> None:
         for name, prompt in zip(ticket.names, ticket.prompts, strict=True):
             llm.add_request(prompt, ticket.params, name)
-            self._metrics.arrived(name, len(prompt))
+            self._metrics.record_arrival(name, len(prompt))
 
     def _abort(self, names: list[str]) -> None:
         for name in names:
             self._llm.abort(name)
-            self._metrics.closed(name)
+            self._metrics.record_end(name)
 
     def _stop(self) -> None:
         self._is_stopping = True

@@ -16,7 +16,7 @@ class EngineState:
     """Tokens generated so far by their recursion count, from 0 to R."""
     pages_by_depth: list[int]
     """(R,) pages that running sequences hold at each depth; only the first where depths share."""
-    pages_outer: int
+    pages_unshared: int
     """Pages that they hold for prelude and coda."""
     pages_cached: int
     """Further pages, which only the prefix cache holds."""
@@ -30,18 +30,22 @@ class EngineState:
     def of(cls, llm: LLM) -> "EngineState":
         """The state now."""
         running = llm.scheduler.running
-        held = {page for s in running for table in s.tables for page in table.pages}
-        cached = set(llm.prefixes.held_pages()) if llm.prefixes is not None else set[int]()
+        held = {page for s in running for table in s.page_tables for page in table.pages}
+        cached = (
+            set(llm.prefix_cache.cached_pages()) if llm.prefix_cache is not None else set[int]()
+        )
         depths: list[list[PageTable]] = [[] for _ in range(llm.model_config.num_recursions)]
         for sequence in running:
-            for depth, table in zip(depths, sequence.depths, strict=False):
+            for depth, table in zip(depths, sequence.depth_tables, strict=False):
                 depth.append(table)
         return cls(
             running=len(running),
             waiting=len(llm.scheduler.waiting),
             tokens_by_depth=list(llm.stats.depth_histogram),
             pages_by_depth=[_distinct(tables) for tables in depths],
-            pages_outer=_distinct([s.outer for s in running if s.outer is not None]),
+            pages_outer=_distinct(
+                [s.unshared_table for s in running if s.unshared_table is not None]
+            ),
             pages_cached=len(cached - held),
             pages_used=llm.pool.num_pages - llm.pool.num_free,
             pages_total=llm.pool.num_pages,

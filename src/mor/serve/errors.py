@@ -49,7 +49,7 @@ class HTTPError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return ErrorResponse(
             error=ErrorDetail(
-                message=shortened(str(self)),
+                message=truncate(str(self)),
                 type=dict(_TYPES).get(self.status, kind),
                 param=self.param,
                 code=self.code,
@@ -59,28 +59,30 @@ class HTTPError(Exception):
     @property
     def response(self) -> Response:
         """The whole answer."""
-        return answer(self.body.model_dump(), self.status, self.headers)
+        return json_response(self.body.model_dump(), self.status, self.headers)
 
 
-def answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """JSON; what is no Unicode text (half of a surrogate pair) becomes a question mark."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     data = text.encode("utf-8", "replace")
     return Response(data, status, dict(headers or {}), media_type="application/json")
 
 
-def shortened(text: str) -> str:
+def truncate(text: str) -> str:
     """At most a thousand characters of it."""
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}.."
 
 
-def refused(error: MorError) -> HTTPError:
+def from_engine_error(error: MorError) -> HTTPError:
     """An error of the engine: what it cannot serve is the request's fault."""
     code = "capacity_exceeded" if isinstance(error, CapacityError) else None
     return HTTPError(400, str(error), code=code)
 
 
-def invalid(errors: Sequence[Mapping[str, Any]]) -> HTTPError:
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> HTTPError:
     """What is wrong with a body, from pydantic's list: the first field, and all it says of it."""
     first = errors[0]
     if first["type"] == "json_invalid":
@@ -100,7 +102,7 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> HTTPError:
 def _field(error: Mapping[str, Any]) -> str:
     """Path of the field, e.g. messages.0.content; without the branches of unions."""
     path = [part for part in error["loc"][1:] if not _is_branch(part)]
-    return shortened(".".join(map(str, path)))
+    return truncate(".".join(map(str, path)))
 
 
 def _is_branch(part: int | str) -> bool:

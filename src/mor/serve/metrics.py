@@ -11,7 +11,7 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mor.engine.llm import LLM
-from mor.engine.request import TokenEvent
+from mor.engine.request import TokenOutput
 from mor.model.sampling import FinishReason
 from mor.serve.engine_state import EngineState
 
@@ -108,12 +108,12 @@ class Metrics:
         total, number = self._durations
         return total / number if number else 1.0
 
-    def arrived(self, name: str, num_prompt: int) -> None:
+    def record_arrival(self, name: str, num_prompt: int) -> None:
         """The engine has accepted a request."""
         timing = _Timing(arrived=time.monotonic(), num_prompt=num_prompt)
         self._timings[name] = self._queued[name] = timing
 
-    def ticked(self, llm: LLM, events: list[TokenEvent]) -> None:
+    def record_step(self, llm: LLM, events: list[TokenOutput]) -> None:
         """A tick is over, and these tokens came."""
         now = time.monotonic()
         if self._queued:
@@ -128,7 +128,7 @@ class Metrics:
         while self._ticks[0][0] < now - _WINDOW:
             self._ticks.popleft()
 
-    def _token(self, event: TokenEvent, now: float) -> None:
+    def _token(self, event: TokenOutput, now: float) -> None:
         timing = self._timings[event.request_id]
         if timing.first is None:
             timing.first = now
@@ -159,7 +159,7 @@ class Metrics:
         self._success.labels(**self._labels, finished_reason=reason).inc()
         self._outputs.observe(num_tokens)
 
-    def closed(self, name: str) -> None:
+    def record_end(self, name: str) -> None:
         """A request is over; if it was not done, it was aborted."""
         timing = self._timings.pop(name, None)
         self._queued.pop(name, None)
@@ -183,7 +183,7 @@ class Metrics:
             self._running.set(state.running)
             self._waiting.set(state.waiting)
             self._usage.set(state.pages_used / state.pages_total)
-            held = {"outer": state.pages_outer, **dict(enumerate(state.pages_by_depth))}
+            held = {"outer": state.pages_unshared, **dict(enumerate(state.pages_by_depth))}
             for depth, pages in held.items():
                 labelled = self._kv_bytes.labels(**self._labels, depth=str(depth))
                 labelled.set(pages * state.page_bytes)

@@ -3,16 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from mor.engine.request import TokenEvent
+from mor.engine.request import TokenOutput
 from mor.model.sampling import SamplingParams
 from mor.serve.errors import HTTPError
 
 Prompt = Sequence[int]
-Tokens = list[tuple[int, TokenEvent]]
+Tokens = list[tuple[int, TokenOutput]]
 """Choices and their tokens."""
 
 
-class Ticket:
+class RequestStream:
     """A request to the engine for each prompt; iterating gives the tokens, as many as have come.
 
     A client that reads slowly gets more tokens at a time. Lives on the event loop.
@@ -35,7 +35,7 @@ class Ticket:
         error = HTTPError(504, f"the request took more than {seconds:g} seconds: ask for less.")
         self._timeout = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 
-    def push(self, event: TokenEvent) -> None:
+    def push(self, event: TokenOutput) -> None:
         """A token has come."""
         choice = self._numbers[event.request_id] * self.params.n + event.index
         self._tokens.append((choice, event))
@@ -57,16 +57,16 @@ class Ticket:
         while self._unfinished or self._tokens:
             await self._wake.wait()
             self._wake.clear()
-            tokens, self._tokens = self._tokens, list[tuple[int, TokenEvent]]()
+            tokens, self._tokens = self._tokens, list[tuple[int, TokenOutput]]()
             if tokens:
                 yield tokens
             if self._error is not None and self._unfinished:
                 raise self._error
 
 
-def by_choice(tokens: Tokens) -> dict[int, list[TokenEvent]]:
+def group_by_choice(tokens: Tokens) -> dict[int, list[TokenOutput]]:
     """The tokens of each choice."""
-    found: dict[int, list[TokenEvent]] = {}
+    found: dict[int, list[TokenOutput]] = {}
     for choice, event in tokens:
         found.setdefault(choice, []).append(event)
     return found

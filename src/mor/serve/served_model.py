@@ -5,10 +5,10 @@ import time
 from mor.engine.llm import LLM
 from mor.errors import ConfigError, RequestError
 from mor.model.sampling import SamplingParams
-from mor.serve.async_engine import Bridge
+from mor.serve.async_engine import AsyncEngine
 from mor.serve.config import ServeConfig
 from mor.serve.engine_state import EngineState
-from mor.serve.errors import HTTPError, refused
+from mor.serve.errors import HTTPError, from_engine_error
 from mor.serve.metrics import Metrics
 from mor.serve.openai.protocol import (
     DepthsResponse,
@@ -21,10 +21,10 @@ from mor.serve.openai.protocol import (
 )
 from mor.serve.request_stream import Prompt
 from mor.serve.text.chat_template import ChatTemplate
-from mor.serve.text.prompt_processor import Codec, too_long
+from mor.serve.text.prompt_processor import PromptProcessor, context_length_error
 
 
-class Service:
+class ServedModel:
     """A model behind the routes.
 
     Args:
@@ -39,11 +39,11 @@ class Service:
         self.model = llm.model_config
         self.max_model_len = config.max_model_len or self.model.max_position_embeddings
         self._check_room(llm)
-        files = llm.tokenizer.companions if llm.tokenizer is not None else {}
+        files = llm.tokenizer.sidecar_files if llm.tokenizer is not None else {}
         template = ChatTemplate.of(files, config.chat_template)
-        self.codec = Codec(llm.tokenizer, template, self.max_model_len)
+        self.prompt_processor = PromptProcessor(llm.tokenizer, template, self.max_model_len)
         self.metrics = Metrics(config.model_names[0], self.model.num_recursions)
-        self.bridge = Bridge(
+        self.engine = AsyncEngine(
             llm,
             self.metrics,
             max_waiting=config.max_waiting,
@@ -56,7 +56,7 @@ class Service:
         limit = self.model.max_position_embeddings
         if self.max_model_len > limit:
             raise ConfigError(f"max_model_len={self.max_model_len}: the model takes {limit}.")
-        pages = llm.cache.pages_at_most(self.model, self.max_model_len)
+        pages = llm.cache.max_pages(self.model, self.max_model_len)
         if pages > llm.pool.num_pages:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} may take {pages * llm.cache.page_bytes} bytes "
@@ -115,7 +115,7 @@ class Service:
         longest = max(map(len, prompts))
         most = max(1, self.max_model_len - longest) if max_tokens is None else max(1, max_tokens)
         if longest + most > self.max_model_len:
-            raise too_long(longest, most, self.max_model_len)
+            raise context_length_error(longest, most, self.max_model_len)
         try:
             return SamplingParams(
                 max_tokens=most,
@@ -138,16 +138,20 @@ class Service:
                 max_recursions=request.max_recursions,
             )
         except RequestError as error:
-            raise refused(error) from error
+            raise from_engine_error(error) from error
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """The token ids of a text or of a conversation."""
         self.check_model(request.model)
         if request.messages is not None:
-            ids: Prompt = await self.codec.encode_messages(request.messages)
+            ids: Prompt = await self.prompt_processor.encode_messages(request.messages)
         else:
-            ids = await self.codec.encode(request.prompt) if request.prompt else []
-        texts = [self.codec.token_text(i) for i in ids] if request.return_token_strs else None
+            ids = await self.prompt_processor.encode(request.prompt) if request.prompt else []
+        texts = (
+            [self.prompt_processor.token_text(i) for i in ids]
+            if request.return_token_strs
+            else None
+        )
         return TokenizeResponse(
             count=len(ids), max_model_len=self.max_model_len, tokens=list(ids), token_strs=texts
         )
@@ -159,22 +163,22 @@ class Service:
             HTTPError: 400, an id is unknown.
         """
         self.check_model(request.model)
-        size = self.codec.tokenizer.vocab_size
+        size = self.prompt_processor.tokenizer.vocab_size
         unknown = [token for token in request.tokens if token >= size]
         if unknown:
             message = f"tokens: {unknown[0]} is not a token id, they end at {size - 1}."
             raise HTTPError(400, message, param="tokens")
-        return DetokenizeResponse(prompt=self.codec.decode(request.tokens))
+        return DetokenizeResponse(prompt=self.prompt_processor.decode(request.tokens))
 
     async def depths(self) -> DepthsResponse:
         """The engine at this moment."""
-        state = await self.bridge.ask(EngineState.of)
+        state = await self.engine.call(EngineState.of)
         return DepthsResponse(
             model=self.name,
             num_recursions=self.model.num_recursions,
             tokens_by_depth=state.tokens_by_depth,
             kv_pages_by_depth=state.pages_by_depth,
-            kv_pages_outer=state.pages_outer,
+            kv_pages_outer=state.pages_unshared,
             kv_pages_cached=state.pages_cached,
             kv_pages_used=state.pages_used,
             kv_pages_total=state.pages_total,

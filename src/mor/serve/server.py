@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
         """Whether it is time to end; asked ten times a second."""
         if self._asked is None or self.should_exit:
             return await super().on_tick(counter)
-        bridge = self._app.service.bridge
+        bridge = self._app.service.engine
         if not self._is_draining:
             self._is_draining = True
             bridge.drain()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from mor.train.config import TrainConfig
-from mor.train.trainer import Row
+from mor.train.trainer import StepMetrics
 
 _STOPPING = b"\nstopping after this step; saving ...\n"
 _LINE_EVERY_S = 5.0  # seconds between lines when the output is not a terminal
@@ -48,7 +48,7 @@ def watched(screen: Console, config: TrainConfig) -> Generator[tuple[Any, Any], 
             signal.signal(number, handler)
 
 
-def _line(row: Row, config: TrainConfig, screen: Console) -> str:
+def _line(row: StepMetrics, config: TrainConfig, screen: Console) -> str:
     if "nll_threshold" in row:
         screen.print(evaluation_line(row))
     left = max(0, row["total_steps"] - row["step"]) * config.tokens_per_step / row["tokens_per_s"]
@@ -58,7 +58,7 @@ def _line(row: Row, config: TrainConfig, screen: Console) -> str:
     )
 
 
-def evaluation_line(row: Row) -> str:
+def evaluation_line(row: StepMetrics) -> str:
     """One evaluation in words."""
     shares = " ".join(f"{share:.2f}" for share in row["depth_histogram"])
     return (
@@ -79,7 +79,7 @@ class _Printer:
     def __init__(self, screen: Console, config: TrainConfig) -> None:
         self._screen, self._config, self._last = screen, config, 0.0
 
-    def __call__(self, row: Row) -> None:
+    def __call__(self, row: StepMetrics) -> None:
         now = time.monotonic()
         if "nll_threshold" in row:
             self._screen.print(evaluation_line(row))

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mor.model.router import ExpertChoice
+from mor.model.router import ExpertChoiceRouter
 from mor.model.transformer import MoRModel
 
-_EVERYBODY = -1e30  # a threshold that lets all pass, and survives JSON
+_PASS_ALL = -1e30  # a threshold that lets all pass, and survives JSON
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def calibrate(
     Returns:
         (R,) thresholds, not yet set in the model.
     """
-    assert isinstance(model.router, ExpertChoice)
+    assert isinstance(model.router, ExpertChoiceRouter)
     assert model.config.capacities is not None
     before, was_training = model.config.thresholds, model.training
     assert before is not None
@@ -39,7 +39,7 @@ def calibrate(
         keep = capacity / previous
         previous = capacity
         if keep == 1:
-            thresholds[depth] = _EVERYBODY if depth else 0.0
+            thresholds[depth] = _PASS_ALL if depth else 0.0
         else:
             ids = (window[:, :-1].to(device) for window in windows)
             passes = (

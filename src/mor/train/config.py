@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from mor.errors import ConfigError, nearest
 from mor.model.config import MoRConfig
-from mor.model.sharing import Initialisation
+from mor.model.sharing import Initialization
 from mor.train.budget import Budget
 
 STDLIB = "stdlib"
@@ -53,7 +53,7 @@ class TrainConfig:
     init_from: Path | None = None
     """Start from this checkpoint's weights. Without `model` the same model goes on; with `model`
     the checkpoint must be vanilla and gives its layers to the new model as `init` says."""
-    init: Initialisation = "stepwise"
+    init: Initialization = "stepwise"
     """Which of a vanilla checkpoint's layers the block starts from."""
     data: str | list[dict[str, Any]] = STDLIB
     """Folder made by `mor data build`, or `stdlib`, or a mixture: [{path: .., weight: ..}, ..]."""

@@ -39,7 +39,7 @@ Kind = Literal["none", "ddp", "fsdp"]
 _TIMEOUT_MINUTES = 20  # of one exchange: rank 0 evaluates while the others wait
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this process speaks for the run: it is alone, or rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -100,13 +100,13 @@ class World:
             time.sleep(0.2)
             dist.destroy_process_group()
 
-    def refuse(self, error: MorError) -> NoReturn:
+    def raise_on_rank0(self, error: MorError) -> NoReturn:
         """Said once: rank 0 raises an error that every rank has found, the others just leave."""
         if self.rank == 0:
             raise error
         raise SystemExit(1)
 
-    def first(self, task: Callable[[], T]) -> T:
+    def on_rank0(self, task: Callable[[], T]) -> T:
         """Have rank 0 do something; every rank gets its result, or leaves if it failed."""
         if self.size == 1:
             return task()
@@ -123,7 +123,7 @@ class World:
         return answer[0]
 
     @contextmanager
-    def together(self) -> Generator[None, None, None]:
+    def all_or_none(self) -> Generator[None, None, None]:
         """Work after which all ranks go on, or none: the first that failed raises its error."""
         failure: MorError | None = None
         try:
@@ -139,7 +139,7 @@ class World:
             raise failure
 
     @contextmanager
-    def contact(self) -> Generator[None, None, None]:
+    def translate_peer_failure(self) -> Generator[None, None, None]:
         """Turn what torch says when another process has died into one sentence.
 
         Raises:
@@ -153,9 +153,9 @@ class World:
                 raise
             reason = str(error).strip().splitlines()[0]
             text = f"one of the {self.size} processes has ended or does not answer ({reason}): "
-            self.refuse(MorError(f"{text}see what it said; continue with --resume auto."))
+            self.raise_on_rank0(MorError(f"{text}see what it said; continue with --resume auto."))
 
-    def agree(self, seconds: float, stop: bool) -> tuple[float, bool]:
+    def max_over_ranks(self, seconds: float, stop: bool) -> tuple[float, bool]:
         """The longest time that a rank took, and whether any of them wants to stop."""
         if self.size == 1:
             return seconds, stop
@@ -197,7 +197,7 @@ class World:
         first, after = position // micro, (position + config.batch_size) // micro
         return range(first + self.rank, after, self.size)
 
-    def clip(self, model: nn.Module, limit: float) -> Tensor:
+    def clip_grad_norm(self, model: nn.Module, limit: float) -> Tensor:
         """Scale all gradients so that their common norm is at most `limit`; returns the norm."""
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -207,7 +207,7 @@ class World:
 
     # -- the model --------------------------------------------------------------------------------
 
-    def whole(self, model: MoRModel) -> MoRModel:
+    def full_model(self, model: MoRModel) -> MoRModel:
         """The model; if weights are sharded, rank 0 gets a complete copy, others an empty one."""
         if self.kind != "fsdp":
             return model
@@ -235,25 +235,25 @@ class World:
 
         All ranks must see the same folder. Raises as `save_step` does.
         """
-        whole = self.whole(model)
+        whole = self.full_model(model)
         if self.kind != "fsdp":
-            return self.first(lambda: save_step(run, whole, state, tokenizer, keep))
-        if self.first(step_folder(run, state.step).exists):
+            return self.on_rank0(lambda: save_step(run, whole, state, tokenizer, keep))
+        if self.on_rank0(step_folder(run, state.step).exists):
             return step_folder(run, state.step)
         described, tensors = take_out_tensors(state.optimizer)
         rest = replace(state, optimizer=described)
         if self.rank == 0:
 
             def write_shards(staged: Path) -> None:
-                self.first(lambda: staged)
+                self.on_rank0(lambda: staged)
                 _write_shards(tensors, staged)
 
-            return self.first(lambda: save_step(run, whole, rest, tokenizer, keep, write_shards))
-        staged: Path = self.first(lambda: run)  # rank 0 says where
+            return self.on_rank0(lambda: save_step(run, whole, rest, tokenizer, keep, write_shards))
+        staged: Path = self.on_rank0(lambda: run)  # rank 0 says where
         try:
             _write_shards(tensors, staged)
         finally:
-            written = self.first(lambda: run)  # leaves if rank 0 failed
+            written = self.on_rank0(lambda: run)  # leaves if rank 0 failed
         return written
 
     def optimizer_state(self, checkpoint: Path, saved: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mor.errors import DataError
-from mor.model.router import ExpertChoice, Selection
+from mor.model.router import ExpertChoiceRouter, Selection
 from mor.model.transformer import MoRModel
 from mor.ops.cross_entropy import token_nll
 
@@ -31,13 +31,13 @@ class Evaluation:
     tokens: int
 
     @property
-    def gap(self) -> float:
+    def causal_gap(self) -> float:
         """What causality costs."""
         return self.nll_threshold - self.nll_topk
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "nll_gap": self.gap}
+        return {**asdict(self), "nll_gap": self.causal_gap}
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    two_rules = isinstance(model.router, ExpertChoice)
+    two_rules = isinstance(model.router, ExpertChoiceRouter)
     sums = {"topk": 0.0, "threshold": 0.0}
     histogram = torch.zeros(model.config.num_recursions + 1, dtype=torch.long)
     agreements: list[Tensor] = []

@@ -39,7 +39,7 @@ class MetricsFile:
                 continue
         return rows
 
-    def cut_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run writes again."""
         if not self.path.exists():
             return

@@ -39,7 +39,7 @@ def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimiz
         fused=True,
     )
     if not hidden:
-        return with_moments(adamw)
+        return allocate_optimizer_state(adamw)
     muon_lr = config.lr if config.muon_lr is None else config.muon_lr
     muon = torch.optim.Muon(
         [{"params": hidden, "peak": muon_lr / config.lr}],
@@ -48,10 +48,10 @@ def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimiz
         momentum=config.muon_momentum,
         adjust_lr_fn="match_rms_adamw",
     )
-    return with_moments(Together(muon, adamw))
+    return allocate_optimizer_state(OptimizersContainer(muon, adamw))
 
 
-def with_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer of AdamW's and Muon's groups, with room for all that it will keep.
 
     Left to the first step, moments come to lie between gradients. What these leave behind is too
@@ -68,7 +68,7 @@ def with_moments(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-class Together(torch.optim.Optimizer):
+class OptimizersContainer(torch.optim.Optimizer):
     """Several optimizers, each for its own parameters, as one: with one state to save and load."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:

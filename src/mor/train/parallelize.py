@@ -24,15 +24,15 @@ from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer
 from mor.model.transformer import MoRModel, MoROutput
-from mor.ops.malloc import keep_freed_memory
+from mor.ops.malloc import retain_freed_memory
 from mor.train.config import TrainConfig
 from mor.train.distributed import World
 
 
-def parallelize(model: MoRModel, config: TrainConfig, world: World) -> "Spread":
+def parallelize(model: MoRModel, config: TrainConfig, world: World) -> "ParallelModel":
     """Compile, checkpoint activations, shard, in place; build the optimizer afterwards."""
     speed_up(model, config, world.device)
-    kinds = {"none": Spread, "ddp": _Replicated, "fsdp": _Sharded}
+    kinds = {"none": ParallelModel, "ddp": DDPModel, "fsdp": FSDPModel}
     return kinds[world.kind](model, config, world)
 
 
@@ -44,7 +44,7 @@ def speed_up(model: MoRModel, config: TrainConfig, device: torch.device) -> None
             follow one another.
     """
     if device.type == "cpu":
-        keep_freed_memory()
+        retain_freed_memory()
         # The head's gradient is there first, and takes the embedding's rows in place: else the
         # embedding would make a second array of the vocabulary's size, nearly all of it zeros.
         model.embed_tokens.sparse = model.config.tie_word_embeddings
@@ -94,7 +94,7 @@ def has_compiler(device: torch.device) -> bool:
     return found
 
 
-class Spread:
+class ParallelModel:
     """The model as a function of a batch, its gradients averaged over ranks; here: over one."""
 
     def __init__(self, model: MoRModel, config: TrainConfig, world: World) -> None:
@@ -110,7 +110,7 @@ class Spread:
         yield
 
 
-class _Replicated(Spread):
+class DDPModel(ParallelModel):
     """Whole weights on every rank."""
 
     def __init__(self, model: MoRModel, config: TrainConfig, world: World) -> None:
@@ -130,7 +130,7 @@ class _Replicated(Spread):
             yield
 
 
-class _Sharded(Spread):
+class FSDPModel(ParallelModel):
     """A part of the weights on every rank; a layer's are gathered while it runs.
 
     Each layer is one unit, also a layer of the shared block, which runs R times; embedding, norm,
@@ -143,26 +143,26 @@ class _Sharded(Spread):
         super().__init__(model, config, world)
         mesh = init_device_mesh(world.device.type, (world.size,))
         between = reshards_between_recursions(model.config, config)
-        self._kept: list[FSDPModule] = []
+        self._resident_units: list[FSDPModule] = []
         for layer in (*model.prelude, *model.coda):
             fully_shard(layer, mesh=mesh)
         for layer in model.block:
             unit = fully_shard(layer, mesh=mesh, reshard_after_forward=between)
             if not between:
                 unit.set_reshard_after_backward(False, recurse=False)
-                self._kept.append(unit)
+                self._resident_units.append(unit)
         self._unit = fully_shard(model, mesh=mesh)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Generator[None, None, None]:
         self._unit.set_requires_gradient_sync(last)
-        for unit in self._kept:
+        for unit in self._resident_units:
             # A gradient that waits from the micro-batch before is sent after the first recursion
             # backward, which is another one on each rank: so none may wait.
             unit.set_requires_gradient_sync(True, recurse=False)
         yield
         if last:
-            for unit in self._kept:
+            for unit in self._resident_units:
                 unit.reshard()
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import training_flops
-from mor.model.router import warmed_capacity
+from mor.model.router import capacity_at_step
 from mor.train.budget import Budget
 from mor.train.config import TrainConfig
 
@@ -20,13 +20,13 @@ def step_flops(config: TrainConfig, model: MoRConfig, step: int) -> float:
     included; token choice as if its router were balanced.
     """
     length, presence = config.sequence_length, None
-    capacities = capacities_at(model, config, step)
+    capacities = capacities_at_step(model, config, step)
     if capacities is not None:
         presence = tuple(max(1, int(c * length)) / length for c in capacities)
     return config.tokens_per_step * training_flops(model, length, presence)
 
 
-def resolve_budget(config: TrainConfig, model: MoRConfig) -> TrainConfig:
+def resolve_steps(config: TrainConfig, model: MoRConfig) -> TrainConfig:
     """The config with the number of steps nearest to its budget.
 
     A budget of time leaves `steps` alone: `total_steps` tells while the run goes on.
@@ -70,7 +70,7 @@ def total_steps(config: TrainConfig, step: int, elapsed: float) -> float:
     return budget.amount * step / elapsed if step and elapsed else _GUESS
 
 
-def is_over(step: int, total: float) -> bool:
+def is_last_step(step: int, total: float) -> bool:
     """Whether a run of `total` steps ends here: at the whole number of steps nearest to it."""
     return step > 0 and step + 0.5 >= total
 
@@ -97,14 +97,16 @@ def learning_rate(config: TrainConfig, step: int, total: float | None = None) ->
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
 
 
-def capacities_at(model: MoRConfig, config: TrainConfig, step: int) -> tuple[float, ...] | None:
+def capacities_at_step(
+    model: MoRConfig, config: TrainConfig, step: int
+) -> tuple[float, ...] | None:
     """(R,) capacities of step `step`, numbered from 0; None where the model has none."""
     if model.capacities is None:
         return None
     warmup = config.capacity_warmup_steps
-    return tuple(warmed_capacity(c, step + 1, warmup) for c in model.capacities)
+    return tuple(capacity_at_step(c, step + 1, warmup) for c in model.capacities)
 
 
-def balancing_at(config: TrainConfig, step: int) -> float:
+def balancing_strength(config: TrainConfig, step: int) -> float:
     """Share of token choice's balancing strength at step `step`, numbered from 0: rises to 1."""
     return min(1.0, (step + 1) / max(1, config.balancing_warmup_steps))

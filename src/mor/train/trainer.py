@@ -17,9 +17,9 @@ from mor.errors import CapacityError, CheckpointError, ConfigError, MorError
 from mor.io.atomic_files import storage_error, write_file
 from mor.io.checkpoint import load, newest_step, resolve
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
-from mor.io.uptrain import from_donor
-from mor.model.cost import presence_of
-from mor.model.router import ExpertChoice, TokenChoice
+from mor.io.uptrain import init_from_vanilla
+from mor.model.cost import depth_fractions_of
+from mor.model.router import ExpertChoiceRouter, TokenChoiceRouter
 from mor.model.transformer import MoRModel
 from mor.train.calibrate import calibrate
 from mor.train.checkpoint import TrainState, read_state, rng_state, set_rng_state
@@ -30,11 +30,11 @@ from mor.train.metrics_file import MetricsFile
 from mor.train.optim import build_optimizer, set_learning_rate
 from mor.train.parallelize import parallelize
 from mor.train.schedule import (
-    balancing_at,
-    capacities_at,
-    is_over,
+    balancing_strength,
+    capacities_at_step,
+    is_last_step,
     learning_rate,
-    resolve_budget,
+    resolve_steps,
     total_steps,
 )
 from mor.train.spike_detector import Watch
@@ -42,12 +42,12 @@ from mor.train.tensorboard import TensorBoard, summary_writer
 from mor.train.training_data import TrainingData
 from mor.yaml_config import dump_yaml
 
-Row = dict[str, Any]
+StepMetrics = dict[str, Any]
 Outcome = Literal["finished", "stopped"]
 
 _EVAL_ROWS = 8  # sequences that an evaluation runs at a time
 
-FREE = frozenset(
+CHANGEABLE_ON_RESUME = frozenset(
     (
         *("eval_every", "save_every", "keep_checkpoints", "device", "verify_data"),
         *("spike_threshold", "tensorboard", "parallel", "fsdp_reshard"),
@@ -70,7 +70,7 @@ class Trainer:
         out: Path,
         *,
         resume: str = "never",
-        on_step: Callable[[Row], None] = lambda row: None,
+        on_step: Callable[[StepMetrics], None] = lambda row: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Open data, model and run folder.
@@ -92,12 +92,12 @@ class Trainer:
         self._on_step, self._should_stop = on_step, should_stop
         self.world = World.join(config.parallel, _device(config.device))
         self.device = self.world.device
-        checkpoint = self.world.first(lambda: _checkpoint_to_resume(out, resume))
-        corpora = self.world.first(lambda: _prepare_data(config, out))
-        with self.world.together():
+        checkpoint = self.world.on_rank0(lambda: _checkpoint_to_resume(out, resume))
+        corpora = self.world.on_rank0(lambda: _prepare_data(config, out))
+        with self.world.all_or_none():
             self.model = self._open(corpora, checkpoint).to(self.device)
-            self.config = config = resolve_budget(config, self.model.config)
-        self._spread = parallelize(self.model, config, self.world)
+            self.config = config = resolve_steps(config, self.model.config)
+        self._parallel_model = parallelize(self.model, config, self.world)
         self.optimizer = build_optimizer(self.model, config)
         self.step = 0
         """Optimizer steps done."""
@@ -109,10 +109,10 @@ class Trainer:
         self.metrics = MetricsFile(out / "metrics.jsonl")
         if checkpoint is not None:
             self._resume(checkpoint)
-        self.world.first(self._open_folder)
+        self.world.on_rank0(self._open_folder)
         self._watch = Watch(config, self.model.config, out, self.device, self.metrics.rows())
         board = config.tensorboard and self.world.rank == 0
-        self._board = TensorBoard(out / "tensorboard", self.step) if board else None
+        self._tensorboard = TensorBoard(out / "tensorboard", self.step) if board else None
 
     def _open(self, corpora: Sequence[tuple[Path, float]], checkpoint: Path | None) -> MoRModel:
         """Open the data and build the model; rank 0 checks the data for all."""
@@ -134,7 +134,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the last step is done."""
-        return is_over(self.step, self.total_steps)
+        return is_last_step(self.step, self.total_steps)
 
     def run(self) -> Outcome:
         """Train; see the class.
@@ -144,7 +144,7 @@ class Trainer:
             CapacityError: no memory or disk is left.
             MorError: another process of the run has ended.
         """
-        with self.world.contact():
+        with self.world.translate_peer_failure():
             return self._run()
 
     def _run(self) -> Outcome:
@@ -163,7 +163,7 @@ class Trainer:
                     f"out of memory at step {self.step + 1}: lower micro_batch_size (now "
                     f"{config.micro_size}) or sequence_length (now {config.sequence_length})."
                 ) from error
-            row["step_s"], asked = self.world.agree(
+            row["step_s"], asked = self.world.max_over_ranks(
                 time.perf_counter() - step_started, self._should_stop()
             )
             self.elapsed += row["step_s"]
@@ -180,8 +180,8 @@ class Trainer:
             if self.world.rank == 0:
                 row |= self._watch.pace(row["step_s"] * self.world.size)
                 self.metrics.append(row)
-            if self._board is not None:
-                self._board.append(row)
+            if self._tensorboard is not None:
+                self._tensorboard.append(row)
             due = config.save_every and self.step % config.save_every == 0
             if last or stopping or due:
                 self.save()
@@ -207,23 +207,23 @@ class Trainer:
 
     # -- one step -------------------------------------------------------------------------------
 
-    def _optimizer_step(self) -> Row:
+    def _optimizer_step(self) -> StepMetrics:
         config, model = self.config, self.model
-        capacities = capacities_at(model.config, config, self.step)
+        capacities = capacities_at_step(model.config, config, self.step)
         rate = learning_rate(config, self.step, self.total_steps)
         set_learning_rate(self.optimizer, rate)
-        balancing = balancing_at(config, self.step)
+        balancing = balancing_strength(config, self.step)
         sums: dict[str, Tensor] = {}
         mine = self.world.micro_batches(config, self.position)
         for index in mine:
             batch = self._batches.at(index).to(self.device)
             torch.manual_seed((config.seed * 2**32 + index) % 2**63)  # for a random router
-            with self._spread.micro_batch(last=index == mine[-1]):
+            with self._parallel_model.micro_batch(last=index == mine[-1]):
                 with torch.autocast(
                     self.device.type, torch.bfloat16, enabled=config.precision == "bf16"
                 ):
                     options = {"capacities": capacities, "document_end": self._document_end}
-                    out = self._spread(batch[:, :-1], batch[:, 1:], **options)
+                    out = self._parallel_model(batch[:, :-1], batch[:, 1:], **options)
                 assert out.loss is not None
                 assert out.total_loss is not None
                 total = out.total_loss
@@ -232,23 +232,23 @@ class Trainer:
                     total = total - weight * out.aux_losses["balancing_loss"]
                 (total / len(mine)).backward()
             seen = {"loss": out.loss, **out.aux_losses}
-            if isinstance(model.router, TokenChoice):
+            if isinstance(model.router, TokenChoiceRouter):
                 seen["shares"] = model.router.fractions(out.recursion_counts.reshape(-1))
             for name, value in seen.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(mine)
         means = self.world.mean(sums)
         shares = means.pop("shares", None)
-        norm = self.world.clip(model, config.clip or math.inf)
+        norm = self.world.clip_grad_norm(model, config.clip or math.inf)
         try:
             self._watch.check(self.step + 1, float(means["loss"]), float(norm))
         except MorError as error:
-            self.world.refuse(error)
+            self.world.raise_on_rank0(error)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         presence = None
-        if isinstance(model.router, TokenChoice):
+        if isinstance(model.router, TokenChoiceRouter):
             assert shares is not None
-            presence = presence_of(model.config, shares.tolist())
+            presence = depth_fractions_of(model.config, shares.tolist())
             if model.config.balancing == "loss_free":
                 model.router.update_bias(shares, balancing)
         self.step += 1
@@ -262,11 +262,11 @@ class Trainer:
             **{name: float(value) for name, value in means.items()},
         }
 
-    def _evaluate(self) -> Row:
+    def _evaluate(self) -> StepMetrics:
         self._calibrate()
-        whole = self.world.whole(self.model)
+        whole = self.world.full_model(self.model)
         end = self._document_end
-        result = self.world.first(lambda: evaluate(whole, self._eval_batches, end).as_dict())
+        result = self.world.on_rank0(lambda: evaluate(whole, self._eval_batches, end).as_dict())
         tokens = result.pop("tokens")
         return {**result, "eval_tokens": tokens}
 
@@ -274,10 +274,10 @@ class Trainer:
         """Fit the thresholds to the present weights, once per step."""
         if self._calibrated == self.step or not self._calibration:
             return
-        if isinstance(self.model.router, ExpertChoice):
-            whole = self.world.whole(self.model)
+        if isinstance(self.model.router, ExpertChoiceRouter):
+            whole = self.world.full_model(self.model)
             end = self._document_end
-            fitted = self.world.first(lambda: calibrate(whole, self._calibration, end))
+            fitted = self.world.on_rank0(lambda: calibrate(whole, self._calibration, end))
             self.model.set_thresholds(fitted)
         self._calibrated = self.step
 
@@ -287,7 +287,9 @@ class Trainer:
         out, settings = self.out, dataclasses.asdict(self.config)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self.metrics.cut_after(self.step)  # what a killed run wrote after its last checkpoint
+            self.metrics.truncate_after(
+                self.step
+            )  # what a killed run wrote after its last checkpoint
             write_file(out / "config.yaml", dump_yaml(settings).encode())
         except OSError as error:
             raise storage_error(out, error, CheckpointError) from error
@@ -310,7 +312,7 @@ class Trainer:
             if donor is None:
                 model = MoRModel(built)
             else:
-                model = from_donor(donor, built, config.init, config.seed)
+                model = init_from_vanilla(donor, built, config.init, config.seed)
         if data.vocab_size > model.config.vocab_size:
             raise ConfigError(
                 f"vocab_size={model.config.vocab_size} is less than the {data.vocab_size} "
@@ -329,12 +331,12 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         plain = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
-        return {k: v for k, v in plain.items() if k not in FREE}
+        return {k: v for k, v in plain.items() if k not in CHANGEABLE_ON_RESUME}
 
     def _resume(self, checkpoint: Path) -> None:
-        with self.world.together():
+        with self.world.all_or_none():
             state = self._state_of(checkpoint)
-        with self.world.together():
+        with self.world.all_or_none():
             optimizer = self.world.optimizer_state(checkpoint, state.optimizer)
         self.optimizer.load_state_dict(optimizer)
         set_rng_state(state.rng)

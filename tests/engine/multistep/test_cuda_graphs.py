@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from mor.engine.multistep.cuda_graphs import Recorded
+from mor.engine.multistep.cuda_graphs import CUDAGraphFunction
 
 
 class Gpu:
@@ -45,7 +45,7 @@ def test_it_runs_once_is_recorded_once_and_replayed_from_then_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = Gpu(monkeypatch)
-    recorded = Recorded(gpu.function, gpu.stream)
+    recorded = CUDAGraphFunction(gpu.function, gpu.stream)
     assert recorded() == 1, "what was recorded has not run yet"
     assert (gpu.runs, gpu.replays) == (["warm-up", "record"], 0)
     assert [int(recorded()) for _ in range(3)] == [2, 2, 2]
@@ -54,7 +54,7 @@ def test_it_runs_once_is_recorded_once_and_replayed_from_then_on(
 
 def test_a_recording_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch, fails=1)
-    recorded = Recorded(gpu.function, gpu.stream)
+    recorded = CUDAGraphFunction(gpu.function, gpu.stream)
     with pytest.raises(torch.OutOfMemoryError):
         recorded()
     assert recorded() == 3
@@ -64,5 +64,5 @@ def test_a_recording_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_a_stream_it_is_the_function() -> None:
     runs = iter(range(3))
-    recorded = Recorded(lambda: torch.tensor(next(runs)))
+    recorded = CUDAGraphFunction(lambda: torch.tensor(next(runs)))
     assert [int(recorded()) for _ in range(3)] == [0, 1, 2]

@@ -17,15 +17,15 @@ from engine_helpers import (
     prompts_with_shared_starts,
     shared_model,
 )
-from mor.engine.backend import _burst
+from mor.engine.backend import _resolve_num_scheduler_steps
 from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache
 from mor.engine.layer_stack import TorchKernels
 from mor.engine.llm import LLM
-from mor.engine.model_runner import Runner
-from mor.engine.multistep.device_decoder import Flight, _Bucket
+from mor.engine.model_runner import ModelRunner
+from mor.engine.multistep.device_decoder import DeviceDecoder, _Bucket
 from mor.engine.request import Chunk
-from mor.engine.sampler import SteadySampler
+from mor.engine.sampler import DeviceSampler
 from mor.errors import ConfigError
 from mor.model.sampling import SamplingParams
 from mor.model.transformer import MoRModel
@@ -41,8 +41,8 @@ KINDS = (
 @contextmanager
 def watched(llm: LLM) -> Generator[list[tuple[int, int]]]:
     """(lanes, ticks) of each burst."""
-    assert llm._burst is not None
-    flight, found = llm._burst._flight, []
+    assert llm.multi_step is not None
+    flight, found = llm.multi_step._decoder, []
     run = flight.run
 
     def noting(chunks: Sequence[Chunk], ticks: int) -> Any:
@@ -86,10 +86,10 @@ def test_most_decode_ticks_are_in_bursts() -> None:
         done = llm.generate([[1, 2, 3], [4, 5], [6]], SamplingParams(max_tokens=24))
     assert [len(one.token_ids) for one in done] == [24] * 3
     assert {lanes for lanes, _ in bursts} <= {1, 2, 3}
-    assert sum(ticks for _, ticks in bursts) > 0.8 * llm.stats.ticks
+    assert sum(ticks for _, ticks in bursts) > 0.8 * llm.stats.steps
     passes = sum(c for one in done for c in (*one.prompt_recursion_counts, *one.recursion_counts))
     # the first token's count is among those of the prompt; what came after the end is not counted
-    assert llm.stats.lanes == passes - sum(one.recursion_counts[0] for one in done)
+    assert llm.stats.block_tokens == passes - sum(one.recursion_counts[0] for one in done)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_whoever_waits_is_let_in_before_the_next_burst() -> None:
         while len(bursts) < before + 2:
             llm.step()
         assert len(llm.scheduler.waiting) == 1
-    while llm.has_unfinished:
+    while llm.has_unfinished_requests:
         llm.step()
         llm.check_integrity()
     check_empty(llm)
@@ -168,7 +168,7 @@ def test_an_interrupted_burst_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(llm, "_event", interrupted)
     tokens: list[int] = []
     completions = None
-    while llm.has_unfinished:
+    while llm.has_unfinished_requests:
         try:
             events = llm.step()
         except KeyboardInterrupt:
@@ -196,8 +196,13 @@ def test_bursts_that_cannot_be(kind: str, fields: dict[str, Any], words: str) ->
     wide = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     model = tiny_model(kind, **wide)
     with pytest.raises(ConfigError, match=f"burst=2 does not go with {words}.*leave it out"):
-        LLM(model, EngineConfig(kv_memory=2**20, burst=2, **fields))
-    assert LLM(model, EngineConfig(kv_memory=2**20, burst=1, **fields)).placement.burst == 1
+        LLM(model, EngineConfig(kv_memory=2**20, num_scheduler_steps=2, **fields))
+    assert (
+        LLM(
+            model, EngineConfig(kv_memory=2**20, num_scheduler_steps=1, **fields)
+        ).backend.num_scheduler_steps
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,9 @@ def test_bursts_that_cannot_be(kind: str, fields: dict[str, Any], words: str) ->
 def test_the_default_is_a_burst_where_it_can_be_recorded(
     device: str, kernels: str, burst: int
 ) -> None:
-    found = _burst(shared_model("expert"), EngineConfig(), torch.device(device), kernels)
+    found = _resolve_num_scheduler_steps(
+        shared_model("expert"), EngineConfig(), torch.device(device), kernels
+    )
     assert found == burst
 
 
@@ -237,15 +244,15 @@ def test_a_tick_stays_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) 
     settings = EngineConfig(kv_memory=2**20)
     cache = KVCache(config, settings, torch.bfloat16, device)
     kernels = TorchKernels(config, reference, cache.kv, torch.bfloat16)
-    runner = Runner(model, settings, cache, kernels, 16)
+    runner = ModelRunner(model, settings, cache, kernels, 16)
     draws = ({}, {"temperature": 0.9}, {"temperature": 0.8, "top_k": 5}, {"temperature": 1.2})
     params = [SamplingParams(**fields, top_p=0.9, min_p=0.1) for fields in draws]
     with torch.no_grad():  # inference_mode would hide parts of operations
         bucket = _Bucket(runner, len(params), config.num_recursions, 3, None)
-        sampler = SteadySampler(params, config.vocab_size, device)
+        sampler = DeviceSampler(params, config.vocab_size, device)
         monkeypatch.delattr(torch, "tensor")  # which sends numbers from the host
         with OnTheDevice():
-            assert bucket._tick(sampler).shape == (len(params), 4)
+            assert bucket._step(sampler).shape == (len(params), 4)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +274,7 @@ def test_the_guard_above_does_catch(look: Callable[[torch.Tensor], Any]) -> None
 
 
 def test_a_sampler_for_many_ticks_is_the_sampler() -> None:
-    from mor.engine.sampler import SamplingRow, sample
+    from mor.engine.sampler import SamplingInput, sample
 
     draw = torch.Generator().manual_seed(0)
     params = [
@@ -277,12 +284,12 @@ def test_a_sampler_for_many_ticks_is_the_sampler() -> None:
         SamplingParams(temperature=0.9, top_p=0.6, min_p=0.05),
         SamplingParams(temperature=1.4, top_k=3, top_p=0.9),
     ]
-    steady = SteadySampler(params, VOCAB, torch.device("cpu"))
+    steady = DeviceSampler(params, VOCAB, torch.device("cpu"))
     for _ in range(20):
         logits = torch.randn(len(params), VOCAB, generator=draw) * 3
         uniforms = torch.rand(len(params), generator=draw, dtype=torch.float64)
         rows = [
-            SamplingRow(params=p, uniform=float(u), prompt=(), output=(), forbidden=())
+            SamplingInput(params=p, uniform=float(u), prompt=(), output=(), forbidden=())
             for p, u in zip(params, uniforms, strict=True)
         ]
         want = sample(logits, rows)
@@ -293,10 +300,10 @@ def test_a_sampler_for_many_ticks_is_the_sampler() -> None:
 
 def test_flights_keep_their_memory() -> None:
     llm = engine_of(burst=2)
-    assert llm._burst is not None
+    assert llm.multi_step is not None
     llm.generate([[1], [2], [3]], SamplingParams(max_tokens=8))
-    flight = llm._burst._flight
-    assert isinstance(flight, Flight)
+    flight = llm.multi_step._decoder
+    assert isinstance(flight, DeviceDecoder)
     kept = dict(flight._buckets)
     llm.generate([[1], [2], [3]], SamplingParams(max_tokens=8))
     assert flight._buckets == kept

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mor.ops import reference
 from mor.ops.cpu import kernels as cpu
-from mor.ops.cpu.cpu_features import has_byte_products, has_wide_registers
+from mor.ops.cpu.cpu_features import has_int8_dot, has_wide_registers
 from mor.ops.cpu.packed_weights import PackedLinear, Storage
 from mor.ops.cpu.simd_rows import exp_row
-from mor.ops.paged import Lanes, PagedKV, Rotations
+from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 
 KINDS: dict[Storage, int] = {
     "float32": cpu.FLOAT32,
@@ -47,8 +47,10 @@ def threads(wanted: int) -> int:
 def product(x: Tensor, packed: PackedLinear, out: np.ndarray, rows: int, add: int) -> None:
     bytes_ = 2 * packed.in_features + 6 & ~3
     rounded = np.full((rows, bytes_), 77, np.uint8), np.zeros(rows, np.float32)
-    weight = np.array((packed.data.data_ptr(), packed.scales.data_ptr(), packed.levels))
-    kind = KINDS[packed.storage]
+    weight = np.array(
+        (packed.data.data_ptr(), packed.scales.data_ptr(), packed.max_quantized_input)
+    )
+    kind = KINDS[packed.weight_dtype]
     cpu.linear(threads(2), kind, x.numpy(), rows, weight, out, add, rounded)
 
 
@@ -87,7 +89,7 @@ def test_linear(
     sums = exact.abs() @ target.abs().T + before[:rows, :outputs].abs()
     bound = (2 + math.sqrt(inputs)) * EPS * sums
     if storage == "int8":  # inputs are rounded to the nearest of `levels` steps
-        step = exact.abs().amax(1, keepdim=True) / packed.levels
+        step = exact.abs().amax(1, keepdim=True) / packed.max_quantized_input
         bound = bound + 0.501 * step * target.abs().sum(1) + 4 * EPS * sums
     assert ((out[:rows, :outputs] - want).abs() <= bound).all()
     padding = out[:rows, outputs:] - add * before[:rows, outputs:]
@@ -98,12 +100,12 @@ def test_int8_rounding_is_worth_its_bits() -> None:
     """Not only bounded: the error is what 12-bit inputs, or 8-bit ones, must have."""
     x, weight = drawn(0, 24, 576), drawn(1, 64, 576)
     packed = PackedLinear(weight, "int8")
-    assert packed.levels == (127 if has_byte_products() else 4095)
+    assert packed.max_quantized_input == (127 if has_int8_dot() else 4095)
     out = torch.zeros(24, 64)
     product(x, packed, out.numpy(), 24, 0)
     want = x.double() @ meant(weight, "int8").T
     # Uniform rounding: a step of max / levels, of about 3.2 deviations, over sqrt(12).
-    assert (out - want).std() / want.std() < 1.3 * 3.2 / packed.levels / math.sqrt(12)
+    assert (out - want).std() / want.std() < 1.3 * 3.2 / packed.max_quantized_input / math.sqrt(12)
     true = x.double() @ weight.double().T
     assert (out - true).std() / true.std() < 1.5e-2
 
@@ -123,7 +125,7 @@ def test_int8_of_zeros_and_of_large_numbers() -> None:
 def test_the_largest_int8_sums_do_not_run_over() -> None:
     inputs = 6000
     packed = PackedLinear(torch.ones(16, inputs), "int8")
-    assert packed.levels * 127 * inputs < 2**31
+    assert packed.max_quantized_input * 127 * inputs < 2**31
     out = torch.zeros(2, 16)
     x = torch.stack((torch.ones(inputs), -torch.ones(inputs)))
     product(x, packed, out.numpy(), 2, 0)
@@ -202,7 +204,7 @@ Run = tuple[int, int]
 
 def paged(
     runs: list[Run], *, groups: int, size: int, page: int, height: int = 2, gaps: bool = False
-) -> tuple[PagedKV, Lanes]:
+) -> tuple[PagedKV, AttentionMetadata]:
     """A pool whose pages lie about in any order, and lanes of these runs in it.
 
     What no lane sees is large, so that a look at it shows.
@@ -232,13 +234,13 @@ def paged(
         assert seen[-1] <= e
     bounds = torch.tensor([0, *(lanes for _, lanes in runs)]).cumsum(0)
     none = torch.zeros(0, dtype=torch.int32)
-    lanes_ = Lanes(
+    lanes_ = AttentionMetadata(
         positions=torch.tensor(kv_len, dtype=torch.int32) - 1,
-        kv_len=torch.tensor(kv_len, dtype=torch.int32),
-        runs=bounds.int(),
-        tables=tables,
-        write_cell=none,
-        write_slot=none,
+        context_lens=torch.tensor(kv_len, dtype=torch.int32),
+        query_start_loc=bounds.int(),
+        page_tables=tables,
+        slot_cells=none,
+        slot_offsets=none,
     )
     return kv, lanes_
 
@@ -258,14 +260,19 @@ CASES: dict[str, list[Run]] = {
 def test_attend(case: str, groups: int, per_group: int, num_threads: int) -> None:
     size, page = (32, 16) if per_group % 2 else (16, 32)
     kv, lanes = paged(CASES[case], groups=groups, size=size, page=page, gaps=per_group == 2)
-    num = len(lanes.kv_len)
+    num = len(lanes.context_lens)
     q = drawn(num, num, groups * per_group, size) * (6 if per_group == 3 else 1)  # sharp, too
     exact = PagedKV(k=kv.k.double(), v=kv.v.double())
     for layer in (0, 1):
         out = torch.full((num, q[0].numel()), 7.0)
         cpu.attend(
             *(threads(num_threads), q.flatten(1).numpy(), (kv.k.numpy(), kv.v.numpy()), layer),
-            *(lanes.runs.numpy(), lanes.tables.numpy(), lanes.kv_len.numpy(), out.numpy()),
+            *(
+                lanes.query_start_loc.numpy(),
+                lanes.page_tables.numpy(),
+                lanes.context_lens.numpy(),
+                out.numpy(),
+            ),
         )
         want = reference.attend(q.double(), exact, layer, lanes).flatten(1)
         assert (out - want).abs().max() < (2e-5 if per_group == 3 else 3e-6)
@@ -274,14 +281,14 @@ def test_attend(case: str, groups: int, per_group: int, num_threads: int) -> Non
 def test_attend_follows_the_definition() -> None:
     """The reference itself, one lane at a time."""
     kv, lanes = paged(CASES["mixed"], groups=2, size=16, page=16)
-    q = drawn(0, len(lanes.kv_len), 4, 16).double()
+    q = drawn(0, len(lanes.context_lens), 4, 16).double()
     exact = PagedKV(k=kv.k.double(), v=kv.v.double())
     got = reference.attend(q, exact, 1, lanes)
-    bounds = lanes.runs.tolist()
+    bounds = lanes.query_start_loc.tolist()
     for run, first in enumerate(bounds[:-1]):
         for lane in range(first, bounds[run + 1]):
-            places = [divmod(entry, 16) for entry in range(int(lanes.kv_len[lane]))]
-            cells = [(int(lanes.tables[run, page]) + 1, slot) for page, slot in places]
+            places = [divmod(entry, 16) for entry in range(int(lanes.context_lens[lane]))]
+            cells = [(int(lanes.page_tables[run, page]) + 1, slot) for page, slot in places]
             for head in range(4):
                 k = torch.stack([exact.k[cell, head // 2, :, slot] for cell, slot in cells])
                 v = torch.stack([exact.v[cell, head // 2, slot] for cell, slot in cells])
@@ -294,16 +301,16 @@ def test_rotate_and_store(writing: int, groups: int, heads: int) -> None:
     num, size, page, layer = 9, 16, 16, 1
     source = torch.Generator().manual_seed(writing)
     angles = drawn(5, 50, size // 2)
-    rotations = Rotations(cos=angles.cos(), sin=angles.sin())
+    rotations = RopeTable(cos=angles.cos(), sin=angles.sin())
     places = torch.randperm(5 * page, generator=source)[:writing]
     positions = torch.randint(0, 50, (num,), generator=source, dtype=torch.int32)
-    lanes = Lanes(
+    lanes = AttentionMetadata(
         positions=positions,
-        kv_len=positions + 1,
-        runs=torch.tensor([0, num], dtype=torch.int32),
-        tables=torch.zeros(1, 1, dtype=torch.int32),
-        write_cell=(places // page * 2).int(),
-        write_slot=(places % page).int(),
+        context_lens=positions + 1,
+        query_start_loc=torch.tensor([0, num], dtype=torch.int32),
+        page_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slot_cells=(places // page * 2).int(),
+        slot_offsets=(places % page).int(),
     )
     kv = PagedKV(k=drawn(1, 10, groups, size, page), v=drawn(2, 10, groups, page, size))
     exact = PagedKV(k=kv.k.double(), v=kv.v.double())
@@ -316,7 +323,7 @@ def test_rotate_and_store(writing: int, groups: int, heads: int) -> None:
         *(threads(2), q.numpy(), both.numpy(), num),
         *((rotations.cos.numpy(), rotations.sin.numpy()), positions.numpy()),
         *((kv.k.numpy(), kv.v.numpy()), layer),
-        (lanes.write_cell.numpy(), lanes.write_slot.numpy()),
+        (lanes.slot_cells.numpy(), lanes.slot_offsets.numpy()),
     )
     assert torch.allclose(q.double(), want_q.flatten(1), rtol=0, atol=1e-6)
     assert torch.allclose(kv.k.double(), exact.k, rtol=0, atol=1e-6)
@@ -327,14 +334,14 @@ def test_rotate_and_store(writing: int, groups: int, heads: int) -> None:
 
 def test_rotation_turns_pairs_of_halves() -> None:
     """RoPE as Llama has it: (x1, x2) turned by the angle of its position."""
-    rotations = Rotations(cos=torch.tensor([[0.6]]), sin=torch.tensor([[0.8]]))
-    lanes = Lanes(
+    rotations = RopeTable(cos=torch.tensor([[0.6]]), sin=torch.tensor([[0.8]]))
+    lanes = AttentionMetadata(
         positions=torch.zeros(1, dtype=torch.int32),
-        kv_len=torch.ones(1, dtype=torch.int32),
-        runs=torch.tensor([0, 1], dtype=torch.int32),
-        tables=torch.zeros(1, 1, dtype=torch.int32),
-        write_cell=torch.zeros(0, dtype=torch.int32),
-        write_slot=torch.zeros(0, dtype=torch.int32),
+        context_lens=torch.ones(1, dtype=torch.int32),
+        query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+        page_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slot_cells=torch.zeros(0, dtype=torch.int32),
+        slot_offsets=torch.zeros(0, dtype=torch.int32),
     )
     turned = reference.rotate(torch.tensor([[[1.0, 2.0]]]), rotations, lanes)
     assert torch.allclose(turned, torch.tensor([[[0.6 - 1.6, 1.2 + 0.8]]]))

@@ -162,7 +162,7 @@ def _steps(options: Any) -> tuple[dict[str, Any], Tables]:
 
 
 def _plan(options: Any, sequences: int) -> Any:
-    from mor.bench.throughput import Plan
+    from mor.bench.throughput import ThroughputConfig
 
     recursions: list[int] = []
     for name in options.models or ("mor2", "mor3", "mor4"):
@@ -170,7 +170,7 @@ def _plan(options: Any, sequences: int) -> Any:
         if not digits.isdigit() or int(digits) < 2:
             raise ConfigError(f"--models {name!r} is unknown: mor2, mor3, mor4, ..")
         recursions.append(int(digits))
-    return Plan(
+    return ThroughputConfig(
         preset=options.preset,
         recursions=tuple(recursions),
         sequences=sequences,

@@ -50,7 +50,7 @@ def run(args: Sequence[str]) -> int:
     options = _parse(args)
     percentiles, metrics = _percentiles(options), _metrics(options)
     goodput = _goodput(options.goodput)
-    traffic = serve.Traffic(
+    traffic = serve.ArrivalProcess(
         request_rate=options.request_rate,
         burstiness=options.burstiness,
         max_concurrency=options.max_concurrency,
@@ -59,7 +59,7 @@ def run(args: Sequence[str]) -> int:
     url = options.base_url or f"http://{options.host}:{options.port}"
     client = Client.of(url, options.api_key or os.environ.get("MOR_API_KEY"))
     outcomes, seconds = asyncio.run(_measure(client, options, traffic))
-    result = serve.summarise(outcomes, seconds, percentiles=percentiles, goodput=goodput)
+    result = serve.summarize(outcomes, seconds, percentiles=percentiles, goodput=goodput)
     record = {
         "bench": "serve",
         "date": time.strftime("%Y%m%d-%H%M%S"),
@@ -123,7 +123,7 @@ def _against_offline(args: Sequence[str]) -> int:
     if options.against != "offline":
         hint = nearest(options.against, ("offline",))
         raise ConfigError(f"--against {options.against!r} is unknown: {hint}")
-    plan = serve_offline.Versus(
+    plan = serve_offline.OverheadConfig(
         model=resolve(options.model),
         streams=options.max_concurrency,
         prompt=options.random_input_len,
@@ -177,8 +177,8 @@ def _add_prompts(p: Parser) -> None:
 
 
 async def _measure(
-    client: Client, options: Any, traffic: serve.Traffic
-) -> tuple[list[serve.Outcome], float]:
+    client: Client, options: Any, traffic: serve.ArrivalProcess
+) -> tuple[list[serve.RawResponse], float]:
     """The run itself, after one request that shows that the server answers."""
     card = await client.card(options.model)
     given = ("max_recursions", "num_recursions")
@@ -186,20 +186,20 @@ async def _measure(
     extra |= {"ignore_eos": True} if options.ignore_eos else {}
     extra |= {"temperature": options.temperature, "seed": options.seed}
     requests = serve.bodies(_asks(options, card), card["id"], extra)
-    first, _ = await serve.drive(client, requests[:1], serve.Traffic())
-    serve.read(first[0])
+    first, _ = await serve.send_all(client, requests[:1], serve.ArrivalProcess())
+    serve.parse_response(first[0])
     with err_console().status(f"{len(requests)} requests to {client.url} ..."):
-        return await serve.drive(client, requests, traffic)
+        return await serve.send_all(client, requests, traffic)
 
 
-def _asks(options: Any, card: Mapping[str, Any]) -> list[serve.Ask]:
+def _asks(options: Any, card: Mapping[str, Any]) -> list[serve.BenchRequest]:
     if options.dataset_name not in _DATASETS:
         hint = nearest(options.dataset_name, _DATASETS)
         raise ConfigError(f"--dataset-name {options.dataset_name!r} is unknown: {hint}")
     if options.dataset_name == "custom":
         if options.dataset_path is None:
             raise ConfigError("--dataset-name custom needs --dataset-path.")
-        return serve.file_asks(
+        return serve.file_requests(
             Path(options.dataset_path),
             options.num_prompts,
             output_len=options.custom_output_len,
@@ -213,7 +213,7 @@ def _asks(options: Any, card: Mapping[str, Any]) -> list[serve.Ask]:
         vocab_size = card["vocab_size"]
     else:
         raise ConfigError("the server does not say how large its vocabulary is: give --tokenizer.")
-    return serve.random_asks(
+    return serve.random_requests(
         options.num_prompts,
         input_len=options.random_input_len,
         output_len=options.random_output_len,

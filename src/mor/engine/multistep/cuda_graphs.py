@@ -10,23 +10,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mor.engine.layer_stack import Stack
-from mor.ops.paged import Lanes
+from mor.engine.layer_stack import LayerStack
+from mor.ops.paged import AttentionMetadata
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
-def bucket_of(lanes: int) -> int:
+def padded_batch_size(lanes: int) -> int:
     """The size that so many lanes are filled up to."""
     return next((bucket for bucket in _BUCKETS if bucket >= lanes), -(-lanes // 256) * 256)
 
 
-def unwrapped(stack: Stack) -> Stack:
+def eager(stack: LayerStack) -> LayerStack:
     """A stack without graphs of its own, to be part of a larger one."""
-    return stack.stack if isinstance(stack, GraphStack) else stack
+    return stack.stack if isinstance(stack, CUDAGraphLayerStack) else stack
 
 
-class Recorded:
+class CUDAGraphFunction:
     """A function on fixed memory that is recorded when it first runs, and replayed from then on.
 
     Its result lies in the graph's memory: the next replay overwrites it.
@@ -69,7 +69,7 @@ class Recorded:
         return result
 
 
-class GraphStack:
+class CUDAGraphLayerStack:
     """A stack whose decode ticks, where every run is one lane, replay a recorded graph.
 
     Args:
@@ -81,7 +81,7 @@ class GraphStack:
 
     def __init__(
         self,
-        stack: Stack,
+        stack: LayerStack,
         width: int,
         table_width: int,
         dtype: torch.dtype,
@@ -96,12 +96,12 @@ class GraphStack:
         self._stream = stream
         self._buckets: dict[int, _Bucket] = {}
 
-    def run(self, x: Float[Tensor, "n e"], lanes: Lanes) -> Float[Tensor, "n e"]:
+    def run(self, x: Float[Tensor, "n e"], lanes: AttentionMetadata) -> Float[Tensor, "n e"]:
         """See `Stack.run`. Prefill, and more lanes than the largest bucket, run unrecorded."""
         num = x.shape[0]
-        if lanes.longest_run > 1 or num > _BUCKETS[-1]:
+        if lanes.max_query_len > 1 or num > _BUCKETS[-1]:
             return self.stack.run(x, lanes)
-        size = bucket_of(num)
+        size = padded_batch_size(num)
         if size not in self._buckets:
             self._buckets[size] = _Bucket(
                 self.stack,
@@ -120,7 +120,7 @@ class _Bucket:
 
     def __init__(
         self,
-        stack: Stack,
+        stack: LayerStack,
         size: int,
         width: int,
         table_width: int,
@@ -132,29 +132,29 @@ class _Bucket:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self._x = torch.zeros(size, width, dtype=dtype, device=device)
-        self._lanes = Lanes(
+        self._lanes = AttentionMetadata(
             positions=ints(size),
-            kv_len=ints(size),
-            runs=torch.arange(size + 1, dtype=torch.int32, device=device),
-            tables=ints(size, table_width),
-            write_cell=ints(size),
-            write_slot=ints(size),
-            longest_run=1,
+            context_lens=ints(size),
+            query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=device),
+            page_tables=ints(size, table_width),
+            slot_cells=ints(size),
+            slot_offsets=ints(size),
+            max_query_len=1,
         )
-        self._run = Recorded(lambda: stack.run(self._x, self._lanes), stream)
+        self._run = CUDAGraphFunction(lambda: stack.run(self._x, self._lanes), stream)
 
-    def run(self, x: Tensor, lanes: Lanes) -> Tensor:
+    def run(self, x: Tensor, lanes: AttentionMetadata) -> Tensor:
         """Copy in, replay, and hand out the lanes that are real."""
         self._fill(x, lanes)
         return self._run()[: x.shape[0]].clone()
 
-    def _fill(self, x: Tensor, lanes: Lanes) -> None:
-        num, writing, columns = x.shape[0], lanes.write_cell.shape[0], lanes.tables.shape[1]
+    def _fill(self, x: Tensor, lanes: AttentionMetadata) -> None:
+        num, writing, columns = x.shape[0], lanes.slot_cells.shape[0], lanes.page_tables.shape[1]
         self._x[:num] = x
         self._lanes.positions[:num] = lanes.positions
-        self._lanes.kv_len.zero_()
-        self._lanes.kv_len[:num] = lanes.kv_len
-        self._lanes.tables[:num, :columns] = lanes.tables
-        self._lanes.write_cell.fill_(-1)  # nobody's: lanes that only read, and empty ones
-        self._lanes.write_cell[:writing] = lanes.write_cell
-        self._lanes.write_slot[:writing] = lanes.write_slot
+        self._lanes.context_lens.zero_()
+        self._lanes.context_lens[:num] = lanes.context_lens
+        self._lanes.page_tables[:num, :columns] = lanes.page_tables
+        self._lanes.slot_cells.fill_(-1)  # nobody's: lanes that only read, and empty ones
+        self._lanes.slot_cells[:writing] = lanes.slot_cells
+        self._lanes.slot_offsets[:writing] = lanes.slot_offsets

@@ -18,28 +18,28 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor.engine.model_runner import Runner
-from mor.engine.multistep.cuda_graphs import Recorded, bucket_of, unwrapped
+from mor.engine.model_runner import ModelRunner
+from mor.engine.multistep.cuda_graphs import CUDAGraphFunction, eager, padded_batch_size
 from mor.engine.request import Chunk
-from mor.engine.sampler import SteadySampler
+from mor.engine.sampler import DeviceSampler
 from mor.model.router import RecursionLimits
-from mor.ops.paged import Lanes
+from mor.ops.paged import AttentionMetadata
 
 
 @dataclass(frozen=True, kw_only=True)
-class Landed:
+class DecodeOutput:
     """What the host hears afterwards."""
 
     log: list[list[list[float]]]
     """[tick][lane]: whether a token was sampled, which, its log-probability, and the passes that
     its position took."""
-    present: list[int]
+    active: list[int]
     """By lane: whether its token in flight takes another pass, .."""
     depth: list[int]
     """.. and the passes that it has taken."""
 
 
-class Flight:
+class DeviceDecoder:
     """Runs decode ticks; needs `TorchKernels`, whose operations take lanes that do nothing.
 
     Args:
@@ -50,16 +50,16 @@ class Flight:
     """
 
     def __init__(
-        self, runner: Runner, most: int, ticks: int, stream: torch.cuda.Stream | None = None
+        self, runner: ModelRunner, most: int, ticks: int, stream: torch.cuda.Stream | None = None
     ) -> None:
         self._runner, self._most, self._ticks, self._stream = runner, most, ticks, stream
         self._buckets: dict[int, _Bucket] = {}
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], ticks: int) -> Landed:
+    def run(self, chunks: Sequence[Chunk], ticks: int) -> DecodeOutput:
         """Run ticks from the state that these chunks are in, a sequence's only token each."""
         began = time.perf_counter()
-        size = bucket_of(len(chunks))
+        size = padded_batch_size(len(chunks))
         if size not in self._buckets:
             self._buckets[size] = _Bucket(self._runner, size, self._most, self._ticks, self._stream)
         landed = self._buckets[size].run(chunks, ticks)
@@ -71,7 +71,12 @@ class _Bucket:
     """Fixed memory for B lanes, and the halves of a tick on it: before and after the sampler."""
 
     def __init__(
-        self, runner: Runner, size: int, most: int, ticks: int, stream: torch.cuda.Stream | None
+        self,
+        runner: ModelRunner,
+        size: int,
+        most: int,
+        ticks: int,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         self._runner, self._passes, self._device = runner, most, runner.device
         self._shared = runner.model_config.kv_strategy == "shared"
@@ -81,87 +86,89 @@ class _Bucket:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=self._device)
 
-        self._token, self._sampled, self._position, self._row = (ints(size) for _ in range(4))
+        self._token, self._sampled, self._position, self._state_slot = (
+            ints(size) for _ in range(4)
+        )
         self._depth = ints(size)
         """Passes that the token in flight has behind it."""
-        self._present = ints(size).bool()
+        self._active = ints(size).bool()
         """Whether it takes the coming pass; otherwise it waits for the coda."""
         self._remaining = ints(size)
         """Tokens that may still be sampled; 0: the lane is not in use."""
         self._emitted = ints(size)
         """Tokens sampled in this burst: the place of the next one's random number."""
-        self._least, self._most = ints(size), ints(size) + 1
+        self._min_recursions, self._max_recursions = ints(size), ints(size) + 1
         self._entries = ints(size, num_tables)
         """In each of the block's tables: where the next one goes."""
         self._tables = ints(size, 1 + num_tables, runner.cache.table_width).int()
         """The first is that of the unshared layers."""
         self._uniforms = torch.zeros(size, ticks, dtype=torch.float64, device=self._device)
         self._lanes = torch.arange(size + 1, dtype=torch.int32, device=self._device)
-        self._spare = torch.full_like(self._row, len(runner.states.hidden) - 1)
-        self._leave = Recorded(self._left, stream)
-        self._go_on = Recorded(self._gone_on, stream)
-        self._tick(SteadySampler([], runner.model_config.vocab_size, self._device))  # records both
+        self._spare = torch.full_like(self._state_slot, len(runner.states.hidden) - 1)
+        self._exit_graph = CUDAGraphFunction(self._exit_half, stream)
+        self._advance_graph = CUDAGraphFunction(self._advance_half, stream)
+        self._step(DeviceSampler([], runner.model_config.vocab_size, self._device))  # records both
 
-    def run(self, chunks: Sequence[Chunk], ticks: int) -> Landed:
+    def run(self, chunks: Sequence[Chunk], ticks: int) -> DecodeOutput:
         """See `Flight.run`. The log is read once, at the end."""
-        self._board(chunks, ticks)
+        self._load(chunks, ticks)
         params = [chunk.sequence.params for chunk in chunks]
-        sampler = SteadySampler(params, self._runner.model_config.vocab_size, self._device)
-        log = torch.stack([self._tick(sampler) for _ in range(ticks)])
+        sampler = DeviceSampler(params, self._runner.model_config.vocab_size, self._device)
+        log = torch.stack([self._step(sampler) for _ in range(ticks)])
         num = len(chunks)
-        present, depth = torch.stack((self._present.long(), self._depth))[:, :num].tolist()
-        return Landed(log=log[:, :num].tolist(), present=present, depth=depth)
+        present, depth = torch.stack((self._active.long(), self._depth))[:, :num].tolist()
+        return DecodeOutput(log=log[:, :num].tolist(), active=present, depth=depth)
 
-    def _board(self, chunks: Sequence[Chunk], ticks: int) -> None:
+    def _load(self, chunks: Sequence[Chunk], ticks: int) -> None:
         """Put the sequences' state into the fixed memory."""
         num = len(chunks)
         tables = np.zeros((num, *self._tables.shape[1:]), np.int32)
         for lane, chunk in enumerate(chunks):
             sequence = chunk.sequence
-            for place, table in enumerate((sequence.outer, *sequence.depths)):
+            for place, table in enumerate((sequence.unshared_table, *sequence.depth_tables)):
                 if table is not None:
                     tables[lane, place, : len(table.cells)] = table.cells
         self._tables[:num] = torch.from_numpy(tables).to(self._device)
         tracks = [chunk.sequence for chunk in chunks]
-        self._fill(self._token, [t.tokens[-1] for t in tracks])
-        self._fill(self._position, [len(t.tokens) - 1 for t in tracks])
-        self._fill(self._row, [c.rows[0] for c in chunks])
+        self._fill(self._token, [t.token_ids[-1] for t in tracks])
+        self._fill(self._position, [len(t.token_ids) - 1 for t in tracks])
+        self._fill(self._state_slot, [c.state_slots[0] for c in chunks])
         self._fill(self._depth, [c.depth for c in chunks])
-        for memory in (self._present, self._remaining, self._emitted):
+        for memory in (self._active, self._remaining, self._emitted):
             memory.zero_()  # of lanes behind the last, too: they must not go on
-        self._fill(self._present, [bool(c.present) for c in chunks])
+        self._fill(self._active, [bool(c.active) for c in chunks])
         self._fill(self._remaining, [t.num_remaining for t in tracks])
-        self._fill(self._least, [t.least for t in tracks])
-        self._fill(self._most, [t.most for t in tracks])
-        self._fill(self._entries, [[d.num_entries for d in t.depths] for t in tracks])
+        self._fill(self._min_recursions, [t.min_recursions for t in tracks])
+        self._fill(self._max_recursions, [t.max_recursions for t in tracks])
+        self._fill(self._entries, [[d.num_entries for d in t.depth_tables] for t in tracks])
         drawn = [[t.uniform(ahead) for ahead in range(ticks)] for t in tracks]
         self._fill(self._uniforms[:, :ticks], drawn)
 
     def _fill(self, memory: Tensor, values: Sequence[object]) -> None:
         memory[: len(values)] = torch.tensor(values, dtype=memory.dtype, device=self._device)
 
-    def _tick(self, sampler: SteadySampler) -> Float[Tensor, "b 4"]:
+    def _step(self, sampler: DeviceSampler) -> Float[Tensor, "b 4"]:
         """One tick; its lines of the log (`Landed.log`). Nothing here may wait for the device."""
-        logits = self._leave()
+        logits = self._exit_graph()
         tokens, logprobs = sampler(logits, self._uniforms.gather(1, self._emitted[:, None])[:, 0])
         self._sampled.copy_(tokens)
         line = (self._leaves(), tokens, logprobs, self._depth)
         found = torch.stack([column.double() for column in line], dim=1)
-        self._go_on()
+        self._advance_graph()
         return found
 
     def _leaves(self) -> Bool[Tensor, " b"]:
-        return ~self._present & (self._remaining > 0)
+        return ~self._active & (self._remaining > 0)
 
-    def _left(self) -> Float[Tensor, "b v"]:
+    def _exit_half(self) -> Float[Tensor, "b v"]:
         """Coda and head for the tokens that have left the block: logits, nonsense for others."""
         leaves, runner = self._leaves(), self._runner
-        x = runner.states.left(self._rows(leaves))
+        x = runner.states.left(self._state_slots(leaves))
         if runner.coda is not None:
-            x = unwrapped(runner.coda).run(x, self._outer_lanes(leaves))
-        return runner.readout(x)
+            x = eager(runner.coda).run(x, self._unshared_metadata(leaves))
+        return runner.compute_logits(x)
 
-    def _gone_on(self) -> Tensor:
+    def _advance_half(self) -> Tensor:
         """What was sampled enters in their place; then all that are present take a pass."""
         leaves, states = self._leaves(), self._runner.states
         self._remaining.sub_(leaves.long())
@@ -172,31 +179,33 @@ class _Bucket:
         self._depth.mul_(~enters)
         x = self._runner.embed(self._token)
         if self._runner.prelude is not None:
-            x = unwrapped(self._runner.prelude).run(x, self._outer_lanes(enters))
-        limits = RecursionLimits(least=self._least, most=self._most)
-        goes_on = states.arrive(self._rows(enters), self._position, x, limits)
-        first = enters if goes_on is None else enters & (goes_on | (self._least > 0))
-        self._present.logical_or_(first)
+            x = eager(self._runner.prelude).run(x, self._unshared_metadata(enters))
+        limits = RecursionLimits(
+            min_recursions=self._min_recursions, max_recursions=self._max_recursions
+        )
+        goes_on = states.arrive(self._state_slots(enters), self._position, x, limits)
+        first = enters if goes_on is None else enters & (goes_on | (self._min_recursions > 0))
+        self._active.logical_or_(first)
 
-        present = self._present
-        rows = self._rows(present)
-        update = unwrapped(self._runner.block).run(states.at(rows), self._block_lanes())
+        present = self._active
+        rows = self._state_slots(present)
+        update = eager(self._runner.block).run(states.at(rows), self._block_metadata())
         self._depth.add_(present)
         goes_on = states.passed(rows, self._depth, self._position, update)
         if goes_on is not None:
-            present.logical_and_(goes_on | (self._depth < self._least))
-        present.logical_and_(self._depth < self._most.clamp(max=self._passes))
+            present.logical_and_(goes_on | (self._depth < self._min_recursions))
+        present.logical_and_(self._depth < self._max_recursions.clamp(max=self._passes))
         return present
 
-    def _rows(self, who: Bool[Tensor, " b"]) -> Int[Tensor, " b"]:
-        return torch.where(who, self._row, self._spare)
+    def _state_slots(self, who: Bool[Tensor, " b"]) -> Int[Tensor, " b"]:
+        return torch.where(who, self._state_slot, self._spare)
 
-    def _outer_lanes(self, who: Bool[Tensor, " b"]) -> Lanes:
-        return self._lanes_of(self._tables[:, 0], self._position, who, who)
+    def _unshared_metadata(self, who: Bool[Tensor, " b"]) -> AttentionMetadata:
+        return self._metadata(self._tables[:, 0], self._position, who, who)
 
-    def _block_lanes(self) -> Lanes:
+    def _block_metadata(self) -> AttentionMetadata:
         """Lanes at their depths, where each present one gets the next entry."""
-        present, table = self._present, torch.zeros_like(self._depth)
+        present, table = self._active, torch.zeros_like(self._depth)
         if self._shared:
             entry, writes = self._position, present & (self._depth == 0)
         else:
@@ -204,23 +213,23 @@ class _Bucket:
             entry = self._entries.gather(1, table[:, None])[:, 0]
             self._entries.scatter_add_(1, table[:, None], present[:, None].long())
         cells = self._tables[self._lanes[:-1].long(), table + 1]
-        return self._lanes_of(cells, entry, present, writes)
+        return self._metadata(cells, entry, present, writes)
 
-    def _lanes_of(
+    def _metadata(
         self,
         tables: Int[Tensor, "b p"],
         entry: Int[Tensor, " b"],
         sees: Bool[Tensor, " b"],
         writes: Bool[Tensor, " b"],
-    ) -> Lanes:
+    ) -> AttentionMetadata:
         page = (entry // self._page).clamp(max=tables.shape[1] - 1)  # a full table has no next one
         cell = tables.gather(1, page[:, None])[:, 0]
-        return Lanes(
+        return AttentionMetadata(
             positions=self._position.int(),
-            kv_len=torch.where(sees, entry + 1, 0).int(),
-            runs=self._lanes,
-            tables=tables,
-            write_cell=torch.where(writes, cell, -1).int(),
-            write_slot=(entry % self._page).int(),
-            longest_run=1,
+            context_lens=torch.where(sees, entry + 1, 0).int(),
+            query_start_loc=self._lanes,
+            page_tables=tables,
+            slot_cells=torch.where(writes, cell, -1).int(),
+            slot_offsets=(entry % self._page).int(),
+            max_query_len=1,
         )

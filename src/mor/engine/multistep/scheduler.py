@@ -6,23 +6,28 @@ gathering exits, would have left.
 
 from collections.abc import Generator
 
-from mor.engine.multistep.device_decoder import Flight
+from mor.engine.multistep.device_decoder import DeviceDecoder
 from mor.engine.pages import PageTable
-from mor.engine.request import Chunk, Sequence
-from mor.engine.sampler import SteadySampler
-from mor.engine.scheduler import EnterPlan, Scheduler
+from mor.engine.request import Chunk, SequenceState
+from mor.engine.sampler import DeviceSampler
+from mor.engine.scheduler import PreludePlan, Scheduler
 from mor.engine.stats import EngineStats
 
 
-class Burst:
+class MultiStepScheduler:
     """Runs `ticks` decode ticks at a time, when there is nothing else to do."""
 
     def __init__(
-        self, scheduler: Scheduler, flight: Flight, stats: EngineStats, ticks: int
+        self, scheduler: Scheduler, flight: DeviceDecoder, stats: EngineStats, ticks: int
     ) -> None:
-        self._scheduler, self._flight, self._stats, self._ticks = scheduler, flight, stats, ticks
+        self._scheduler, self._decoder, self._stats, self._num_steps = (
+            scheduler,
+            flight,
+            stats,
+            ticks,
+        )
 
-    def plan(self) -> list[Chunk]:
+    def schedule(self) -> list[Chunk]:
         """The token in flight of every running sequence, with pages reserved for what may come.
 
         Empty if a prompt is under way, somebody could be admitted, a sequence wants what needs the
@@ -32,70 +37,76 @@ class Burst:
         running = scheduler.running
         if scheduler.waiting and len(running) < scheduler.config.max_sequences:
             return []
-        if not all(len(s.tokens) == s.num_finished + 1 == s.num_entered for s in running):
+        if not all(
+            len(s.token_ids) == s.num_computed_tokens + 1 == s.num_scheduled_tokens for s in running
+        ):
             return []
-        if not all(map(SteadySampler.takes, running)):
+        if not all(map(DeviceSampler.supports, running)):
             return []
-        wanted = [(table, n) for s in running for table, n in _entries(s, self._ticks)]
-        missing = sum(table.missing(n) for table, n in wanted)
-        if scheduler.prefixes is not None:
-            scheduler.prefixes.evict(missing)
+        wanted = [(table, n) for s in running for table, n in _entries(s, self._num_steps)]
+        missing = sum(table.pages_needed(n) for table, n in wanted)
+        if scheduler.prefix_cache is not None:
+            scheduler.prefix_cache.evict(missing)
         if missing > scheduler.pool.num_free:
             return []
         for table, n in wanted:
             table.reserve(n)
         return [s.chunks[0] for s in running]
 
-    def run(self, chunks: list[Chunk]) -> Generator[tuple[Sequence, int, float]]:
+    def run(self, chunks: list[Chunk]) -> Generator[tuple[SequenceState, int, float]]:
         """The tokens that come, with their log-probabilities: (sequence, token, log-probability).
 
         Whoever hears of one may end its sequence; what came after it is then forgotten.
         """
         sequences = [chunk.sequence for chunk in chunks]
-        self._scheduler.lift()
-        longest = max(s.num_remaining for s in sequences) * (self._scheduler.passes.most + 1)
-        landed = self._flight.run(chunks, min(self._ticks, longest))
+        self._scheduler.take_all_chunks()
+        longest = max(s.num_remaining for s in sequences) * (
+            self._scheduler.recursion_spec.max_passes + 1
+        )
+        landed = self._decoder.run(chunks, min(self._num_steps, longest))
         for lines in landed.log:
-            self._scheduler.tick += 1
+            self._scheduler.step_index += 1
             for sequence, (sampled, token, logprob, passes) in zip(sequences, lines, strict=True):
                 if sampled and sequence.finish_reason is None:
-                    self._through(sequence, int(passes))
+                    self._exit(sequence, int(passes))
                     yield sequence, int(token), logprob
                     if sequence.finish_reason is None:
-                        self._scheduler.enter(sequence, 1, EnterPlan())
-        self._stats.ticks += len(landed.log) - 1  # the step itself counts as one
-        for sequence, present, depth in zip(sequences, landed.present, landed.depth, strict=True):
+                        self._scheduler.schedule_chunk(sequence, 1, PreludePlan())
+        self._stats.steps += len(landed.log) - 1  # the step itself counts as one
+        for sequence, present, depth in zip(sequences, landed.active, landed.depth, strict=True):
             if sequence.finish_reason is None:
-                chunk = self._passed(sequence, depth)
-                chunk.present = [0] if present else []
-                self._scheduler.place(chunk)
-                for table in sequence.tables:
-                    table.trim()
+                chunk = self._record_passes(sequence, depth)
+                chunk.active = [0] if present else []
+                self._scheduler.requeue(chunk)
+                for table in sequence.page_tables:
+                    table.release_unused()
 
-    def _through(self, sequence: Sequence, passes: int) -> None:
+    def _exit(self, sequence: SequenceState, passes: int) -> None:
         """Its token in flight is through the model."""
-        chunk = self._passed(sequence, passes)
-        chunk.present = []
-        self._scheduler.finished([chunk])
+        chunk = self._record_passes(sequence, passes)
+        chunk.active = []
+        self._scheduler.update_after_coda([chunk])
 
-    def _passed(self, sequence: Sequence, passes: int) -> Chunk:
+    def _record_passes(self, sequence: SequenceState, passes: int) -> Chunk:
         """Note that its token in flight has so many passes behind it."""
         (chunk,) = sequence.chunks
         for depth in range(chunk.depth, passes):
-            self._stats.lanes += 1
-            if depth < len(sequence.depths):  # else all depths share the first one's entries
-                sequence.depths[depth].append(1)
+            self._stats.block_tokens += 1
+            if depth < len(sequence.depth_tables):  # else all depths share the first one's entries
+                sequence.depth_tables[depth].append(1)
         chunk.depth = passes
-        chunk.counts = [passes * self._scheduler.passes.recursions]
+        chunk.recursion_counts = [passes * self._scheduler.recursion_spec.recursions_per_pass]
         return chunk
 
 
-def _entries(sequence: Sequence, ticks: int) -> list[tuple[PageTable, int]]:
+def _entries(sequence: SequenceState, ticks: int) -> list[tuple[PageTable, int]]:
     """Its tables, and the entries that each may get at most.
 
     The token in flight and its successors pass the block; only the successors enter prelude and
     coda, and the last token that is sampled does neither.
     """
     left = sequence.num_remaining
-    outer = [] if sequence.outer is None else [(sequence.outer, min(ticks, left - 1))]
-    return [*outer, *((table, min(ticks, left)) for table in sequence.depths)]
+    outer = (
+        [] if sequence.unshared_table is None else [(sequence.unshared_table, min(ticks, left - 1))]
+    )
+    return [*outer, *((table, min(ticks, left)) for table in sequence.depth_tables)]

@@ -75,8 +75,8 @@ def export(source: Path | str, out: Path | str, *, dtype: torch.dtype | None = N
     model = load(folder, dtype=dtype)
     tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_FILE).is_file() else None
     model.config = _with_end_of_text(model.config, tokenizer)
-    if tokenizer is not None and TOKENIZER_CONFIG not in tokenizer.companions:
-        tokenizer.companions[TOKENIZER_CONFIG] = _tokenizer_json(model.config, tokenizer)
+    if tokenizer is not None and TOKENIZER_CONFIG not in tokenizer.sidecar_files:
+        tokenizer.sidecar_files[TOKENIZER_CONFIG] = _tokenizer_json(model.config, tokenizer)
     try:
         with staged_folder(target) as staged:
             write_model(model, staged, tokenizer)

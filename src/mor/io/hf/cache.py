@@ -6,10 +6,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from mor.model.attention import WholeSequence
+from mor.model.attention import FullSequenceAttention
 from mor.model.config import MoRConfig
-from mor.model.ragged_batch import Packing
-from mor.model.sharing import Slot
+from mor.model.ragged_batch import RaggedBatch
+from mor.model.sharing import LayerKey
 
 _NOWHERE = 1 << 40  # the position of an entry that is not there
 _GROWTH = 64
@@ -33,8 +33,10 @@ class MoRCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._kept: dict[Slot, tuple[Tensor, Tensor, Tensor]] = {}  # keys, values, positions
-        self._whole: WholeSequence | None = WholeSequence(self.config)  # of the first pass
+        self._kept: dict[LayerKey, tuple[Tensor, Tensor, Tensor]] = {}  # keys, values, positions
+        self._whole: FullSequenceAttention | None = FullSequenceAttention(
+            self.config
+        )  # of the first pass
         self.positions: Tensor | None = None
         """(B, tokens so far) position of each token, -1 at padding."""
         self.recursion_counts: Tensor | None = None
@@ -42,37 +44,37 @@ class MoRCache(Cache):
 
     # -- the model's side -------------------------------------------------------------------------
 
-    def has_kv(self, slot: Slot) -> bool:
+    def has_kv(self, slot: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
         return self.config.kv_strategy == "shared" and slot.depth > 0
 
     def attend(
-        self, slot: Slot, q: Tensor, k: Tensor | None, v: Tensor | None, packing: Packing
+        self, slot: LayerKey, q: Tensor, k: Tensor | None, v: Tensor | None, packing: RaggedBatch
     ) -> Tensor:
         """Append k and v, then let each query see the entries up to its own position."""
         if k is not None and v is not None:
             self._append(slot, k.detach(), v.detach(), packing)
         if self._whole is not None:  # nothing was there before: plainly causal
             return self._whole.attend(slot, q, k, v, packing)
-        keys, values, held = self._kept[Slot(0, slot.layer) if self.has_kv(slot) else slot]
-        where = packing.to_rows(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
+        keys, values, held = self._kept[LayerKey(0, slot.layer) if self.has_kv(slot) else slot]
+        where = packing.to_padded(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
         seen = held[:, None, None, :] <= where[:, None, :, None]
         seen[..., 0] = True  # true for every token; gives the padding of short rows a finite answer
         out = F.scaled_dot_product_attention(
-            packing.to_rows(q),
+            packing.to_padded(q),
             keys.transpose(1, 2),
             values.transpose(1, 2),
             attn_mask=seen,
             enable_gqa=q.shape[1] != keys.shape[2],
         )
-        return packing.from_rows(out)
+        return packing.from_padded(out)
 
-    def _append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> None:
+    def _append(self, slot: LayerKey, k: Tensor, v: Tensor, packing: RaggedBatch) -> None:
         if slot not in self._kept:
             empty = k.new_empty(packing.batch, 0, *k.shape[1:])
             nowhere = packing.positions.new_empty(packing.batch, 0)
             self._kept[slot] = empty, empty, nowhere
-        rows, (keys, values, held) = packing.rows, self._kept[slot]
+        rows, (keys, values, held) = packing.sequence_ids, self._kept[slot]
         new = torch.bincount(rows, minlength=packing.batch)
         within = torch.arange(len(rows), device=rows.device) - (new.cumsum(0) - new)[rows]
         filled = (held != _NOWHERE).sum(1)

@@ -21,18 +21,18 @@ from transformers.modeling_utils import PreTrainedModel
 from mor.errors import RequestError
 from mor.io.hf.cache import MoRCache
 from mor.io.hf.configuration import MoRPretrainedConfig
-from mor.io.hf.tokens import Tokens
-from mor.model.attention import Context, WholeSequence
+from mor.io.hf.tokens import PaddedTokens
+from mor.model.attention import ForwardContext, FullSequenceAttention
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer
-from mor.model.ragged_batch import Packing
-from mor.model.router import ExpertChoice, RecursionLimits, Selection
-from mor.model.sharing import UNSHARED, Slot, block_schedule
+from mor.model.ragged_batch import RaggedBatch
+from mor.model.router import ExpertChoiceRouter, RecursionLimits, Selection
+from mor.model.sharing import UNSHARED, LayerKey, block_schedule
 from mor.model.transformer import MoRModel, shift_labels
 from mor.ops.cross_entropy import IGNORE
 
 _DECODING = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
-_DIALS = ("num_recursions", "max_recursions")
+_RECURSION_KWARGS = ("num_recursions", "max_recursions")
 
 
 @dataclass
@@ -59,7 +59,7 @@ class CheckpointedLayer(Layer):
     gradient_checkpointing = False
 
     def forward(
-        self, x: Float[Tensor, "n e"], slot: Slot, context: Context
+        self, x: Float[Tensor, "n e"], slot: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """See `Layer`."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -68,7 +68,7 @@ class CheckpointedLayer(Layer):
         return super().forward(x, slot, context)
 
 
-class Body(MoRModel):
+class CheckpointableModel(MoRModel):
     """The model itself, with layers that can be checkpointed."""
 
     layer_type = CheckpointedLayer
@@ -94,7 +94,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MoRPretrainedConfig) -> None:
         super().__init__(config)
-        self.model = Body(config.to_mor())
+        self.model = CheckpointableModel(config.to_mor())
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -154,12 +154,12 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise RequestError("give either input_ids or inputs_embeds.")
         cache = self._cache(past_key_values, use_cache)
-        tokens = Tokens.find(given, attention_mask, position_ids, cache)
+        tokens = PaddedTokens.find(given, attention_mask, position_ids, cache)
         tokens.check(self.model.config)
         selection = selection or ("topk" if self.training and cache is None else "threshold")
         if selection == "topk" and cache is not None and cache.get_seq_length():
             raise RequestError("selection='topk' needs whole sequences: give no past_key_values.")
-        limits = self._limits(num_recursions, max_recursions, selection, tokens.packing)
+        limits = self._limits(num_recursions, max_recursions, selection, tokens.ragged)
         x = tokens.packed(given)
         x = self.model.embed_tokens(x) if inputs_embeds is None else x
         hidden, counts, losses, states = self._run(
@@ -190,11 +190,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         num_recursions: int | None,
         max_recursions: int | None,
         selection: Selection,
-        packing: Packing,
+        packing: RaggedBatch,
     ) -> RecursionLimits | None:
         """What the caller says about each token's recursions; None if nothing."""
         config = self.model.config
-        for name, value in zip(_DIALS, (num_recursions, max_recursions), strict=True):
+        for name, value in zip(_RECURSION_KWARGS, (num_recursions, max_recursions), strict=True):
             if value is not None and not 1 <= value <= config.num_recursions:
                 raise RequestError(
                     f"{name}={value} must lie in 1..{config.num_recursions}: the model has "
@@ -212,18 +212,18 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         least, most = num_recursions or 0, num_recursions or max_recursions or config.num_recursions
         if (least, most) == (0, config.num_recursions) or config.sharing == "sequence":
             return None
-        if selection == "topk" and isinstance(self.model.router, ExpertChoice):
+        if selection == "topk" and isinstance(self.model.router, ExpertChoiceRouter):
             raise RequestError(
                 "num_recursions and max_recursions need selection='threshold': 'topk' sends a "
                 "fixed share of the tokens to each depth."
             )
-        every = torch.ones_like(packing.flat)
-        return RecursionLimits(least=least * every, most=most * every)
+        every = torch.ones_like(packing.token_indices)
+        return RecursionLimits(min_recursions=least * every, max_recursions=most * every)
 
     def _run(
         self,
         x: Float[Tensor, "n e"],
-        tokens: Tokens,
+        tokens: PaddedTokens,
         cache: MoRCache | None,
         selection: Selection,
         limits: RecursionLimits | None,
@@ -232,14 +232,14 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """(B, T, E) states after the final norm, (B, T) counts, routers' losses, hidden states."""
         if keep_states is None:
             keep_states = self.config.output_hidden_states
-        model, notes = self.model, _Notes(self.model.config)
-        kv = WholeSequence(model.config) if cache is None else cache
-        context = model.context(tokens.packing, kv)
+        model, notes = self.model, _HiddenStateHook(self.model.config)
+        kv = FullSequenceAttention(model.config) if cache is None else cache
+        context = model.context(tokens.ragged, kv)
         with ExitStack() as stack:
             for layer in (*model.prelude, *model.block, *model.coda) if keep_states else ():
                 stack.enter_context(layer.register_forward_pre_hook(notes))
             x = model.run_prelude(x, context)
-            x, counts, record = model.recurse(x, context, selection, limits=limits)
+            x, counts, record = model.run_recursions(x, context, selection, limits=limits)
             after_block = x
             x = model.norm(model.run_coda(x, context))
         counts, hidden = tokens.padded(counts), tokens.padded(x)
@@ -306,7 +306,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         mode = str(generation_config.get_generation_mode().value)
         if mode not in _DECODING:
             raise RequestError(f"generating by {mode} does not work: use {', '.join(_DECODING)}.")
-        dials = {name: getattr(generation_config, name, None) for name in _DIALS}
+        dials = {name: getattr(generation_config, name, None) for name in _RECURSION_KWARGS}
         return generation_config, {k: v for k, v in dials.items() if v is not None} | model_kwargs
 
     def _prepare_cache_for_generation(
@@ -334,15 +334,15 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     init_continuous_batching = generate_batch
 
 
-class _Notes:
+class _HiddenStateHook:
     """A hook that notes what goes into each layer at each depth."""
 
     def __init__(self, config: MoRConfig) -> None:
         before, after = config.num_prelude_layers, config.num_coda_layers
         slots = (
-            *(Slot(UNSHARED, i) for i in range(before)),
+            *(LayerKey(UNSHARED, i) for i in range(before)),
             *block_schedule(config.sharing, config.num_block_layers, config.num_recursions),
-            *(Slot(UNSHARED, before + i) for i in range(after)),
+            *(LayerKey(UNSHARED, before + i) for i in range(after)),
         )
         self._order = {slot: number for number, slot in enumerate(slots)}
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}

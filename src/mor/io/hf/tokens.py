@@ -13,17 +13,17 @@ from torch import Tensor
 from mor.errors import RequestError
 from mor.io.hf.cache import MoRCache
 from mor.model.config import MoRConfig
-from mor.model.ragged_batch import Packing
+from mor.model.ragged_batch import RaggedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class PaddedTokens:
     """Which of (B, T) new tokens are present, and where they stand."""
 
     present: Bool[Tensor, "b t"]
     positions: Int[Tensor, "b t"]
     """-1 at padding."""
-    packing: Packing
+    ragged: RaggedBatch
 
     @classmethod
     def find(
@@ -32,7 +32,7 @@ class Tokens:
         mask: Tensor | None,
         positions: Tensor | None,
         cache: MoRCache | None,
-    ) -> "Tokens":
+    ) -> "PaddedTokens":
         """Read them off what `transformers` passes.
 
         Args:
@@ -62,7 +62,7 @@ class Tokens:
         present = torch.ones(shape, dtype=torch.bool, device=device)
         if mask is not None:
             present = mask[:, seen:].bool()
-        kept, _ = Packing.full(batch, time, device).take(present.reshape(-1))
+        kept, _ = RaggedBatch.full(batch, time, device).select(present.reshape(-1))
         if not kept.num_tokens:
             raise RequestError("attention_mask lets no token through: it is 0 everywhere.")
         flat = torch.arange(kept.num_tokens, device=device)
@@ -75,7 +75,7 @@ class Tokens:
         Raises:
             RequestError: the model does not have one of them, or they do not rise.
         """
-        positions, rows = self.packing.positions, self.packing.rows
+        positions, rows = self.ragged.positions, self.ragged.sequence_ids
         if int(positions.max()) >= config.max_position_embeddings:
             raise RequestError(
                 f"a token at position {int(positions.max())} does not fit this model: it takes "

@@ -13,9 +13,9 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-from mor.ops.cpu.microkernel import PANEL, block, max_rows, panels_at_once
+from mor.ops.cpu.microkernel import PANEL, gemm_microkernel, microkernel_panels, microkernel_rows
 from mor.ops.cpu.simd_rows import exp_row
-from mor.ops.cpu.work_queue import claim, done, wait
+from mor.ops.cpu.work_queue import finish_tile, next_tile, wait_for_tiles
 
 _KEY_BLOCK = 128  # keys whose scores are held at once
 _AHEAD = 3 * PANEL  # entries from what is read to what is fetched into the cache
@@ -38,7 +38,7 @@ def _score(queries, rows, cells, layer, group, table, start, stop, scores):
     """scores[:rows] = queries @ keys start..stop, in whole panels."""
     _, groups, size, slots = cells[0].shape
     keys, values, cell_bytes = cells[0].ctypes.data, cells[1].ctypes.data, 4 * size * slots
-    width, most, together = 4 * _KEY_BLOCK, max_rows(), panels_at_once()
+    width, most, together = 4 * _KEY_BLOCK, microkernel_rows(), microkernel_panels()
     for at in range(start, stop, together * PANEL):
         at2 = at + (together - 1) * PANEL
         at2 = at2 if at2 < stop else at
@@ -58,7 +58,9 @@ def _score(queries, rows, cells, layer, group, table, start, stop, scores):
             r, x = min(most, rows - i), queries.ctypes.data + 4 * size * i
             line = scores.ctypes.data + 4 * (i * _KEY_BLOCK - start)
             w, next_w, out = (here, here2), (ahead, ahead2), (line + 4 * at, line + 4 * at2)
-            block("float32", r, 0, x, 4 * size, w, 4 * slots, next_w, size, out, width, 0, (0, 0))
+            gemm_microkernel(
+                "float32", r, 0, x, 4 * size, w, 4 * slots, next_w, size, out, width, 0, (0, 0)
+            )
 
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
@@ -92,7 +94,7 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
     """sums[:rows] += weights @ values start..stop, in whole panels."""
     _, groups, slots, size = cells[1].shape
     keys, values, cell_bytes = cells[0].ctypes.data, cells[1].ctypes.data, 4 * size * slots
-    row, width, most, together = 4 * size, 4 * _KEY_BLOCK, max_rows(), panels_at_once()
+    row, width, most, together = 4 * size, 4 * _KEY_BLOCK, microkernel_rows(), microkernel_panels()
     for at in range(start, stop, PANEL):
         here = _cell(values, cell_bytes, row, groups, group, table, layer, slots, at)
         after = at + _AHEAD
@@ -112,7 +114,9 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
                 line = sums.ctypes.data + 4 * i * size
                 w, next_w = (here + 4 * d, here + 4 * d2), (ahead + 4 * d, ahead + 4 * d2)
                 out = (line + 4 * d, line + 4 * d2)
-                block("float32", r, 1, x, width, w, row, next_w, PANEL, out, row, 0, (0, 0))
+                gemm_microkernel(
+                    "float32", r, 1, x, width, w, row, next_w, PANEL, out, row, 0, (0, 0)
+                )
 
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
@@ -180,12 +184,12 @@ def _attend(counters, step, q, cells, layer, tiles, out, scratch):
     """One thread's part: a piece is a tile, one key-value head after another."""
     tile_runs, tile_starts, runs, tables, kv_len = tiles
     groups, pieces = cells[1].shape[1], tile_runs.shape[0]
-    piece = claim(counters, step)
+    piece = next_tile(counters, step)
     while piece < pieces:
         u, first = tile_runs[piece], tile_starts[piece]
         last = min(first + _LANE_TILE, runs[u + 1])
         for group in range(groups):
             _tile(q, cells, layer, first, last, group, tables[u], kv_len, out, scratch)
-        done(counters, step)
-        piece = claim(counters, step)
-    wait(counters, step, pieces)
+        finish_tile(counters, step)
+        piece = next_tile(counters, step)
+    wait_for_tiles(counters, step, pieces)

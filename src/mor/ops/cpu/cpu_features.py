@@ -27,6 +27,6 @@ def has_wide_registers() -> bool:
     return "avx512f" in features()
 
 
-def has_byte_products() -> bool:
+def has_int8_dot() -> bool:
     """Whether one instruction sums four products of bytes in each of 16 int32."""
     return {"avx512f", "avx512vnni"} <= features()

@@ -8,9 +8,16 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-from mor.ops.cpu.microkernel import LANES, PANEL, block, int8_steps, max_rows, panels_at_once
+from mor.ops.cpu.microkernel import (
+    PANEL,
+    SIMD_WIDTH,
+    gemm_microkernel,
+    int8_steps,
+    microkernel_panels,
+    microkernel_rows,
+)
 from mor.ops.cpu.simd_rows import abs_max_row, round_row
-from mor.ops.cpu.work_queue import claim, done, wait
+from mor.ops.cpu.work_queue import finish_tile, next_tile, wait_for_tiles
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 """How a packed weight is stored."""
@@ -28,7 +35,7 @@ def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, o_bytes, xs, ws):
     per_step = int8_steps() if kind == INT8 else 1
     steps = (k + per_step - 1) // per_step
     w_bytes = PANEL * (per_step if kind == INT8 else 4 if kind == FLOAT32 else 2)
-    panel, most, together = steps * w_bytes, max_rows(), panels_at_once()
+    panel, most, together = steps * w_bytes, microkernel_rows(), microkernel_panels()
     height = max(1, _CACHED_INPUTS // x_bytes // most) * most
     cut = steps  # of a panel that passes all rows before the next one comes
     if together == 1 and kind != INT8:  # a panel by itself, and sums that may be split
@@ -51,15 +58,17 @@ def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, o_bytes, xs, ws):
                     a, s, line = x + i * x_bytes + 4 * k0, xs + 4 * i, out + i * o_bytes
                     c = (line + p * 4 * PANEL, line + p2 * 4 * PANEL)
                     if kind == FLOAT32:
-                        block(
+                        gemm_microkernel(
                             "float32", r, plus, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
                         )
                     elif kind == BFLOAT16:
-                        block(
+                        gemm_microkernel(
                             "bfloat16", r, plus, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
                         )
                     else:
-                        block("int8", r, add, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d)
+                        gemm_microkernel(
+                            "int8", r, add, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
+                        )
 
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
@@ -69,9 +78,9 @@ def _quantise(counters, step, x, m, levels, xq, xs):
 
     xq holds bytes: unsigned ones with 128 for 0, or int16, as the products of int8 take them.
     """
-    k, whole, pieces = x.shape[1], x.shape[1] // LANES * LANES, (m + _ROWS - 1) // _ROWS
+    k, whole, pieces = x.shape[1], x.shape[1] // SIMD_WIDTH * SIMD_WIDTH, (m + _ROWS - 1) // _ROWS
     size = 4 // int8_steps()
-    piece = claim(counters, step)
+    piece = next_tile(counters, step)
     while piece < pieces:
         for i in range(piece * _ROWS, min(m, (piece + 1) * _ROWS)):
             row, top = x.ctypes.data + 4 * k * i, np.float32(0)
@@ -90,9 +99,9 @@ def _quantise(counters, step, x, m, levels, xq, xs):
                 else:
                     xq[i, 2 * j], xq[i, 2 * j + 1] = value & 255, (value >> 8) & 255
             xs[i] = scale
-        done(counters, step)
-        piece = claim(counters, step)
-    wait(counters, step, pieces)
+        finish_tile(counters, step)
+        piece = next_tile(counters, step)
+    wait_for_tiles(counters, step, pieces)
 
 
 @njit(nogil=True, cache=True)
@@ -107,10 +116,10 @@ def _linear(counters, step, threads, kind, x, m, weight, out, add, xq, xs):
     source, row_bytes = x.ctypes.data, 4 * k
     if kind == INT8:
         source, row_bytes = xq.ctypes.data, xq.shape[1]
-    together = panels_at_once()
+    together = microkernel_panels()
     groups = (panels + together - 1) // together
     pieces = min(groups, _PIECES * threads)
-    piece = claim(counters, step)
+    piece = next_tile(counters, step)
     while piece < pieces:
         # Larger pieces first: threads that claim in turns then have the same in the end.
         low = piece * (groups // pieces) + min(piece, groups % pieces)
@@ -120,9 +129,9 @@ def _linear(counters, step, threads, kind, x, m, weight, out, add, xq, xs):
             *(kind, low, high, m, k, add, source, row_bytes, weight[0], out.ctypes.data),
             *(4 * out.shape[1], xs.ctypes.data, weight[1]),
         )
-        done(counters, step)
-        piece = claim(counters, step)
-    wait(counters, step, pieces)
+        finish_tile(counters, step)
+        piece = next_tile(counters, step)
+    wait_for_tiles(counters, step, pieces)
 
 
 @njit(nogil=True, cache=True)

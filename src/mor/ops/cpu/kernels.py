@@ -17,9 +17,9 @@ from mor.ops.cpu.gemm import BFLOAT16 as BFLOAT16
 from mor.ops.cpu.gemm import FLOAT32 as FLOAT32
 from mor.ops.cpu.gemm import INT8 as INT8
 from mor.ops.cpu.gemm import _add_deltas, _linear, _project
-from mor.ops.cpu.microkernel import LANES, cycles
+from mor.ops.cpu.microkernel import SIMD_WIDTH, cycles
 from mor.ops.cpu.simd_rows import exp_sum_row, max_row, silu_mul_row, sum_row
-from mor.ops.cpu.work_queue import claim, counters_for, done, wait
+from mor.ops.cpu.work_queue import finish_tile, new_counters, next_tile, wait_for_tiles
 
 _ROWS = 4  # rows of an elementwise operation that make a piece
 _STEPS = 16  # of a layer, at most
@@ -40,7 +40,7 @@ def use_threads(wanted: int) -> int:
 def _rms_norm(counters, step, x, m, weight, eps, out):
     """out[:m] = x[:m] / rms(x[:m]) * weight."""
     width, pieces = x.shape[1], (m + _ROWS - 1) // _ROWS
-    piece = claim(counters, step)
+    piece = next_tile(counters, step)
     while piece < pieces:
         for i in range(piece * _ROWS, min(m, (piece + 1) * _ROWS)):
             total = np.float32(0)
@@ -49,9 +49,9 @@ def _rms_norm(counters, step, x, m, weight, eps, out):
             scale = np.float32(1) / np.sqrt(total / np.float32(width) + np.float32(eps))
             for j in range(width):
                 out[i, j] = x[i, j] * scale * weight[j]
-        done(counters, step)
-        piece = claim(counters, step)
-    wait(counters, step, pieces)
+        finish_tile(counters, step)
+        piece = next_tile(counters, step)
+    wait_for_tiles(counters, step, pieces)
 
 
 @njit(nogil=True, cache=True)
@@ -59,14 +59,14 @@ def _rms_norm(counters, step, x, m, weight, eps, out):
 def _silu_mul(counters, step, gate_up, m, out):
     """out[:m] = silu(gate) * up, the two halves of a row."""
     inner, pieces = out.shape[1], (m + _ROWS - 1) // _ROWS
-    piece = claim(counters, step)
+    piece = next_tile(counters, step)
     while piece < pieces:
         for i in range(piece * _ROWS, min(m, (piece + 1) * _ROWS)):
             gate = gate_up.ctypes.data + 8 * i * inner
             silu_mul_row(gate, gate + 4 * inner, out.ctypes.data + 4 * i * inner, inner)
-        done(counters, step)
-        piece = claim(counters, step)
-    wait(counters, step, pieces)
+        finish_tile(counters, step)
+        piece = next_tile(counters, step)
+    wait_for_tiles(counters, step, pieces)
 
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
@@ -76,7 +76,7 @@ def _rotate_and_store(counters, step, q, kv, n, w, angles, positions, cells, lay
     (cos, sin), (k_cells, v_cells), (cell_of, slot_of) = angles, cells, places
     size, half = v_cells.shape[3], v_cells.shape[3] // 2
     heads, groups, pieces = q.shape[1] // size, v_cells.shape[1], (n + _ROWS - 1) // _ROWS
-    piece = claim(counters, step)
+    piece = next_tile(counters, step)
     while piece < pieces:
         for i in range(piece * _ROWS, min(n, (piece + 1) * _ROWS)):
             at = positions[i]
@@ -94,9 +94,9 @@ def _rotate_and_store(counters, step, q, kv, n, w, angles, positions, cells, lay
                         k_cells[cell, g, half + d, slot] = b * cos[at, d] + a * sin[at, d]
                     for d in range(size):
                         v_cells[cell, g, slot, d] = kv[i, (groups + g) * size + d]
-        done(counters, step)
-        piece = claim(counters, step)
-    wait(counters, step, pieces)
+        finish_tile(counters, step)
+        piece = next_tile(counters, step)
+    wait_for_tiles(counters, step, pieces)
 
 
 @njit(nogil=True, cache=True)
@@ -176,7 +176,7 @@ def run_layers(threads, x, n, kind, layers, cells, lanes, angles, room, clock):
         room: for n rows: normed, q, kv, mixed, gate_up, inner, rounded, scales, deltas' inside.
         clock: (3,) cycles spent in products, in attention, in all else; added to.
     """
-    counters = counters_for((_STEPS + 5 * layers[5].shape[2]) * layers[2].shape[0])
+    counters = new_counters((_STEPS + 5 * layers[5].shape[2]) * layers[2].shape[0])
     for t in prange(threads):
         _layers(
             threads, np.int64(t), counters, x, n, kind, layers, cells, lanes, angles, room, clock
@@ -187,7 +187,7 @@ def run_layers(threads, x, n, kind, layers, cells, lanes, angles, room, clock):
 @no_type_check
 def readout(threads, kind, x, m, norm, eps, weight, y, logits, rounded):
     """logits[:m] = norm(x[:m]) @ head; `weight` as in `run_layers`."""
-    counters = counters_for(3)
+    counters = new_counters(3)
     for _ in prange(threads):
         _rms_norm(counters, 0, x, m, norm, eps, y)
         _project(counters, 1, threads, kind, y, m, weight, logits, 0, rounded)
@@ -197,10 +197,10 @@ def readout(threads, kind, x, m, norm, eps, weight, y, logits, rounded):
 @no_type_check
 def greedy(threads, logits, m, vocabulary, tokens, logprobs):
     """The likeliest token of each row (the first of equals), and its log-probability."""
-    counters = counters_for(1)
-    whole = vocabulary // LANES * LANES
+    counters = new_counters(1)
+    whole = vocabulary // SIMD_WIDTH * SIMD_WIDTH
     for _ in prange(threads):
-        i = claim(counters, 0)
+        i = next_tile(counters, 0)
         while i < m:
             row = logits.ctypes.data + 4 * logits.shape[1] * i
             top = logits[i, 0]
@@ -217,9 +217,9 @@ def greedy(threads, logits, m, vocabulary, tokens, logprobs):
             while best < vocabulary - 1 and logits[i, best] != top:
                 best += 1
             tokens[i], logprobs[i] = best, -np.log(total)
-            done(counters, 0)
-            i = claim(counters, 0)
-        wait(counters, 0, m)
+            finish_tile(counters, 0)
+            i = next_tile(counters, 0)
+        wait_for_tiles(counters, 0, m)
 
 
 # -- single operations, for tests and benchmarks ---------------------------------------------------
@@ -229,7 +229,7 @@ def greedy(threads, logits, m, vocabulary, tokens, logprobs):
 @no_type_check
 def linear(threads, kind, x, m, weight, out, add, rounded):
     """out[:m] = x[:m] @ w.T, or += if `add`; `weight` as in `run_layers`."""
-    counters = counters_for(2)
+    counters = new_counters(2)
     for _ in prange(threads):
         _project(counters, 0, threads, kind, x, m, weight, out, add, rounded)
 
@@ -238,7 +238,7 @@ def linear(threads, kind, x, m, weight, out, add, rounded):
 @no_type_check
 def rms_norm(threads, x, m, weight, eps, out):
     """out[:m] = x[:m] / rms(x[:m]) * weight."""
-    counters = counters_for(1)
+    counters = new_counters(1)
     for _ in prange(threads):
         _rms_norm(counters, 0, x, m, weight, eps, out)
 
@@ -247,7 +247,7 @@ def rms_norm(threads, x, m, weight, eps, out):
 @no_type_check
 def silu_mul(threads, gate_up, m, out):
     """out[:m] = silu(gate) * up, the two halves of a row."""
-    counters = counters_for(1)
+    counters = new_counters(1)
     for _ in prange(threads):
         _silu_mul(counters, 0, gate_up, m, out)
 
@@ -256,7 +256,7 @@ def silu_mul(threads, gate_up, m, out):
 @no_type_check
 def rotate_and_store(threads, q, kv, n, angles, positions, cells, layer, places):
     """Rotate queries in place; rotate and store keys and values where `places` says."""
-    counters = counters_for(1)
+    counters = new_counters(1)
     for _ in prange(threads):
         w = places[0].shape[0]
         _rotate_and_store(counters, 0, q, kv, n, w, angles, positions, cells, layer, places)
@@ -266,7 +266,7 @@ def rotate_and_store(threads, q, kv, n, angles, positions, cells, layer, places)
 @no_type_check
 def attend(threads, q, cells, layer, runs, tables, kv_len, out):
     """Attention of every lane to what its run's table holds; q and out are (N, H * D)."""
-    counters = counters_for(1)
+    counters = new_counters(1)
     for _ in prange(threads):
         tile_runs, tile_starts = tiles_of(runs)
         tiles = (tile_runs, tile_starts, runs, tables, kv_len)
@@ -285,7 +285,7 @@ def read_cycles():
 def read_all(threads, x):
     """Read an array once, on all threads, and give back a sum: how fast memory can be read."""
     sums = np.zeros(threads, np.float32)
-    rows = x.shape[0] // LANES // threads * LANES
+    rows = x.shape[0] // SIMD_WIDTH // threads * SIMD_WIDTH
     for t in prange(threads):
         sums[t] = sum_row(x.ctypes.data + 4 * t * rows, rows)
     return sums.sum()

@@ -18,13 +18,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mor.ops.cpu.cpu_features import has_byte_products, has_wide_registers
+from mor.ops.cpu.cpu_features import has_int8_dot, has_wide_registers
 
-Weights = Literal["float32", "bfloat16", "int8"]
+WeightDType = Literal["float32", "bfloat16", "int8"]
 
-LANES = 16
+SIMD_WIDTH = 16
 """Numbers in a vector: one register of AVX-512, two of AVX2."""
-PANEL = LANES
+PANEL = SIMD_WIDTH
 """Columns of one panel of packed weights."""
 _NARROW, _WIDE = (6, 1), (14, 2)  # rows and panels of a register block
 
@@ -36,7 +36,7 @@ def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
     return builder.call(function, args)
 
 
-class Code:
+class VectorBuilder:
     """Helpers around one LLVM builder."""
 
     def __init__(self, builder: Any) -> None:
@@ -44,8 +44,8 @@ class Code:
         self.f32 = ir.FloatType()
         self.i32 = ir.IntType(32)
         self.i64 = ir.IntType(64)
-        self.floats = ir.VectorType(self.f32, LANES)
-        self.ints = ir.VectorType(self.i32, LANES)
+        self.floats = ir.VectorType(self.f32, SIMD_WIDTH)
+        self.ints = ir.VectorType(self.i32, SIMD_WIDTH)
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         """Call a function of LLVM or of the C library."""
@@ -53,7 +53,7 @@ class Code:
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, rounded once."""
-        return self.call(f"llvm.fma.v{LANES}f32", self.floats, a, b, c)
+        return self.call(f"llvm.fma.v{SIMD_WIDTH}f32", self.floats, a, b, c)
 
     def load(self, address: Any, kind: Any) -> Any:
         """What lies at an address, aligned or not."""
@@ -69,7 +69,7 @@ class Code:
         """An address some bytes further on."""
         return self.builder.add(address, ir.Constant(self.i64, offset))
 
-    def splat(self, scalar: Any, count: int = LANES) -> Any:
+    def splat(self, scalar: Any, count: int = SIMD_WIDTH) -> Any:
         """A vector of equal numbers."""
         vector = ir.VectorType(scalar.type, count)
         undefined = ir.Constant(vector, ir.Undefined)
@@ -79,7 +79,7 @@ class Code:
 
     def all(self, number: float) -> Any:
         """A constant vector."""
-        return ir.Constant(self.floats, [number] * LANES)
+        return ir.Constant(self.floats, [number] * SIMD_WIDTH)
 
     def prefetch(self, address: Any) -> None:
         """Fetch the cache line of an address."""
@@ -87,37 +87,37 @@ class Code:
         flags = [ir.Constant(self.i32, i) for i in (0, 2, 1)]  # read, into the second cache, data
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
 
-    def weights(self, address: Any, kind: Weights) -> Any:
+    def weights(self, address: Any, kind: WeightDType) -> Any:
         """One vector of weights: LANES columns, for int8 of two neighbouring k."""
         if kind == "float32":
             return self.load(address, self.floats)
         if kind == "bfloat16":  # the upper half of a float32
-            halves = self.load(address, ir.VectorType(ir.IntType(16), LANES))
+            halves = self.load(address, ir.VectorType(ir.IntType(16), SIMD_WIDTH))
             wide = self.builder.zext(halves, self.ints)
-            sixteen = ir.Constant(self.ints, [16] * LANES)
+            sixteen = ir.Constant(self.ints, [16] * SIMD_WIDTH)
             return self.builder.bitcast(self.builder.shl(wide, sixteen), self.floats)
-        count = 4 if has_byte_products() else 2
-        bytes_ = self.load(address, ir.VectorType(ir.IntType(8), count * LANES))
+        count = 4 if has_int8_dot() else 2
+        bytes_ = self.load(address, ir.VectorType(ir.IntType(8), count * SIMD_WIDTH))
         if count == 4:
             return bytes_
-        return self.builder.sext(bytes_, ir.VectorType(ir.IntType(16), count * LANES))
+        return self.builder.sext(bytes_, ir.VectorType(ir.IntType(16), count * SIMD_WIDTH))
 
     def integer_product(self, total: Any, x: Any, weights: Any) -> Any:
         """total + the products of a step's k: of four unsigned bytes, or of two int16."""
-        if has_byte_products():
-            x = self.builder.bitcast(x, ir.VectorType(ir.IntType(8), 4 * LANES))
+        if has_int8_dot():
+            x = self.builder.bitcast(x, ir.VectorType(ir.IntType(8), 4 * SIMD_WIDTH))
             return self.call("llvm.x86.avx512.vpdpbusd.512", self.ints, total, x, weights)
-        x = self.builder.bitcast(x, ir.VectorType(ir.IntType(16), 2 * LANES))
+        x = self.builder.bitcast(x, ir.VectorType(ir.IntType(16), 2 * SIMD_WIDTH))
         return self.builder.add(total, self.pair_product(x, weights))
 
     def pair_product(self, a: Any, b: Any) -> Any:
         """a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in int32: one instruction, e.g. x86's pmaddwd."""
-        wide = ir.VectorType(self.i32, 2 * LANES)
+        wide = ir.VectorType(self.i32, 2 * SIMD_WIDTH)
         product = self.builder.mul(self.builder.sext(a, wide), self.builder.sext(b, wide))
         undefined = ir.Constant(wide, ir.Undefined)
-        index = ir.VectorType(self.i32, LANES)
-        even = ir.Constant(index, list(range(0, 2 * LANES, 2)))
-        odd = ir.Constant(index, list(range(1, 2 * LANES, 2)))
+        index = ir.VectorType(self.i32, SIMD_WIDTH)
+        even = ir.Constant(index, list(range(0, 2 * SIMD_WIDTH, 2)))
+        odd = ir.Constant(index, list(range(1, 2 * SIMD_WIDTH, 2)))
         return self.builder.add(
             self.builder.shuffle_vector(product, undefined, even),
             self.builder.shuffle_vector(product, undefined, odd),
@@ -129,7 +129,7 @@ class Code:
         kept = self.builder.select(self.builder.fcmp_ordered("<", x, high), x, high)
         kept = self.builder.select(self.builder.fcmp_ordered(">", kept, low), kept, low)
         scaled = self.builder.fmul(kept, self.all(1.4426950408889634))
-        whole = self.call(f"llvm.nearbyint.v{LANES}f32", self.floats, scaled)
+        whole = self.call(f"llvm.nearbyint.v{SIMD_WIDTH}f32", self.floats, scaled)
         rest = self.fma(whole, self.all(-0.693359375), kept)
         rest = self.fma(whole, self.all(2.12194440e-4), rest)
         value = self.all(1.9875691500e-4)
@@ -138,14 +138,14 @@ class Code:
         ):
             value = self.fma(value, rest, self.all(coefficient))
         exponent = self.builder.fptosi(whole, self.ints)
-        bias = ir.Constant(self.ints, [127] * LANES)
-        shift = ir.Constant(self.ints, [23] * LANES)
+        bias = ir.Constant(self.ints, [127] * SIMD_WIDTH)
+        shift = ir.Constant(self.ints, [23] * SIMD_WIDTH)
         power = self.builder.shl(self.builder.add(exponent, bias), shift)
         result = self.builder.fmul(value, self.builder.bitcast(power, self.floats))
         return self.builder.select(self.builder.fcmp_ordered("<", x, low), self.all(0.0), result)
 
 
-def _product(code: Code, kind: Weights, rows: int, args: list[Any]) -> list[list[Any]]:
+def _product(code: VectorBuilder, kind: WeightDType, rows: int, args: list[Any]) -> list[list[Any]]:
     """The loop over k: sums of a block of x @ w, by row and panel, still in registers."""
     builder, (_, panels) = code.builder, _shape()
     x, row_bytes, w, w_bytes, ahead, steps, ws = args
@@ -153,7 +153,7 @@ def _product(code: Code, kind: Weights, rows: int, args: list[Any]) -> list[list
     sums_type = code.ints if int8 else code.floats
     # Before the first step: inputs that are unsigned bytes are 128 too large.
     initial = [
-        code.load(code.plus(s, 4 * LANES), code.ints) if int8 else code.all(0.0)
+        code.load(code.plus(s, 4 * SIMD_WIDTH), code.ints) if int8 else code.all(0.0)
         for s in ws[:panels]
     ]
     starts = [builder.add(x, builder.mul(row_bytes, ir.Constant(code.i64, i))) for i in range(rows)]
@@ -199,14 +199,14 @@ def _shape() -> tuple[int, int]:
 
 @intrinsic
 @no_type_check
-def max_rows(typing):
+def microkernel_rows(typing):
     """Rows of the register block at most."""
     return types.int64(), lambda *_: ir.Constant(ir.IntType(64), _shape()[0])
 
 
 @intrinsic
 @no_type_check
-def panels_at_once(typing):
+def microkernel_panels(typing):
     """Panels of the register block."""
     return types.int64(), lambda *_: ir.Constant(ir.IntType(64), _shape()[1])
 
@@ -215,13 +215,15 @@ def panels_at_once(typing):
 @no_type_check
 def int8_steps(typing):
     """Neighbouring k of a step with int8 weights: 4 where bytes are multiplied, else 2."""
-    count = 4 if has_byte_products() else 2
+    count = 4 if has_int8_dot() else 2
     return types.int64(), lambda *_: ir.Constant(ir.IntType(64), count)
 
 
 @intrinsic(prefer_literal=True)
 @no_type_check
-def block(typing, kind, rows, add, x, row_bytes, w, w_bytes, ahead, steps, out, out_bytes, xs, ws):
+def gemm_microkernel(
+    typing, kind, rows, add, x, row_bytes, w, w_bytes, ahead, steps, out, out_bytes, xs, ws
+):
     """out[rows, PANEL] = x @ w, or += if `add`, for one panel or two.
 
     Args:
@@ -260,7 +262,7 @@ def block(typing, kind, rows, add, x, row_bytes, w, w_bytes, ahead, steps, out, 
     return signature, generate
 
 
-def _block_function(module: Any, kind: Weights) -> Any:
+def _block_function(module: Any, kind: WeightDType) -> Any:
     """`block` of one kind of weights as a function of its own.
 
     Never inlined: it is called from many places, and to compile it once takes seconds.
@@ -281,7 +283,7 @@ def _block_function(module: Any, kind: Weights) -> Any:
         if i + 1 < most:
             switch.add_case(ir.Constant(ir.IntType(64), i + 1), variant)
         builder.position_at_end(variant)
-        code = Code(builder)
+        code = VectorBuilder(builder)
         product = [x, row_bytes, (w, w2), w_bytes, (ahead, ahead2), steps, (ws, ws2)]
         sums = _product(code, kind, i + 1, product)
         _store_block(code, kind, sums, (add, (out, out2), out_bytes, xs, (ws, ws2)))
@@ -289,7 +291,7 @@ def _block_function(module: Any, kind: Weights) -> Any:
     return function
 
 
-def _store_block(code: Code, kind: Weights, sums: list[list[Any]], args: Any) -> None:
+def _store_block(code: VectorBuilder, kind: WeightDType, sums: list[list[Any]], args: Any) -> None:
     """The end of a block: scales of int8, what was there before, and the stores."""
     add, outs, out_bytes, xs, ws = args
     builder = code.builder
@@ -318,7 +320,7 @@ def cycles(typing):
     signature = types.int64()
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         if not builder.module.triple.startswith("x86"):
             return ir.Constant(code.i64, 0)
         return code.call("llvm.readcyclecounter", code.i64)

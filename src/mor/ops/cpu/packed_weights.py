@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mor.ops.cpu.cpu_features import has_byte_products
-from mor.ops.low_rank import Delta
+from mor.ops.cpu.cpu_features import has_int8_dot
+from mor.ops.low_rank import LoRAPair
 
 Storage = Literal["float32", "bfloat16", "int8"]
 
@@ -29,22 +29,22 @@ class PackedLinear:
 
     def __init__(self, weight: Float[Tensor, "n k"], storage: Storage) -> None:
         self.out_features, self.in_features = weight.shape
-        self.storage: Storage = storage
+        self.weight_dtype: Storage = storage
         full = pad(weight.detach().float(), (0, 0, 0, -self.out_features % PANEL))
         self.padded_features = full.shape[0]
         """Outputs with those that fill the last panel."""
-        self.levels = 0
+        self.max_quantized_input = 0
         self.scales = torch.zeros(0)
         """int8: for each panel its (PANEL,) scales, and as int32 what its sums begin with."""
         if storage == "int8":
             scales, rounded = quantise(full)
-            together = 4 if has_byte_products() else 2
+            together = 4 if has_int8_dot() else 2
             start = torch.zeros_like(rounded[:, 0], dtype=torch.int32)
             if together == 4:
-                self.levels = 127
+                self.max_quantized_input = 127
                 start = -128 * rounded.sum(1, dtype=torch.int32)  # inputs come as 128 + x
             else:
-                self.levels = min(4095, _LARGEST_INT32 // (127 * self.in_features))
+                self.max_quantized_input = min(4095, _LARGEST_INT32 // (127 * self.in_features))
             halves = scales.view(-1, 1, PANEL), start.view(torch.float32).view(-1, 1, PANEL)
             self.scales = torch.cat(halves, 1).contiguous()
             steps = pad(rounded, (0, -self.in_features % together))
@@ -55,10 +55,10 @@ class PackedLinear:
             self.data = panels.bfloat16() if storage == "bfloat16" else panels
 
 
-class PackedDeltas:
+class PackedLoRA:
     """The deltas of one product for the CPU kernels, in fp32 whatever the product's weights are."""
 
-    def __init__(self, deltas: Sequence[Delta]) -> None:
+    def __init__(self, deltas: Sequence[LoRAPair]) -> None:
         self.packed: list[PackedLinear] = []
         """A and B of each group in turns."""
         self.width = 0

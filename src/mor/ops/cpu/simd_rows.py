@@ -10,8 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mor.ops.cpu.cpu_features import has_byte_products
-from mor.ops.cpu.microkernel import LANES, Code
+from mor.ops.cpu.cpu_features import has_int8_dot
+from mor.ops.cpu.microkernel import SIMD_WIDTH, VectorBuilder
 
 
 @intrinsic
@@ -21,7 +21,7 @@ def exp_row(typing, x, count, subtracted):
     signature = types.float32(types.intp, types.intp, types.float32)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         x, count, subtracted = args
         top = code.splat(subtracted)
 
@@ -42,7 +42,7 @@ def max_row(typing, x, count):
     signature = types.float32(types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         x, count = args
 
         def larger(a: Any, b: Any) -> Any:
@@ -52,7 +52,9 @@ def max_row(typing, x, count):
             return larger(code.load(at, code.floats), total)
 
         vector = _loop(code, x, count, code.load(x, code.floats), step)
-        parts = [builder.extract_element(vector, ir.Constant(code.i32, i)) for i in range(LANES)]
+        parts = [
+            builder.extract_element(vector, ir.Constant(code.i32, i)) for i in range(SIMD_WIDTH)
+        ]
         return functools.reduce(larger, parts)
 
     return signature, generate
@@ -65,7 +67,7 @@ def abs_max_row(typing, x, count):
     signature = types.float32(types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         x, count = args
 
         def larger(a: Any, b: Any) -> Any:
@@ -73,10 +75,12 @@ def abs_max_row(typing, x, count):
 
         def step(at: Any, total: Any) -> Any:
             value = code.load(at, code.floats)
-            return larger(code.call(f"llvm.fabs.v{LANES}f32", code.floats, value), total)
+            return larger(code.call(f"llvm.fabs.v{SIMD_WIDTH}f32", code.floats, value), total)
 
         vector = _loop(code, x, count, code.all(0.0), step)
-        parts = [builder.extract_element(vector, ir.Constant(code.i32, i)) for i in range(LANES)]
+        parts = [
+            builder.extract_element(vector, ir.Constant(code.i32, i)) for i in range(SIMD_WIDTH)
+        ]
         return functools.reduce(larger, parts)
 
     return signature, generate
@@ -92,18 +96,18 @@ def round_row(typing, x, count, factor, out):
     signature = types.void(types.intp, types.intp, types.float32, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         x, count, factor, out = args
         scale = code.splat(factor)
-        size = 1 if has_byte_products() else 2
+        size = 1 if has_int8_dot() else 2
 
         def step(at: Any, total: Any) -> Any:
             value = builder.fmul(code.load(at, code.floats), scale)
-            value = code.call(f"llvm.nearbyint.v{LANES}f32", code.floats, value)
+            value = code.call(f"llvm.nearbyint.v{SIMD_WIDTH}f32", code.floats, value)
             whole = builder.fptosi(value, code.ints)
             if size == 1:
-                whole = builder.add(whole, ir.Constant(code.ints, [128] * LANES))
-            rounded = builder.trunc(whole, ir.VectorType(ir.IntType(8 * size), LANES))
+                whole = builder.add(whole, ir.Constant(code.ints, [128] * SIMD_WIDTH))
+            rounded = builder.trunc(whole, ir.VectorType(ir.IntType(8 * size), SIMD_WIDTH))
             moved = builder.lshr(builder.sub(at, x), ir.Constant(code.i64, 3 - size))
             code.store(rounded, builder.add(out, moved))
             return total
@@ -121,7 +125,7 @@ def exp_sum_row(typing, x, count, subtracted):
     signature = types.float32(types.intp, types.intp, types.float32)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         x, count, subtracted = args
         top = code.splat(subtracted)
 
@@ -141,7 +145,7 @@ def sum_row(typing, x, count):
     signature = types.float32(types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         x, count = args
 
         def step(at: Any, total: Any) -> Any:
@@ -160,7 +164,7 @@ def silu_mul_row(typing, gate, up, out, count):
     signature = types.void(types.intp, types.intp, types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        code = Code(builder)
+        code = VectorBuilder(builder)
         gate, up, out, count = args
         to_up, to_out = builder.sub(up, gate), builder.sub(out, gate)
 
@@ -178,7 +182,7 @@ def silu_mul_row(typing, gate, up, out, count):
     return signature, generate
 
 
-def _loop(code: Code, start: Any, count: Any, initial: Any, step: Any) -> Any:
+def _loop(code: VectorBuilder, start: Any, count: Any, initial: Any, step: Any) -> Any:
     """`total = step(address, total)` for every LANES float32 of a row; the last total."""
     builder = code.builder
     before = builder.block
@@ -188,7 +192,7 @@ def _loop(code: Code, start: Any, count: Any, initial: Any, step: Any) -> Any:
     builder.position_at_end(loop)
     at, total = builder.phi(code.i64), builder.phi(code.floats)
     new = step(at, total)
-    following = code.plus(at, 4 * LANES)
+    following = code.plus(at, 4 * SIMD_WIDTH)
     at.add_incoming(start, before)
     at.add_incoming(following, loop)
     total.add_incoming(initial, before)
@@ -198,9 +202,9 @@ def _loop(code: Code, start: Any, count: Any, initial: Any, step: Any) -> Any:
     return new
 
 
-def _horizontal_sum(code: Code, vector: Any) -> Any:
+def _horizontal_sum(code: VectorBuilder, vector: Any) -> Any:
     total = ir.Constant(code.f32, 0.0)
-    for i in range(LANES):
+    for i in range(SIMD_WIDTH):
         part = code.builder.extract_element(vector, ir.Constant(code.i32, i))
         total = code.builder.fadd(total, part)
     return total

@@ -71,28 +71,28 @@ def _pause(typing, offer):
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def counters_for(steps):
+def new_counters(steps):
     """Counters of so many steps."""
     return np.zeros(2 * steps, np.int64)
 
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def claim(counters, step):
+def next_tile(counters, step):
     """The next piece of a step that nobody has; it may be past the last one."""
     return _add_one(counters.ctypes.data + 16 * step)
 
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def done(counters, step):
+def finish_tile(counters, step):
     """A claimed piece is done."""
     _add_one(counters.ctypes.data + 16 * step + 8)
 
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def wait(counters, step, pieces):
+def wait_for_tiles(counters, step, pieces):
     """Until all pieces of a step are done."""
     looks = 0
     while _look(counters.ctypes.data + 16 * step + 8) < pieces:

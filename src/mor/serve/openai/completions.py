@@ -6,19 +6,19 @@ from collections.abc import AsyncIterator, Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mor.engine.request import TokenEvent
+from mor.engine.request import TokenOutput
 from mor.model.sampling import Completion
-from mor.serve.errors import answer
+from mor.serve.errors import json_response
 from mor.serve.openai.logprobs import CompletionScores, joined
 from mor.serve.openai.protocol import CompletionChoice, CompletionRequest, CompletionResponse, Usage
 from mor.serve.openai.stream import respond
-from mor.serve.openai.usage import usage_of
-from mor.serve.request_stream import Ticket, by_choice
-from mor.serve.served_model import Service
+from mor.serve.openai.usage import compute_usage
+from mor.serve.request_stream import RequestStream, group_by_choice
+from mor.serve.served_model import ServedModel
 
 
 async def create_completion(
-    service: Service, body: CompletionRequest, request: Request
+    service: ServedModel, body: CompletionRequest, request: Request
 ) -> Response:
     """Continue prompts.
 
@@ -26,7 +26,7 @@ async def create_completion(
         HTTPError: the request cannot be served.
     """
     service.check_model(body.model)
-    prompts = await service.codec.prompts(body.prompt)
+    prompts = await service.prompt_processor.prompts(body.prompt)
     params = service.params(
         body,
         prompts,
@@ -34,7 +34,7 @@ async def create_completion(
         logprobs=body.logprobs,
         prompt_logprobs=body.echo and body.logprobs is not None,
     )
-    ticket = await service.bridge.submit(prompts, params)
+    ticket = await service.engine.submit(prompts, params)
     work = _Completions(service, body, ticket, request.state.id)
     return await respond(service, request, ticket, work.chunks() if body.stream else work.whole())
 
@@ -43,7 +43,7 @@ class _Completions:
     """The choices of one request."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, ticket: Ticket, name: str
+        self, service: ServedModel, body: CompletionRequest, ticket: RequestStream, name: str
     ) -> None:
         self._service, self._body, self._ticket = service, body, ticket
         self._name, self._created = f"cmpl-{name}", int(time.time())
@@ -54,7 +54,7 @@ class _Completions:
     async def chunks(self) -> AsyncIterator[CompletionResponse]:
         """What is added by each batch of tokens."""
         async for tokens in self._ticket:
-            for number, events in by_choice(tokens).items():
+            for number, events in group_by_choice(tokens).items():
                 yield self._response([self._choice(number, events)])
         if self._body.includes_usage:
             yield self._response([], self._usage())
@@ -62,9 +62,11 @@ class _Completions:
     async def whole(self) -> Response:
         """The answer."""
         tokens = [pair async for tokens in self._ticket for pair in tokens]
-        choices = [self._choice(number, events) for number, events in by_choice(tokens).items()]
+        choices = [
+            self._choice(number, events) for number, events in group_by_choice(tokens).items()
+        ]
         choices.sort(key=lambda choice: choice.index)
-        return answer(self._response(choices, self._usage()).model_dump())
+        return json_response(self._response(choices, self._usage()).model_dump())
 
     def _response(
         self, choices: list[CompletionChoice], usage: Usage | None = None
@@ -77,9 +79,9 @@ class _Completions:
             usage=usage,
         )
 
-    def _choice(self, number: int, events: Sequence[TokenEvent]) -> CompletionChoice:
+    def _choice(self, number: int, events: Sequence[TokenOutput]) -> CompletionChoice:
         """What these tokens add to a choice; its first one brings the prompt along."""
-        codec, body = self._service.codec, self._body
+        codec, body = self._service.prompt_processor, self._body
         self._done += [c for event in events for c in event.completions or ()]
         shown = events[: 0 if self._scored else None]
         choice = CompletionChoice(
@@ -108,7 +110,7 @@ class _Completions:
         text = given[number // self._body.n]
         if isinstance(text, str):
             return text
-        return self._service.codec.decode(prompt.prompt_token_ids)
+        return self._service.prompt_processor.decode(prompt.prompt_token_ids)
 
     def _usage(self) -> Usage:
-        return usage_of(self._service.model, self._done, scored=self._scored)
+        return compute_usage(self._service.model, self._done, scored=self._scored)

@@ -3,10 +3,10 @@
 import codecs
 from collections.abc import Mapping, Sequence
 
-from mor.engine.request import TokenEvent
+from mor.engine.request import TokenOutput
 from mor.model.sampling import Completion
 from mor.serve.openai.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from mor.serve.text.prompt_processor import Codec
+from mor.serve.text.prompt_processor import PromptProcessor
 
 _LEAST = -9999.0
 """JSON knows no infinity, nor what is no number."""
@@ -15,7 +15,7 @@ _LEAST = -9999.0
 class CompletionScores:
     """Log-probabilities of one choice of `/v1/completions`, as its tokens come."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: PromptProcessor) -> None:
         self._codec = codec
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
@@ -25,7 +25,7 @@ class CompletionScores:
         tops = prompt.prompt_top_logprobs
         return self._scores(prompt.prompt_token_ids, prompt.prompt_logprobs, tops)
 
-    def output(self, events: Sequence[TokenEvent]) -> CompletionLogprobs:
+    def output(self, events: Sequence[TokenOutput]) -> CompletionLogprobs:
         """Those of tokens that have come."""
         ids, scores = [e.token_id for e in events], [e.logprob for e in events]
         return self._scores(ids, scores, [e.top_logprobs for e in events])
@@ -69,7 +69,7 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
     )
 
 
-def chat_logprobs(codec: Codec, events: Sequence[TokenEvent]) -> ChatLogprobs:
+def chat_logprobs(codec: PromptProcessor, events: Sequence[TokenOutput]) -> ChatLogprobs:
     """Of tokens that have come, as `/v1/chat/completions` gives them."""
 
     def of(token: int, score: float) -> TopLogprob:

@@ -18,26 +18,26 @@ MAX_N = 128
 MAX_STOPS = 64
 
 
-class Request(BaseModel):
+class RequestModel(BaseModel):
     """Base of what comes in: unknown fields are errors, and types must be right as they are."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Answer(BaseModel):
+class ResponseModel(BaseModel):
     """Base of what goes out."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class StreamOptions(Request):
+class StreamOptions(RequestModel):
     """How to stream."""
 
     include_usage: bool = False
     """A last chunk, without choices, that holds the usage."""
 
 
-class SamplingRequest(Request):
+class SamplingRequest(RequestModel):
     """Fields that `/v1/completions` and `/v1/chat/completions` share."""
 
     model: str | None = None
@@ -99,14 +99,14 @@ class CompletionRequest(SamplingRequest):
     """Likeliest tokens to report in each place, beside the chosen one."""
 
 
-class TextPart(Request):
+class TextPart(RequestModel):
     """A part of a message's content; only texts can be read."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Request):
+class Message(RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -143,7 +143,7 @@ class ChatRequest(SamplingRequest):
         return self
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(RequestModel):
     """Body of `POST /tokenize`: a text, or messages as the chat template writes them."""
 
     model: str | None = None
@@ -158,7 +158,7 @@ class TokenizeRequest(Request):
         return self
 
 
-class DetokenizeRequest(Request):
+class DetokenizeRequest(RequestModel):
     """Body of `POST /detokenize`."""
 
     model: str | None = None
@@ -168,7 +168,7 @@ class DetokenizeRequest(Request):
 # -- answers ------------------------------------------------------------------------------------
 
 
-class ErrorDetail(Answer):
+class ErrorDetail(ResponseModel):
     """What went wrong."""
 
     message: str
@@ -178,13 +178,13 @@ class ErrorDetail(Answer):
     code: str | None = None
 
 
-class ErrorResponse(Answer):
+class ErrorResponse(ResponseModel):
     """Body of every error."""
 
     error: ErrorDetail
 
 
-class Usage(Answer):
+class Usage(ResponseModel):
     """What a request cost."""
 
     prompt_tokens: int
@@ -196,7 +196,7 @@ class Usage(Answer):
     """Share of the FLOPs of prompt and output that routing spared, against full depth."""
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(ResponseModel):
     """Log-probabilities, one entry for each token."""
 
     tokens: list[str]
@@ -205,7 +205,7 @@ class CompletionLogprobs(Answer):
     text_offset: list[int]
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(ResponseModel):
     """One completion, or what a chunk adds to it."""
 
     index: int
@@ -221,7 +221,7 @@ class CompletionChoice(Answer):
     """With `echo`: passes that each token of the prompt took."""
 
 
-class CompletionResponse(Answer):
+class CompletionResponse(ResponseModel):
     """Answer of `/v1/completions`, or a chunk of it."""
 
     id: str
@@ -232,7 +232,7 @@ class CompletionResponse(Answer):
     usage: Usage | None = None
 
 
-class TopLogprob(Answer):
+class TopLogprob(ResponseModel):
     """A likely token."""
 
     token: str
@@ -246,20 +246,20 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(ResponseModel):
     """Log-probabilities of an answer's tokens."""
 
     content: list[TokenLogprob]
 
 
-class ChatMessage(Answer):
+class ChatMessage(ResponseModel):
     """The model's turn."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseModel):
     """One answer."""
 
     index: int
@@ -270,7 +270,7 @@ class ChatChoice(Answer):
     recursion_counts: list[int]
 
 
-class ChatResponse(Answer):
+class ChatResponse(ResponseModel):
     """Answer of `/v1/chat/completions`."""
 
     id: str
@@ -281,14 +281,14 @@ class ChatResponse(Answer):
     usage: Usage
 
 
-class ChatDelta(Answer):
+class ChatDelta(ResponseModel):
     """What a chunk adds to the model's turn."""
 
     role: Literal["assistant"] | None = Absent
     content: str | None = Absent
 
 
-class ChatChunkChoice(Answer):
+class ChatChunkChoice(ResponseModel):
     """What a chunk adds to one answer."""
 
     index: int
@@ -299,7 +299,7 @@ class ChatChunkChoice(Answer):
     recursion_counts: list[int]
 
 
-class ChatChunk(Answer):
+class ChatChunk(ResponseModel):
     """A chunk of a streamed answer."""
 
     id: str
@@ -310,7 +310,7 @@ class ChatChunk(Answer):
     usage: Usage | None = None
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseModel):
     """A served model."""
 
     id: str
@@ -322,14 +322,14 @@ class ModelCard(Answer):
     vocab_size: int
 
 
-class ModelList(Answer):
+class ModelList(ResponseModel):
     """Answer of `/v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class TokenizeResponse(Answer):
+class TokenizeResponse(ResponseModel):
     """Answer of `/tokenize`."""
 
     count: int
@@ -338,19 +338,19 @@ class TokenizeResponse(Answer):
     token_strs: list[str] | None = Absent
 
 
-class DetokenizeResponse(Answer):
+class DetokenizeResponse(ResponseModel):
     """Answer of `/detokenize`."""
 
     prompt: str
 
 
-class VersionResponse(Answer):
+class VersionResponse(ResponseModel):
     """Answer of `/version`."""
 
     version: str
 
 
-class DepthsResponse(Answer):
+class DepthsResponse(ResponseModel):
     """Answer of `/depths`: the engine at this moment."""
 
     model: str

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mor.serve.async_engine import Bridge
+from mor.serve.async_engine import AsyncEngine
 from mor.serve.errors import HTTPError
-from mor.serve.request_stream import Ticket
-from mor.serve.served_model import Service
+from mor.serve.request_stream import RequestStream
+from mor.serve.served_model import ServedModel
 
 _PING = 15  # seconds between the comments that keep a silent connection open
 _DONE = b"data: [DONE]\n\n"
@@ -28,8 +28,8 @@ class TokenStream(EventSourceResponse):
     def __init__(
         self,
         chunks: AsyncIterator[BaseModel],
-        bridge: Bridge,
-        ticket: Ticket,
+        bridge: AsyncEngine,
+        ticket: RequestStream,
         send_timeout: float,
     ) -> None:
         super().__init__(
@@ -61,14 +61,14 @@ async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
 
 
 async def respond(
-    service: Service,
+    service: ServedModel,
     request: Request,
-    ticket: Ticket,
+    ticket: RequestStream,
     work: AsyncIterator[BaseModel] | Coroutine[Any, Any, Response],
 ) -> Response:
     """A stream, or the whole answer; if the client leaves before, the work is given up."""
     if isinstance(work, AsyncIterator):
-        return TokenStream(work, service.bridge, ticket, service.config.send_timeout)
+        return TokenStream(work, service.engine, ticket, service.config.send_timeout)
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request))
     try:
@@ -77,7 +77,7 @@ async def respond(
     finally:
         for each in (task, gone):
             each.cancel()
-        service.bridge.release(ticket)
+        service.engine.release(ticket)
 
 
 async def _disconnect(request: Request) -> None:

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mor.model.config import MoRConfig
-from mor.model.cost import presence_of, sequence_flops
+from mor.model.cost import depth_fractions_of, sequence_flops
 from mor.model.sampling import Completion
 from mor.serve.openai.protocol import Usage
 
 
-def usage_of(config: MoRConfig, completions: Sequence[Completion], *, scored: bool) -> Usage:
+def compute_usage(config: MoRConfig, completions: Sequence[Completion], *, scored: bool) -> Usage:
     """Usage of a client's request.
 
     Args:
@@ -37,5 +37,5 @@ def _flops(config: MoRConfig, counts: Sequence[int]) -> float:
     """Forward FLOPs of a sequence whose tokens took so many recursions."""
     numbers = Counter(counts)
     histogram = [numbers[count] for count in range(config.num_recursions + 1)]
-    presence = presence_of(config, histogram)
+    presence = depth_fractions_of(config, histogram)
     return len(counts) * sequence_flops(config, len(counts), presence=presence).mean

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mor.errors import MorError
 from mor.io.tokenizer import Tokenizer
-from mor.serve.errors import HTTPError, refused
+from mor.serve.errors import HTTPError, from_engine_error
 from mor.serve.openai.protocol import Message, Prompts
 from mor.serve.text.chat_template import ChatTemplate
 
@@ -13,7 +13,7 @@ _INLINE = 2000
 """Characters that are encoded on the spot; a longer text goes to another thread."""
 
 
-class Codec:
+class PromptProcessor:
     """A model's tokenizer and chat template, either of which may be missing."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Codec:
                 ids = await asyncio.to_thread(self.tokenizer.encode, text)
             return ids or [self.tokenizer.eos_id]
         except MorError as error:
-            raise refused(error) from error
+            raise from_engine_error(error) from error
 
     async def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the model's turn begins."""
@@ -101,10 +101,10 @@ class Codec:
         """Refuse a text that cannot fit, before time is spent on it."""
         least = len(text) // max(1, self._longest)
         if self._longest and least > self._max_model_len:
-            raise too_long(f"at least {least}", 0, self._max_model_len)
+            raise context_length_error(f"at least {least}", 0, self._max_model_len)
 
 
-def too_long(prompt: int | str, max_tokens: int, limit: int) -> HTTPError:
+def context_length_error(prompt: int | str, max_tokens: int, limit: int) -> HTTPError:
     """The error of a prompt that does not fit the model."""
     return HTTPError(
         400,

@@ -37,10 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a neighbour's load is no fault
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a neighbor's load is no fault
     )
-    for name, most in (("default", 8), ("slow", 25), ("thorough", 250)):
-        hypothesis.settings.register_profile(name, base, max_examples=most)
+    for name, maximum in (("default", 8), ("slow", 25), ("thorough", 250)):
+        hypothesis.settings.register_profile(name, base, max_examples=maximum)
     hypothesis.settings.load_profile("slow" if config.getoption("--runslow") else "default")
 
 

@@ -24,8 +24,8 @@ from mor.model.generation import generate
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
 
-LONGEST_PROMPT = 33
-STARTS = (0, 5, 9, 17, 25, LONGEST_PROMPT - 1)
+MAX_PROMPT = 33
+STARTS = (0, 5, 9, 17, 25, MAX_PROMPT - 1)
 """Tokens that a prompt takes from its stem, before its own last one."""
 _SAMPLED = SamplingParams(max_tokens=6, temperature=1.2, top_p=0.9, seed=11, logprobs=2)
 REQUEST_KINDS = (
@@ -37,7 +37,7 @@ REQUEST_KINDS = (
     replace(_SAMPLED, n=3, max_tokens=9, prompt_logprobs=True, stop_token_ids=tuple(range(20))),
     replace(_SAMPLED, max_tokens=8, ignore_eos=True, min_tokens=2, presence_penalty=0.5),
     SamplingParams(max_tokens=6, max_recursions=1),
-    SamplingParams(max_tokens=6, recursions=1, prompt_logprobs=True),
+    SamplingParams(max_tokens=6, min_recursions=1, max_recursions=1, prompt_logprobs=True),
 )
 """What requests ask for; models that share layers in sequence take all but the last two."""
 
@@ -71,16 +71,16 @@ class EngineDriver:
     def __init__(self, kind: str, fields: dict[str, Any], share: float = 1.0) -> None:
         self.kind = kind
         model = _model(kind)
-        longest = LONGEST_PROMPT + max(params.max_tokens for params in REQUEST_KINDS)
-        memory = memory_for(model, fields["page_size"], longest, share)
-        self.llm = LLM(model, EngineConfig(**fields, kv_memory=memory))
+        max_length = MAX_PROMPT + max(params.max_tokens for params in REQUEST_KINDS)
+        memory = memory_for(model, fields["block_size"], max_length, share)
+        self.llm = LLM(model, EngineConfig(**fields, kv_cache_memory_bytes=memory))
         self._scheduler = self.llm.scheduler
         self.happened: Counter[str] = Counter()
         self._asked: dict[str, Asked] = {}
         self._heard: dict[str, list[TokenOutput]] = {}
         self._done: list[tuple[str, list[Completion]]] = []
         rng = random.Random(kind)
-        self._stems = [[rng.randrange(VOCAB) for _ in range(LONGEST_PROMPT)] for _ in range(2)]
+        self._stems = [[rng.randrange(VOCAB) for _ in range(MAX_PROMPT)] for _ in range(2)]
         self._watch()
 
     def victims(self) -> list[str]:
@@ -105,7 +105,7 @@ class EngineDriver:
             if event.completions is not None:
                 self._done.append((event.request_id, event.completions))
         self.llm.check_integrity()
-        self.happened["ticks"] += 1
+        self.happened["steps"] += 1
 
     def drain(self) -> None:
         """Tick until all requests are done."""
@@ -172,10 +172,10 @@ class EngineDriver:
     def _watch(self) -> None:
         """Count what the plans hold."""
         scheduler = self._scheduler
-        plan_enter, plan_advance = scheduler.schedule_prelude, scheduler.schedule_block
+        schedule_prelude, schedule_block = scheduler.schedule_prelude, scheduler.schedule_block
 
         def entering() -> PreludePlan:
-            plan = plan_enter()
+            plan = schedule_prelude()
             self.happened["pages copied"] += len(plan.page_copies)
             for chunk in plan.chunks:
                 sequence = chunk.sequence
@@ -186,20 +186,20 @@ class EngineDriver:
             return plan
 
         def advancing() -> BlockPlan:
-            plan = plan_advance()
+            plan = schedule_block()
             self.happened["mixed depths"] += len({c.depth for c in plan.chunks}) > 1
             return plan
 
         scheduler.schedule_prelude, scheduler.schedule_block = entering, advancing  # type: ignore[method-assign]
-        if (burst := self.llm.multi_step) is not None:
-            plan = burst.schedule
+        if (num_scheduler_steps := self.llm.multi_step) is not None:
+            plan = num_scheduler_steps.schedule
 
             def flying() -> list[Chunk]:
                 chunks = plan()
                 self.happened["bursts"] += bool(chunks)
                 return chunks
 
-            burst.schedule = flying  # type: ignore[method-assign]
+            num_scheduler_steps.schedule = flying  # type: ignore[method-assign]
 
 
 def _check_beginning(completion: Completion, want: Completion) -> None:

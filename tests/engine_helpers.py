@@ -25,24 +25,29 @@ shared_model = cache(tiny_model)
 
 def engine_of(kind: str = "expert", **fields: Any) -> LLM:
     """An engine of a tiny model, with little room."""
-    defaults = {"page_size": 4, "max_sequences": 4, "max_lanes": 16, "kv_memory": 2**20}
+    defaults = {
+        "block_size": 4,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "kv_cache_memory_bytes": 2**20,
+    }
     return LLM(shared_model(kind), EngineConfig(**{**defaults, **fields}))
 
 
-def memory_for(model: MoRModel, page_size: int, tokens: int, share: float = 1.0) -> int:
-    """`kv_memory` for a sequence of so many tokens that all take every recursion, times `share`."""
-    kv = LLM(model, EngineConfig(page_size=page_size, kv_memory=2**24)).cache
+def memory_for(model: MoRModel, block_size: int, tokens: int, share: float = 1.0) -> int:
+    """`kv_cache_memory_bytes` of a sequence whose tokens take every recursion, times `share`."""
+    kv = LLM(model, EngineConfig(block_size=block_size, kv_cache_memory_bytes=2**24)).cache
     pages = max(int(kv.max_pages(model.config, tokens) * share), 1 + model.config.num_recursions)
     return pages * kv.page_bytes
 
 
-def prompts_with_shared_starts(seed: int, num: int, longest: int = 40) -> list[list[int]]:
+def prompts_with_shared_starts(seed: int, num: int, max_length: int = 40) -> list[list[int]]:
     """Prompts that often begin alike."""
     rng = random.Random(seed)
-    stems = [[rng.randrange(VOCAB) for _ in range(longest)] for _ in range(2)]
+    stems = [[rng.randrange(VOCAB) for _ in range(max_length)] for _ in range(2)]
     prompts = []
     for _ in range(num):
-        stem = rng.choice(stems)[: rng.choice((0, 3, 8, 16, longest - 3))]
+        stem = rng.choice(stems)[: rng.choice((0, 3, 8, 16, max_length - 3))]
         prompts.append([*stem, *(rng.randrange(VOCAB) for _ in range(rng.randint(1, 3)))])
     return prompts
 
@@ -83,18 +88,20 @@ def params(draw: st.DrawFn, num_recursions: int = 1, max_tokens: int = 8) -> Sam
 @st.composite
 def engine_settings(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of an EngineConfig, all but its memory."""
-    most = draw(st.integers(1, 6))
+    maximum = draw(st.integers(1, 6))
     batching = draw(st.sampled_from(("depth", "depth", "sequence")))
     return {
-        "page_size": draw(st.integers(1, 16)),
-        "max_sequences": most,
-        "max_lanes": most + draw(st.integers(0, 24)),
-        "prefill_chunk": draw(st.integers(1, 24)),
+        "block_size": draw(st.integers(1, 16)),
+        "max_num_seqs": maximum,
+        "max_num_batched_tokens": maximum + draw(st.integers(0, 24)),
+        "chunked_prefill_size": draw(st.integers(1, 24)),
         "batching": batching,
-        "burst": draw(st.sampled_from((1, 1, 1, 2, 4))) if batching == "depth" else None,
-        "least_exit_batch": draw(st.integers(1, most)),
-        "longest_exit_wait": draw(st.integers(0, 4)),
-        "prefix_caching": draw(st.booleans()),
+        "num_scheduler_steps": draw(st.sampled_from((1, 1, 1, 2, 4)))
+        if batching == "depth"
+        else None,
+        "min_exit_tokens": draw(st.integers(1, maximum)),
+        "max_exit_wait_steps": draw(st.integers(0, 4)),
+        "enable_prefix_caching": draw(st.booleans()),
     }
 
 
@@ -116,10 +123,10 @@ def run_all(
     return [completion for name in names for completion in done[name]]
 
 
-def step_until(llm: LLM, wanted: int, most: int = 500) -> list[TokenOutput]:
+def step_until(llm: LLM, wanted: int, maximum: int = 500) -> list[TokenOutput]:
     """Tick until so many events have come."""
     events: list[TokenOutput] = []
-    for _ in range(most):
+    for _ in range(maximum):
         if len(events) >= wanted:
             break
         events += llm.step()

@@ -32,7 +32,7 @@ class Fake:
     port: int = 0
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    most_at_once: int = 0
+    max_at_once: int = 0
     at_once: int = 0
 
     @property
@@ -42,8 +42,8 @@ class Fake:
     def counts(self, body: dict[str, Any]) -> list[int]:
         """Recursion counts of the tokens that it will send."""
         number = body.get("max_tokens") or body.get("max_completion_tokens") or len(TOKENS)
-        most = body.get("max_recursions") or self.num_recursions
-        free = [min(most, 1 + i % self.num_recursions) for i in range(number)]
+        maximum = body.get("max_recursions") or self.num_recursions
+        free = [min(maximum, 1 + i % self.num_recursions) for i in range(number)]
         return [body["num_recursions"]] * number if body.get("num_recursions") else free
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with self.server.lock:
             self.fake.at_once += 1
-            self.fake.most_at_once = max(self.fake.most_at_once, self.fake.at_once)
+            self.fake.max_at_once = max(self.fake.max_at_once, self.fake.at_once)
         here = 1
         try:
             for number, event in enumerate(self.fake.events(self.path, body)):

@@ -74,10 +74,10 @@ class Naive:
     """
 
     def __init__(
-        self, model: MoRModel, selection: str, least: int = 0, most: int | None = None
+        self, model: MoRModel, selection: str, minimum: int = 0, maximum: int | None = None
     ) -> None:
         self.model, self.config, self.selection = model, model.config, selection
-        self.least, self.most = least, most or model.config.num_recursions
+        self.minimum, self.maximum = minimum, maximum or model.config.num_recursions
         self.losses: dict[str, Tensor] = {}
         self.selected: list[list[int]] = []
         self.kept: dict[int, Tensor] = {}
@@ -95,7 +95,7 @@ class Naive:
         elif config.routing == "token_choice":
             x, counts = self.token_choice(x)
         else:
-            x, counts = self.recursive(x), torch.full((num,), self.most)
+            x, counts = self.recursive(x), torch.full((num,), self.maximum)
         for module in model.coda:
             x = layer(model, module, x, self.mask(everyone), x)[0]
         return norm(x, model.norm.weight, config.rms_norm_eps) @ model.lm_head.weight.T, counts
@@ -120,7 +120,7 @@ class Naive:
 
     def recursive(self, x: Tensor) -> Tensor:
         everyone = torch.ones(len(x), dtype=torch.bool)
-        depths, modules = range(self.most), list(enumerate(self.model.block))
+        depths, modules = range(self.maximum), list(enumerate(self.model.block))
         if self.config.sharing == "cycle":
             order = [(r, i, m) for r in depths for i, m in modules]
         else:
@@ -158,8 +158,8 @@ class Naive:
                 self.account(z, decide, present, chosen)
             else:
                 free = r == 0 and config.capacities[0] == 1
-                wanted = (decide >= config.thresholds[r]) | free | (r < self.least)
-                chosen = present & wanted & (r < self.most)
+                wanted = (decide >= config.thresholds[r]) | free | (r < self.minimum)
+                chosen = present & wanted & (r < self.maximum)
             if not chosen.any():
                 break
             update = self.block(h, r, chosen)
@@ -185,7 +185,7 @@ class Naive:
         squashed = z.softmax(-1) if config.router_activation == "softmax" else z.sigmoid()
         p = config.router_alpha * squashed
         biased = p + self.model.router.bias if config.balancing == "loss_free" else p
-        choice = biased.argmax(-1).clamp(self.least - 1, self.most - 1)
+        choice = biased.argmax(-1).clamp(self.minimum - 1, self.maximum - 1)
         h = x0
         for r in range(config.num_recursions):
             present = choice >= r

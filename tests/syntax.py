@@ -27,18 +27,13 @@ class Source:
         return len(self.text.splitlines())
 
     @property
-    def num_code_lines(self) -> int:
-        """Lines without blank ones, comments and docstrings."""
-        texts = (
-            node
+    def num_statements(self) -> int:
+        """Statements, without docstrings and other constants that stand alone."""
+        return sum(
+            isinstance(node, ast.stmt)
+            and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
             for node in ast.walk(self.tree)
-            if isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
         )
-        quiet = {n for t in texts for n in range(t.lineno, (t.end_lineno or t.lineno) + 1)}
-        lines = enumerate(map(str.strip, self.text.splitlines()), start=1)
-        return sum(1 for n, line in lines if line and line[0] != "#" and n not in quiet)
 
     @property
     def module(self) -> str:

@@ -25,7 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Demo:
     monkeypatch.setattr(mor.demo, "VOCAB_SIZE", 300)
     monkeypatch.setattr(mor.demo, "SEQUENCE_LENGTH", 48)
     monkeypatch.setattr(mor.demo, "BATCH_SIZE", 2)
-    monkeypatch.setattr(mor.demo, "_LEAST_STEPS", 6)
+    monkeypatch.setattr(mor.demo, "_MIN_STEPS", 6)
     monkeypatch.setattr(mor.demo, "_ROUNDS", 1)
     monkeypatch.setattr(mor.demo, "train_config", lambda *args: replace(_config(*args), **_FEW))
     monkeypatch.setattr(mor.demo, "_PROMPT", "def")

@@ -10,12 +10,16 @@ import pytest
 
 import laws
 from syntax import Source, read_sources
+from vocabulary import vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 LAWS = (
     laws.file_length,
     laws.function_length,
     laws.core_length,
+    laws.folder_size,
+    laws.import_circles,
+    vocabulary,
     laws.layering,
     laws.printing,
     laws.import_effects,
@@ -31,7 +35,10 @@ BODY_OF_61 = "def f() -> None:\n" + "    pass\n" * 60
 BROKEN = (
     (laws.file_length, "tests/a.py", "\n" * 401, "401 lines"),
     (laws.function_length, "src/mor/a.py", BODY_OF_61, "f has 61 lines"),
-    (laws.core_length, "src/mor/model/a.py", "x = 1\n" * 3801, "3801 lines"),
+    (laws.core_length, "src/mor/model/a.py", "x = 1\n" * 2801, "2801 statements"),
+    (laws.import_circles, "src/mor/demo.py", "from mor.demo import Demo", "imports itself"),
+    (vocabulary, "src/mor/a.py", "most_pages = 1", "min_ or max_"),
+    (vocabulary, "tests/a.py", "config = {'max_lanes': 1}", "max_num_batched_tokens"),
     (
         laws.layering,
         "src/mor/errors.py",
@@ -106,7 +113,9 @@ BROKEN = (
 SOUND = (
     (laws.file_length, "src/mor/a.py", "\n" * 400),
     (laws.function_length, "tests/a.py", BODY_OF_61.replace("    pass\n", "", 1)),
-    (laws.core_length, "src/mor/io/a.py", "x = 1\n" * 3601),
+    (laws.core_length, "src/mor/io/a.py", "x = 1\n" * 2801),
+    (laws.core_length, "src/mor/engine/multistep/a.py", "x = 1\n" * 2801),
+    (vocabulary, "src/mor/a.py", "x = 1  # at most one, at least none"),
     (laws.core_length, "src/mor/model/a.py", "'''\n" * 2 + "# a\n\n" * 2000),
     (laws.layering, "src/mor/__init__.py", "from mor.serve import app"),
     (laws.layering, "src/mor/cli/a.py", "from mor.demo import Demo\nfrom mor import LLM"),
@@ -200,8 +209,16 @@ def test_a_module_as_it_should_be_passes(law: Law) -> None:
     assert law([Source("src/mor/ops/cpu/kernels.py", dedent(A_MODULE_AS_IT_SHOULD_BE))]) == []
 
 
+def test_a_full_folder_is_found() -> None:
+    tree = [Source(f"src/mor/io/{name}.py", "") for name in "abcdefghijklmnopq"]
+    assert laws.folder_size(tree[1:]) == []
+    assert laws.folder_size(tree) == [
+        "src/mor/io/a.py:1: src/mor/io has 17 modules, 16 are allowed"
+    ]
+
+
 def test_every_law_has_a_source_that_breaks_it() -> None:
-    assert {law for law, *_ in BROKEN} == set(LAWS)
+    assert {law for law, *_ in BROKEN} | {laws.folder_size} == set(LAWS)
 
 
 def test_forbidden_words_and_hosts_are_found_in_any_case() -> None:

@@ -1,7 +1,7 @@
 """`mor demo`: the main job end to end, on text that every Python brings along.
 
 Trains a Mixture-of-Recursions model, its vanilla twin at equal training FLOPs, and the same model
-with random routing at equal tokens; measures them side by side; generates coloured text. Each stage
+with random routing at equal tokens; measures them side by side; generates colored text. Each stage
 leaves its result in the output folder, so an interrupted demo goes on where it was.
 """
 
@@ -39,8 +39,8 @@ from mor.model.cost import (
 from mor.model.sampling import SamplingParams
 from mor.model.transformer import MoRModel
 from mor.report.comparison import RunSummary, comparison_rows, report_page
-from mor.report.html import ColouredText
-from mor.terminal.color import coloured_text, depth_legend
+from mor.report.html import ColoredText
+from mor.terminal.color import colored_text, depth_legend
 from mor.terminal.training_progress import watched
 from mor.train.config import TrainConfig
 from mor.train.metrics_file import MetricsFile
@@ -53,7 +53,7 @@ NAMES = ("MoR", "vanilla", "random routing")
 _FOLDERS = ("mor", "vanilla", "random")
 _PROMPT = "def read_config(path):\n"
 _END_SHARE, _END_S = 0.15, 25.0  # of the time and in seconds, for evaluation and generation
-_LEAST_STEPS = 20
+_MIN_STEPS = 20
 _ROUNDS = 3
 
 
@@ -139,7 +139,7 @@ class Demo:
         left = seconds - (time.monotonic() - started)
         left = min(left * (1 - _END_SHARE), left - _END_S)
         steps = int(left / (step_s[0] + share * step_s[1] + step_s[2]))
-        steps = max(_LEAST_STEPS, steps)
+        steps = max(_MIN_STEPS, steps)
         return [steps, round(steps * share), steps]
 
     def _train_all(self, steps: list[int]) -> bool:
@@ -172,7 +172,7 @@ class Demo:
         with self.screen.status("generating with each model in turns ..."):
             speeds = generation_speeds(models, tokenizer)
         runs = [
-            summarise(i, models[i], self.out / _FOLDERS[i], steps[i], speeds[i])
+            summarize(i, models[i], self.out / _FOLDERS[i], steps[i], speeds[i])
             for i in range(len(NAMES))
         ]
         prompt = tokenizer.encode(_PROMPT)
@@ -206,10 +206,10 @@ class Demo:
         self.screen.print(f"\n{verdict(runs)}\n")
         self.screen.print("a sample; each generated token as deep as it was computed:")
         self.screen.print(depth_legend(recursions), soft_wrap=True)
-        self.screen.print(coloured_text(pieces, sample["counts"], recursions), soft_wrap=True)
+        self.screen.print(colored_text(pieces, sample["counts"], recursions), soft_wrap=True)
         page = report_page(
             runs,
-            ColouredText(
+            ColoredText(
                 pieces=pieces,
                 counts=sample["counts"],
                 num_recursions=recursions,
@@ -271,7 +271,10 @@ def flops_per_token(index: int) -> float:
 
 def engine(model: MoRModel) -> LLM:
     """An engine for the demo's small models; every prompt is computed, none remembered."""
-    return LLM(model, EngineConfig(kv_memory=2**28, max_sequences=32, prefix_caching=False))
+    return LLM(
+        model,
+        EngineConfig(kv_cache_memory_bytes=2**28, max_num_seqs=32, enable_prefix_caching=False),
+    )
 
 
 def generation_speeds(models: list[MoRModel], tokenizer: Tokenizer) -> list[float]:
@@ -290,14 +293,14 @@ def generation_speeds(models: list[MoRModel], tokenizer: Tokenizer) -> list[floa
     return [num / statistics.median(column) for column in zip(*seconds, strict=True)]
 
 
-def summarise(index: int, model: MoRModel, run: Path, steps: int, speed: float) -> RunSummary:
+def summarize(index: int, model: MoRModel, run: Path, steps: int, speed: float) -> RunSummary:
     """Read a finished run's metrics and add what the cost model says."""
     config = model.config
     rows = MetricsFile(run / "metrics.jsonl").rows()
     last = rows[-1]
     if "nll_topk" not in last:
         raise ConfigError(f"{run} has no final evaluation: remove it and run the demo again.")
-    presence = depth_fractions_of(config, last["depth_histogram"])
+    depth_fractions = depth_fractions_of(config, last["depth_histogram"])
     stepper = Stepper(config, BATCH_SIZE, SEQUENCE_LENGTH)
     states = 4 * 4 * num_parameters(config)  # weights, gradients, two moments, fp32
     return RunSummary(
@@ -312,7 +315,7 @@ def summarise(index: int, model: MoRModel, run: Path, steps: int, speed: float) 
         nll_topk=last["nll_topk"],
         nll_threshold=last["nll_threshold"],
         depth_histogram=tuple(last["depth_histogram"]),
-        kv_bytes_per_token=kv_bytes_per_token(config, presence=presence),
+        kv_bytes_per_token=kv_bytes_per_token(config, depth_fractions=depth_fractions),
         generated_per_s=speed,
         curve=tuple((row["tokens"], row["loss"]) for row in rows),
     )

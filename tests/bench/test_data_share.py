@@ -22,7 +22,7 @@ def comparison(config: MoRConfig, size: int, length: int) -> Comparison:
 def test_reading_takes_less_than_a_hundredth_of_a_step() -> None:
     """Of the demo's model, whose steps are the shortest that anybody trains with.
 
-    Three tries: a busy neighbour may take the core from the one and not from the other.
+    Three tries: a busy neighbor may take the core from the one and not from the other.
     """
     demo = MoRConfig.preset("demo", num_recursions=3, vocab_size=4096)
     for _ in range(3):

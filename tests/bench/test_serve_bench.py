@@ -201,7 +201,7 @@ def test_the_command_prints_a_table_and_a_line(bench: Call, tmp_path: Path) -> N
     assert json.loads((tmp_path / "new" / "r.json").read_text()) == record
     assert any(row.startswith("time to first token") for row in table)
     assert len(fake.asked) == 13  # one to see that the server answers
-    assert 2 <= fake.most_at_once <= 3
+    assert 2 <= fake.max_at_once <= 3
     for path, body in fake.asked:
         assert path == "/v1/completions"
         assert (body["max_recursions"], body["ignore_eos"], body["seed"]) == (2, True, 5)

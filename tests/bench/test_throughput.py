@@ -150,6 +150,6 @@ def test_bursts_are_held_against_vanilla_in_bursts_and_ticks_against_ticks() -> 
             return found
 
     tiny = {"sequences": 3, "prompt": 8, "output": 6, "seconds": 0.02, "rounds": 1}
-    record = measure(Noting(**tiny, recursions=(3,), burst=2), lambda _: None)
+    record = measure(Noting(**tiny, recursions=(3,), num_scheduler_steps=2), lambda _: None)
     assert loads == [(2, "depth"), (2, "depth"), (1, "sequence"), (1, "depth")]
     assert record["depth_over_sequence"]["mor3"] > 0

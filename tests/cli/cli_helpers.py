@@ -41,7 +41,7 @@ def invoke(*args: object) -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Environment of a program that no setting of the developer's makes colourful."""
+    """Environment of a program that no setting of the developer's makes colorful."""
     kept = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **extra}
 

@@ -20,7 +20,7 @@ from fake_server import TOKENS, Fake, serving
 from mor import LLM, SamplingParams
 from mor.cli.chat_backends import ChatMessage, join_text, pieces
 from mor.engine.request import TokenOutput
-from mor.terminal.color import coloured_text
+from mor.terminal.color import colored_text
 
 SENTENCE = "The token goes deeper."
 Talk = Callable[..., tuple[int, list[str], str]]
@@ -72,8 +72,17 @@ def test_turns_go_back_and_forth(talk: Talk, fake: Fake) -> None:
 
 
 def test_commands_turn_the_dials(talk: Talk, fake: Fake) -> None:
-    lines = ["/depth 2", "/temperature 0", "one", "/depth", "/reset", "two", "/quit", "three"]
-    status, out, err = talk(lines, f"{fake.url}/v1", "--depth", 1, "--max-tokens", 6)
+    lines = [
+        "/max-recursions 2",
+        "/temperature 0",
+        "one",
+        "/max-recursions",
+        "/reset",
+        "two",
+        "/quit",
+        "three",
+    ]
+    status, out, err = talk(lines, f"{fake.url}/v1", "--max-recursions", 1, "--max-tokens", 6)
     assert status == 0
     assert len(out) == 2
     (one, two) = [body for path, body in fake.asked if path == "/v1/chat/completions"]
@@ -86,7 +95,15 @@ def test_commands_turn_the_dials(talk: Talk, fake: Fake) -> None:
 
 
 def test_a_wrong_command_does_not_end_the_talk(talk: Talk, fake: Fake) -> None:
-    lines = ["/rest", "/depth 4", "/depth x", "/temperature hot", "/temperature -1", "/help", "go"]
+    lines = [
+        "/rest",
+        "/max-recursions 4",
+        "/max-recursions x",
+        "/temperature hot",
+        "/temperature -1",
+        "/help",
+        "go",
+    ]
     status, out, err = talk(lines, fake.url, "--max-tokens", 6)
     assert (status, out) == (0, [SENTENCE])
     assert "/rest is no command: did you mean 'reset'?" in err
@@ -210,7 +227,7 @@ def test_a_model_with_a_template_is_told_who_speaks(
         return stream(llm, prompt, params)
 
     monkeypatch.setattr(LLM, "stream", spy)
-    lines = ["/depth 1", "print", "/reset", "self"]
+    lines = ["/max-recursions 1", "print", "/reset", "self"]
     status, _, err = talk(lines, talker, "--max-tokens", 3, "--system", "def")
     assert status == 0
     assert "template" not in err
@@ -239,14 +256,16 @@ def test_what_is_wrong_is_one_sentence(talk: Talk, args: tuple[str, ...], messag
     assert message in err
 
 
-@pytest.mark.parametrize("args", [("--depth", 4), ("--temperature", -1), ("--model", "fak")])
+@pytest.mark.parametrize(
+    "args", [("--max-recursions", 4), ("--temperature", -1), ("--model", "fak")]
+)
 def test_a_dial_that_the_model_has_not(talk: Talk, fake: Fake, args: tuple[object, ...]) -> None:
     status, out, err = talk(["a"], fake.url, *args)
     assert (status, out) == (1, [])
     assert "must be" in err or "did you mean 'fake'?" in err
 
 
-def test_tokens_have_the_colours_of_their_depth(
+def test_tokens_have_the_colors_of_their_depth(
     talk: Talk, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def terminal() -> Console:
@@ -258,7 +277,7 @@ def test_tokens_have_the_colours_of_their_depth(
     monkeypatch.setattr("mor.cli.chat.console", lambda: screen)
     assert talk(["go"], fake.url, "--max-tokens", 6)[0] == 0
     for piece, count in zip(TOKENS, (1, 2, 3, 1, 2, 3), strict=True):
-        expected.print(coloured_text([piece], [count], 3), end="")
+        expected.print(colored_text([piece], [count], 3), end="")
     shown = screen.file.getvalue()
     first, about = shown.splitlines()
     assert first == expected.file.getvalue()

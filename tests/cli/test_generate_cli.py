@@ -17,7 +17,7 @@ from rich.console import Console
 from mor import SamplingParams, Tokenizer, generate, load
 from mor.cli import generate as cli
 from mor.io.detokenizer import IncrementalDetokenizer
-from mor.terminal.color import coloured_text
+from mor.terminal.color import colored_text
 
 KEYS = {
     *("text", "prompt_token_ids", "token_ids", "recursion_counts", "prompt_recursion_counts"),
@@ -134,7 +134,9 @@ def test_every_sampling_option_reaches_the_generator(mor: Mor, tiny: TinyRun) ->
 def test_every_token_can_be_made_to_take_all_recursions(mor: Mor, scattered: Path) -> None:
     args = (scattered, "--prompt", "def", "--max-tokens", 5, "--ignore-eos")
     for recursions in (1, 2, 3):
-        (found,) = as_json(mor, *args, "--recursions", recursions)
+        (found,) = as_json(
+            mor, *args, "--min-recursions", recursions, "--max-recursions", recursions
+        )
         assert set(found["recursion_counts"] + found["prompt_recursion_counts"]) == {recursions}
 
 
@@ -155,7 +157,7 @@ def test_depths_in_a_pipe_are_plain_lines(mor: Mor, scattered: Path) -> None:
     assert f"mean recursions: {sum(new) / 9:.2f} of 3 for 9 new tokens" in out
 
 
-def test_depths_on_a_terminal_are_colours(
+def test_depths_on_a_terminal_are_colors(
     mor: Mor, scattered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = (scattered, "--prompt", "def value 🙂", "--max-tokens", 40, "--ignore-eos")
@@ -164,7 +166,7 @@ def test_depths_on_a_terminal_are_colours(
     tokenizer = Tokenizer.load(scattered)
     counts = found["prompt_recursion_counts"] + found["recursion_counts"]
     pieces = tokenizer.pieces([*found["prompt_token_ids"], *found["token_ids"]])
-    expected = coloured_text(pieces, counts, 3).plain
+    expected = colored_text(pieces, counts, 3).plain
     assert set(counts) == {1, 2, 3}
     assert "\t" not in expected, "which the terminal would expand"
 
@@ -176,19 +178,19 @@ def test_depths_on_a_terminal_are_colours(
         return out.getvalue()
 
     codes = re.compile(r"\x1b\[[0-9;]*m")
-    plain, coloured = shown(), shown("--show-depth")
+    plain, colored = shown(), shown("--show-depth")
     assert codes.sub("", plain) == expected + "\n"
-    assert codes.sub("", coloured).startswith(expected + "\n\nrecur")
-    assert "mean\nrecur\nsions" in re.sub(r" +\n", "\n", codes.sub("", coloured))
+    assert codes.sub("", colored).startswith(expected + "\n\nrecur")
+    assert "mean\nrecur\nsions" in re.sub(r" +\n", "\n", codes.sub("", colored))
     for count, cue in ((2, "\x1b[4;"), (3, "\x1b[1;")):  # underlined, bold
         deep = [p for p, c in zip(pieces, counts, strict=True) if c == count and p]
-        text = coloured.partition("\n\nrecur")[0]
+        text = colored.partition("\n\nrecur")[0]
         assert text.count(cue) == len(deep)
         assert cue not in plain
 
 
-@pytest.mark.parametrize("options", [("--recursions", 2), ("--max-recursions", 2)])
-def test_colours_of_the_prompt_keep_to_the_limit(
+@pytest.mark.parametrize("options", [("--min-recursions", 2), ("--max-recursions", 2)])
+def test_colors_of_the_prompt_keep_to_the_limit(
     mor: Mor, scattered: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
 ) -> None:
     args = (scattered, "--prompt", "def value import", "--max-tokens", 20, "--ignore-eos", *options)
@@ -219,8 +221,8 @@ def test_the_prompt_and_the_limit_decide_the_default_length(mor: Mor, tiny: Tiny
         (["--num-samples", 0], ["--num-samples=0"]),
         (["--num-samples", 2], ["--temperature=0"]),
         (["--seed", -1], ["--seed=-1"]),
-        (["--recursions", 3], ["recursions=3", "1..2"]),
-        (["--recursions", 2, "--max-recursions", 1], ["max_recursions=1", "recursions=2"]),
+        (["--min-recursions", 3], ["min_recursions=3", "1..2"]),
+        (["--min-recursions", 2, "--max-recursions", 1], ["max_recursions=1", "min_recursions=2"]),
         (["--logprobs", 21, "--json"], ["logprobs=21", "0..20"]),
         (["--logprobs", 2], ["--logprobs", "--json"]),
         (["--min-tokens", 3, "--max-tokens", 2], ["min_tokens=3", "max_tokens=2"]),

@@ -21,7 +21,7 @@ from mor.engine.llm import LLM
         (("--drain-timeout", "-5"), "drain_timeout"),
         (("--max-body-bytes", "1"), "max_body_bytes"),
         (("--max-model-len", "1"), "max_model_len"),
-        (("--max-num-seqs", "0"), "max_sequences"),
+        (("--max-num-seqs", "0"), "max_num_seqs"),
         (("--dtype", "float12"), "dtype"),
         (("--quantization", "int3"), "quantization"),
         (("--device", "tpu"), "device"),
@@ -44,7 +44,7 @@ def test_a_length_that_does_not_fit(mor: Mor, tiny: TinyRun) -> None:
     assert "the model takes 64" in said
     memory = ("--kv-cache-memory-bytes", 9000)
     said = one_sentence(mor("serve", tiny.run, "--port", 0, *memory), 1)
-    assert "--kv-cache-memory-bytes" in said or "kv_memory" in said
+    assert "--kv-cache-memory-bytes" in said or "kv_cache_memory_bytes" in said
 
 
 def test_a_port_that_is_taken(mor: Mor, tiny: TinyRun) -> None:

@@ -159,7 +159,7 @@ def test_damaged_index_is_named(tmp_path: Path, change: dict[str, object], messa
         ({"num_tokens": 0}, "impossible numbers"),
         ({"num_tokens": "3"}, "impossible numbers"),
         ({"crc32": None}, "impossible numbers"),
-        ({"colour": "red"}, "colour"),
+        ({"color": "red"}, "color"),
     ],
 )
 def test_damaged_shard_entry_is_named(

@@ -220,9 +220,11 @@ def test_both_splits_get_a_document(
 ) -> None:
     names = ["same" if same_name else f"doc{number}" for number in range(num_documents)]
     documents = [Document(name, "text") for name in names]
-    held_out = ValidationSplit(fraction, seed)
-    assert list(held_out.survey(documents)) == ["text"] * num_documents
-    splits = [held_out.split_of(number, document) for number, document in enumerate(documents)]
+    validation_split = ValidationSplit(fraction, seed)
+    assert list(validation_split.survey(documents)) == ["text"] * num_documents
+    splits = [
+        validation_split.split_of(number, document) for number, document in enumerate(documents)
+    ]
     assert {"train", "valid"} == set(splits)
 
 
@@ -230,9 +232,13 @@ def test_the_share_is_about_what_was_asked_and_goes_by_name() -> None:
     documents = [Document(f"file:{number}", "x") for number in range(5000)]
     chosen = []
     for order, seed in ((documents, 0), (documents[::-1], 0), (documents, 1)):
-        held_out = ValidationSplit(0.1, seed)
-        assert sum(1 for _ in held_out.survey(order)) == held_out.num_documents == 5000
-        splits = [held_out.split_of(number, document) for number, document in enumerate(order)]
+        validation_split = ValidationSplit(0.1, seed)
+        assert (
+            sum(1 for _ in validation_split.survey(order)) == validation_split.num_documents == 5000
+        )
+        splits = [
+            validation_split.split_of(number, document) for number, document in enumerate(order)
+        ]
         chosen.append({d.name for d, split in zip(order, splits, strict=True) if split == "valid"})
         assert 400 < len(chosen[-1]) < 600
     assert chosen[0] == chosen[1]

@@ -98,7 +98,7 @@ def test_corpora_alternate_like_draws_without_replacement() -> None:
     assert abs(deviations.std() - 1) < 0.15
     assert abs(deviations).max() < 5
     pairs = np.mean([a == b for a, b in pairwise(order)])
-    assert pairs == pytest.approx(0.49 + 0.04 + 0.01, abs=0.02)  # neighbours are independent
+    assert pairs == pytest.approx(0.49 + 0.04 + 0.01, abs=0.02)  # neighbors are independent
     assert order[:SEQUENCES_PER_CYCLE] != order[SEQUENCES_PER_CYCLE : 2 * SEQUENCES_PER_CYCLE]
     assert order[:SEQUENCES_PER_CYCLE] != [
         mixed([0.7, 0.2, 0.1], seed=1).source_of(i)[0] for i in range(SEQUENCES_PER_CYCLE)

@@ -196,15 +196,17 @@ def test_a_dataset_on_the_hub_becomes_a_corpus(
 
 
 @pytest.mark.usefixtures("small_files")
-@pytest.mark.parametrize("most", [3, 8, 11, 99])
+@pytest.mark.parametrize("maximum", [3, 8, 11, 99])
 def test_so_many_documents_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maximum: int
 ) -> None:
     fake = FakeHub()
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    files = hub.fetch(HubDataset.parse("hf:o/n"), tmp_path, text_field="text", max_documents=most)
+    files = hub.fetch(
+        HubDataset.parse("hf:o/n"), tmp_path, text_field="text", max_documents=maximum
+    )
     texts = [text for file in files for _, text in read(file)]
-    assert texts == TEXTS[:most]
+    assert texts == TEXTS[:maximum]
     assert fake.sent == len(texts)
     assert hub.fetch(HubDataset.parse("hf:o/n"), tmp_path, text_field="text") == files
 

@@ -55,20 +55,22 @@ class Simulation:
         router: Router = by_token,
         **fields: Any,
     ) -> None:
-        config = EngineConfig(**{"max_sequences": 8, "max_lanes": 32, **fields})
+        config = EngineConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 32, **fields})
         self.recursions, self.router = recursions, router
         self.pool = PagePool(pages)
-        self.prefixes = PrefixCache(self.pool, config.page_size) if config.prefix_caching else None
+        self.prefix_cache = (
+            PrefixCache(self.pool, config.block_size) if config.enable_prefix_caching else None
+        )
         share = 1.0 if router is always else 0.6
-        presence = tuple(share**depth for depth in range(recursions))
+        depth_fractions = tuple(share**depth for depth in range(recursions))
         self.passes = RecursionSpec(
             max_passes=recursions,
             recursions_per_pass=1,
             shared_kv=shared_kv,
-            depth_fractions=presence,
+            depth_fractions=depth_fractions,
         )
-        self.scheduler = Scheduler(config, self.passes, self.pool, self.prefixes)
-        self.layout = PageLayout(page_size=config.page_size, layers=1, layers_per_page=1)
+        self.scheduler = Scheduler(config, self.passes, self.pool, self.prefix_cache)
+        self.layout = PageLayout(block_size=config.block_size, layers=1, layers_per_page=1)
         self.sequences: list[SequenceState] = []
         self.finishes: list[list[Chunk]] = []
         self.others: list[int] = []
@@ -89,7 +91,7 @@ class Simulation:
             params=SamplingParams(max_tokens=max_tokens),
             token_ids=list(prompt),
             num_prompt_tokens=len(prompt),
-            **{"least": 0, "most": self.recursions, **fields},
+            **{"minimum": 0, "maximum": self.recursions, **fields},
             stop_token_ids=frozenset(),
             rng=random.Random(order),
             unshared_table=PageTable(self.layout, self.pool),
@@ -100,7 +102,7 @@ class Simulation:
         self.scheduler.add(sequence)
         return sequence
 
-    def tick(self) -> None:
+    def step(self) -> None:
         """What `LLM.step` does, without computing anything."""
         scheduler = self.scheduler
         self.others.append(len(scheduler._in_block))
@@ -141,21 +143,21 @@ class Simulation:
         scheduler.update_after_block(advancing.chunks, goes_on)
         self.check()
 
-    def run(self, most: int = 5000) -> int:
+    def run(self, maximum: int = 5000) -> int:
         """Tick until everything is done; how often."""
-        for number in range(most):
+        for number in range(maximum):
             if not self.scheduler.has_unfinished:
                 return number
-            self.tick()
+            self.step()
         raise AssertionError("the scheduler makes no progress")
 
     def check(self) -> None:
         """Pages and rows are in order, limits are kept, and entries are what the counts say."""
         scheduler, config = self.scheduler, self.scheduler.config
         scheduler.check_integrity()
-        assert len(scheduler.running) <= config.max_sequences
-        assert all(len(c) <= config.prefill_chunk for c in self.enters[-1].chunks)
-        assert sum(run.tokens for run in self.advances[-1]) <= config.max_lanes
+        assert len(scheduler.running) <= config.max_num_seqs
+        assert all(len(c) <= config.chunked_prefill_size for c in self.enters[-1].chunks)
+        assert sum(run.tokens for run in self.advances[-1]) <= config.max_num_batched_tokens
         for queue in (scheduler.running, scheduler.waiting):
             orders = [sequence.arrival_index for sequence in queue]
             assert orders == sorted(orders)

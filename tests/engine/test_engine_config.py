@@ -17,16 +17,19 @@ from tiny import KINDS, tiny_config, tiny_model
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kv_memory": 0}, "kv_memory=0 must be an integer >= 1"),
-        ({"kv_memory": 1e9}, r"kv_memory=1000000000.0 must be an integer"),
-        ({"page_size": True}, "page_size=True must be an integer >= 1"),
-        ({"max_sequences": None}, "max_sequences=None must be an integer"),
-        ({"max_lanes": 0}, "max_lanes=0 must be an integer >= 1"),
-        ({"max_lanes": 8}, "max_lanes=8 is below max_sequences=64: .* raise the one or lower"),
-        ({"prefill_chunk": -1}, "prefill_chunk=-1 must be an integer >= 1"),
-        ({"least_exit_batch": 65}, "least_exit_batch=65 .* max_sequences=64: make it smaller"),
-        ({"burst": 0}, "burst=0 must be an integer >= 1"),
-        ({"longest_exit_wait": -1}, "longest_exit_wait=-1 must be an integer >= 0"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes=0 must be an integer >= 1"),
+        ({"kv_cache_memory_bytes": 1e9}, r"kv_cache_memory_bytes=1000000000.0 must be an integer"),
+        ({"block_size": True}, "block_size=True must be an integer >= 1"),
+        ({"max_num_seqs": None}, "max_num_seqs=None must be an integer"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens=0 must be an integer >= 1"),
+        (
+            {"max_num_batched_tokens": 8},
+            "max_num_batched_tokens=8 is below max_num_seqs=64: .* raise the one or lower",
+        ),
+        ({"chunked_prefill_size": -1}, "chunked_prefill_size=-1 must be an integer >= 1"),
+        ({"min_exit_tokens": 65}, "min_exit_tokens=65 .* max_num_seqs=64: make it smaller"),
+        ({"num_scheduler_steps": 0}, "burst=0 must be an integer >= 1"),
+        ({"max_exit_wait_steps": -1}, "max_exit_wait_steps=-1 must be an integer >= 0"),
         ({"num_threads": 0}, "num_threads=0 must be an integer >= 1"),
         ({"batching": "depths"}, "batching='depths' is not a choice: did you mean 'depth'"),
         ({"batching": None}, "batching=None is not a choice"),
@@ -36,7 +39,7 @@ from tiny import KINDS, tiny_config, tiny_model
         ({"quantization": "int8", "dtype": "bfloat16"}, "quantization='int8' .*dtype='bfloat16'"),
         ({"kernels": "cuda"}, "kernels='cuda' is not a choice"),
         ({"device": 0}, "device=0 must be a text"),
-        ({"prefix_caching": "yes"}, "prefix_caching='yes' must be true or false"),
+        ({"enable_prefix_caching": "yes"}, "enable_prefix_caching='yes' must be true or false"),
     ],
 )
 def test_bad_settings_are_named_with_what_would_do(fields: dict[str, Any], words: str) -> None:
@@ -45,10 +48,10 @@ def test_bad_settings_are_named_with_what_would_do(fields: dict[str, Any], words
 
 
 def test_settings_make_the_round_trip() -> None:
-    config = EngineConfig(page_size=32, dtype="bfloat16", prefix_caching=False)
+    config = EngineConfig(block_size=32, dtype="bfloat16", enable_prefix_caching=False)
     assert EngineConfig.from_dict(config.to_dict()) == config
     assert EngineConfig.from_dict({}) == EngineConfig()
-    with pytest.raises(ConfigError, match="'page_sise' is unknown: did you mean 'page_size'"):
+    with pytest.raises(ConfigError, match="'page_sise' is unknown: did you mean 'block_size'"):
         EngineConfig.from_dict({"page_sise": 1})
 
 
@@ -68,7 +71,7 @@ def test_settings_that_do_not_fit_model_or_machine(fields: dict[str, Any], words
     if torch.cuda.is_available() and fields.get("device") == "cuda":
         pytest.skip("there is a GPU here")
     with pytest.raises(ConfigError, match=words):
-        LLM(shared_model("expert"), EngineConfig(kv_memory=2**20, **fields))
+        LLM(shared_model("expert"), EngineConfig(kv_cache_memory_bytes=2**20, **fields))
 
 
 def test_the_fastest_that_fits_is_chosen() -> None:
@@ -87,14 +90,14 @@ def test_the_fastest_that_fits_is_chosen() -> None:
         assert (found.kernels, found.weight_dtype, found.compute_dtype) == (kernels, dtype, compute)
     assert chosen(wide, torch.float64, dtype="float32").kernels == "cpu"
     assert chosen(wide, torch.float32, kernels="reference").kernels == "reference"
-    assert chosen(wide, torch.float32, page_size=8).kernels == "reference"
+    assert chosen(wide, torch.float32, block_size=8).kernels == "reference"
     assert chosen({**wide, "head_dim": 6}, torch.float32).kernels == "reference"
     assert chosen(wide, torch.float32).device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_model_runs_in_another_dtype(dtype: str) -> None:
-    llm = LLM(shared_model("expert"), EngineConfig(dtype=dtype, kv_memory=2**20))
+    llm = LLM(shared_model("expert"), EngineConfig(dtype=dtype, kv_cache_memory_bytes=2**20))
     (done,) = llm.generate([[1, 2, 3]])
     assert len(done.token_ids) == 64
     assert all(-20 < logprob <= 0 for logprob in done.logprobs)
@@ -111,21 +114,23 @@ def cache_of(kind: str, config: EngineConfig, **overrides: Any) -> KVCache:
 @pytest.mark.parametrize("kind", KINDS)
 def test_kv_memory_is_kept_and_used(kind: str) -> None:
     for memory in (100_000, 1_000_000):
-        found = cache_of(kind, EngineConfig(kv_memory=memory))
+        found = cache_of(kind, EngineConfig(kv_cache_memory_bytes=memory))
         taken = found.kv.k.nbytes + found.kv.v.nbytes
         assert taken == found.num_pages * found.page_bytes
         assert memory - found.page_bytes < taken <= memory
 
 
 def test_too_little_or_too_much_memory_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"kv_memory=9000 bytes hold 1 pages .*147456: raise it"):
-        cache_of("expert", EngineConfig(kv_memory=9000))
-    with pytest.raises(CapacityError, match="lower kv_memory"):
-        cache_of("expert", EngineConfig(kv_memory=2**60))
+    with pytest.raises(
+        ConfigError, match=r"kv_cache_memory_bytes=9000 bytes hold 1 pages .*147456: raise it"
+    ):
+        cache_of("expert", EngineConfig(kv_cache_memory_bytes=9000))
+    with pytest.raises(CapacityError, match="lower kv_cache_memory_bytes"):
+        cache_of("expert", EngineConfig(kv_cache_memory_bytes=2**60))
 
 
 def test_without_kv_memory_there_is_room_for_all_sequences_of_full_length() -> None:
-    found = cache_of("expert", EngineConfig(max_sequences=3, max_lanes=9))
+    found = cache_of("expert", EngineConfig(max_num_seqs=3, max_num_batched_tokens=9))
     full = found.max_pages(tiny_config("expert"), 96)
     assert full == 6 + 3 * 6
     assert found.num_pages == 3 * full
@@ -134,7 +139,9 @@ def test_without_kv_memory_there_is_room_for_all_sequences_of_full_length() -> N
 
 def test_memory_of_a_machine_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mor.engine.kv_cache.free_memory", lambda device: 200_000)
-    with pytest.raises(ConfigError, match=r"half of the free memory .*set kv_memory yourself"):
+    with pytest.raises(
+        ConfigError, match=r"half of the free memory .*set kv_cache_memory_bytes yourself"
+    ):
         cache_of("expert", EngineConfig())
     monkeypatch.setattr("mor.engine.kv_cache.free_memory", lambda device: 2_000_000)
     found = cache_of("expert", EngineConfig())
@@ -142,7 +149,7 @@ def test_memory_of_a_machine_that_is_full(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_pages_are_copied_whole_and_in_order() -> None:
-    found = cache_of("expert", EngineConfig(kv_memory=100_000, page_size=4))
+    found = cache_of("expert", EngineConfig(kv_cache_memory_bytes=100_000, block_size=4))
     height = found.layers_per_page
     for number, cells in enumerate((found.kv.k, found.kv.v)):
         cells.copy_(torch.arange(cells.numel()).view(cells.shape) + number)

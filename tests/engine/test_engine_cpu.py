@@ -41,7 +41,7 @@ def exact_model_of(kind: str) -> MoRModel:
 
 
 def cpu_engine(model: MoRModel, **fields: Any) -> LLM:
-    return LLM(model, EngineConfig(kernels="cpu", **{"kv_memory": 2**22, **fields}))
+    return LLM(model, EngineConfig(kernels="cpu", **{"kv_cache_memory_bytes": 2**22, **fields}))
 
 
 @cache
@@ -74,7 +74,9 @@ def clearance(kind: str, ids: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_equals_the_oracle_in_float32(kind: str) -> None:
     model = model_of(kind)
-    llm = cpu_engine(model, max_sequences=6, max_lanes=40, prefill_chunk=20, least_exit_batch=2)
+    llm = cpu_engine(
+        model, max_num_seqs=6, max_num_batched_tokens=40, chunked_prefill_size=20, min_exit_tokens=2
+    )
     prompts = prompts_with_shared_starts(7, 8, 40)
     asked = [REQUESTS[n % len(REQUESTS)] for n in range(len(prompts))]
     set_aside = 0
@@ -110,7 +112,7 @@ def prompt_scores(llm: LLM, prompts: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["vanilla", "recursive", "recursive_shared", "expert_random"])
 @pytest.mark.parametrize(
     ("fields", "tolerance"),
-    [({"dtype": "bfloat16"}, 0.05), ({"quantization": "int8"}, 0.05), ({"page_size": 32}, 1e-5)],
+    [({"dtype": "bfloat16"}, 0.05), ({"quantization": "int8"}, 0.05), ({"block_size": 32}, 1e-5)],
 )
 def test_smaller_weights_give_nearly_the_same(
     kind: str, fields: dict[str, Any], tolerance: float
@@ -118,7 +120,7 @@ def test_smaller_weights_give_nearly_the_same(
     prompts = prompts_with_shared_starts(3, 6, 60)
     want = prompt_scores(cpu_engine(model_of(kind)), prompts)
     got = prompt_scores(cpu_engine(model_of(kind), **fields), prompts)
-    assert 0 < (got - want).abs().mean() < tolerance or fields == {"page_size": 32}
+    assert 0 < (got - want).abs().mean() < tolerance or fields == {"block_size": 32}
     assert (got - want).abs().max() < 8 * tolerance
 
 
@@ -128,7 +130,9 @@ def test_a_model_of_another_dtype_runs(dtype: torch.dtype) -> None:
     model = build(tiny_config("recursive", **WIDE)).to(dtype)
     llm = cpu_engine(model, dtype="float32" if dtype == torch.float64 else None)
     same = build(tiny_config("recursive", **WIDE)).to(dtype).float()
-    want = prompt_scores(LLM(same, EngineConfig(kernels="reference", kv_memory=2**22)), prompts)
+    want = prompt_scores(
+        LLM(same, EngineConfig(kernels="reference", kv_cache_memory_bytes=2**22)), prompts
+    )
     assert (prompt_scores(llm, prompts) - want).abs().max() < 1e-4
     assert next(model.parameters()).dtype == dtype
 
@@ -156,4 +160,6 @@ def test_threads_change_nothing() -> None:
 
 
 def test_it_is_the_default_where_it_fits() -> None:
-    assert LLM(model_of("expert"), EngineConfig(kv_memory=2**22)).backend.kernels == "cpu"
+    assert (
+        LLM(model_of("expert"), EngineConfig(kv_cache_memory_bytes=2**22)).backend.kernels == "cpu"
+    )

@@ -27,9 +27,19 @@ from mor.model.sampling import SamplingParams
 from tiny import KINDS, build, configs
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "small": {"page_size": 3, "max_sequences": 3, "max_lanes": 7, "prefill_chunk": 5},
-    "tight": {"page_size": 2, "max_sequences": 6, "prefill_chunk": 7, "least_exit_batch": 3},
-    "sequence": {"page_size": 5, "max_sequences": 4, "prefill_chunk": 9, "batching": "sequence"},
+    "small": {
+        "block_size": 3,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 7,
+        "chunked_prefill_size": 5,
+    },
+    "tight": {"block_size": 2, "max_num_seqs": 6, "chunked_prefill_size": 7, "min_exit_tokens": 3},
+    "sequence": {
+        "block_size": 5,
+        "max_num_seqs": 4,
+        "chunked_prefill_size": 9,
+        "batching": "sequence",
+    },
 }
 SAMPLED = SamplingParams(
     max_tokens=6,
@@ -73,9 +83,13 @@ def test_every_kind_in_other_settings(kind: str, setting: str) -> None:
 
 def check_kind(kind: str, setting: str) -> None:
     model = shared_model(kind, eos_token_id=EOS)
-    fields = {"max_lanes": 24, "prefix_caching": setting != "sequence", **SETTINGS[setting]}
-    memory = memory_for(model, fields["page_size"], 49, 1.3 if setting == "tight" else 12)
-    llm = LLM(model, EngineConfig(**fields, kv_memory=memory))
+    fields = {
+        "max_num_batched_tokens": 24,
+        "enable_prefix_caching": setting != "sequence",
+        **SETTINGS[setting],
+    }
+    memory = memory_for(model, fields["block_size"], 49, 1.3 if setting == "tight" else 12)
+    llm = LLM(model, EngineConfig(**fields, kv_cache_memory_bytes=memory))
     prompts = prompts_with_shared_starts(len(setting), 6)
     check_equals_oracle(llm, model, prompts, REQUESTS)
     check_equals_oracle(llm, model, prompts[::-1], REQUESTS)  # prefixes of the first round
@@ -85,11 +99,11 @@ def check_kind(kind: str, setting: str) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "sequence"])
 def test_recursion_limits_equal_the_oracle(kind: str) -> None:
     model = shared_model(kind)
-    most = model.config.num_recursions
-    limits = [{}, *({"recursions": r} for r in range(1, most + 1)), {"max_recursions": 1}]
+    maximum = model.config.num_recursions
+    limits = [{}, *({"recursions": r} for r in range(1, maximum + 1)), {"max_recursions": 1}]
     asked = [SamplingParams(max_tokens=5, **fields) for fields in [*limits, *limits]]
     prompts = [[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, n // len(limits)] for n in range(len(asked))]
-    llm = LLM(model, EngineConfig(page_size=4, max_sequences=7, kv_memory=2**22))
+    llm = LLM(model, EngineConfig(block_size=4, max_num_seqs=7, kv_cache_memory_bytes=2**22))
     check_equals_oracle(llm, model, prompts, asked)
     assert llm.prefix_cache is not None
     assert len(llm.prefix_cache) >= 2 * len({str(sorted(fields.items())) for fields in limits})
@@ -101,16 +115,16 @@ def test_any_model_in_any_engine_equals_the_oracle(config: MoRConfig, data: st.D
     model = build(config, data.draw(st.integers(0, 9)))
     num = data.draw(st.integers(1, 5))
     prompts = prompts_with_shared_starts(data.draw(st.integers(0, 99)), num, 24)
-    most = 1 if config.sharing == "sequence" else config.num_recursions
+    maximum = 1 if config.sharing == "sequence" else config.num_recursions
     asked = [
         replace(p, recursions=None, max_recursions=None) if config.sharing == "sequence" else p
-        for p in (data.draw(params(most)) for _ in range(num))
+        for p in (data.draw(params(maximum)) for _ in range(num))
     ]
     fields = data.draw(engine_settings())
     if config.relaxation_rank:  # goes with no burst
-        fields["burst"] = None
-    memory = memory_for(model, fields["page_size"], 32, data.draw(st.floats(1.0, 3.0)))
-    llm = LLM(model, EngineConfig(**fields, kv_memory=memory))
+        fields["num_scheduler_steps"] = None
+    memory = memory_for(model, fields["block_size"], 32, data.draw(st.floats(1.0, 3.0)))
+    llm = LLM(model, EngineConfig(**fields, kv_cache_memory_bytes=memory))
     check_equals_oracle(llm, model, prompts, asked)
     check_empty(llm)
 
@@ -118,7 +132,9 @@ def test_any_model_in_any_engine_equals_the_oracle(config: MoRConfig, data: st.D
 @pytest.mark.parametrize("kind", ["expert", "token_shared", "expert_bare"])
 def test_neighbours_do_not_matter(kind: str) -> None:
     model = shared_model(kind)
-    config = EngineConfig(page_size=4, max_sequences=5, max_lanes=16, prefill_chunk=6)
+    config = EngineConfig(
+        block_size=4, max_num_seqs=5, max_num_batched_tokens=16, chunked_prefill_size=6
+    )
     prompts = prompts_with_shared_starts(5, 6)
     together = run_all(LLM(model, config), prompts, REQUESTS)
     llm = LLM(model, config)
@@ -130,7 +146,7 @@ def test_neighbours_do_not_matter(kind: str) -> None:
 def test_tight_memory_preempts_and_changes_nothing() -> None:
     model = shared_model("expert")
     memory = memory_for(model, 2, 60)
-    llm = LLM(model, EngineConfig(page_size=2, max_sequences=6, kv_memory=memory))
+    llm = LLM(model, EngineConfig(block_size=2, max_num_seqs=6, kv_cache_memory_bytes=memory))
     prompts = [[n, 5, 7, 11] for n in range(6)]
     asked = [
         SamplingParams(max_tokens=40, temperature=t, seed=3, logprobs=2, prompt_logprobs=True)
@@ -143,7 +159,12 @@ def test_tight_memory_preempts_and_changes_nothing() -> None:
 
 def test_requests_that_come_later_are_served_alike() -> None:
     model = shared_model("token")
-    llm = LLM(model, EngineConfig(page_size=4, max_sequences=3, max_lanes=8, prefill_chunk=5))
+    llm = LLM(
+        model,
+        EngineConfig(
+            block_size=4, max_num_seqs=3, max_num_batched_tokens=8, chunked_prefill_size=5
+        ),
+    )
     prompts = prompts_with_shared_starts(1, 8)
     asked = [SamplingParams(max_tokens=7, temperature=1.0, seed=n) for n in range(8)]
     done = {}

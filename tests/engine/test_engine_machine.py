@@ -37,14 +37,14 @@ REQUEST = st.tuples(
 @st.composite
 def settings_that_press(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of an EngineConfig that make requests get into each other's way."""
-    most = draw(st.integers(2, 6))
+    maximum = draw(st.integers(2, 6))
     return {
         **draw(engine_settings()),
-        "page_size": draw(st.sampled_from((1, 2, 3, 4, 7, 16))),
-        "max_sequences": most,
-        "max_lanes": most + draw(st.integers(2, 20)),
-        "least_exit_batch": draw(st.integers(1, most)),
-        "prefix_caching": draw(st.integers(0, 3)) < 3,
+        "block_size": draw(st.sampled_from((1, 2, 3, 4, 7, 16))),
+        "max_num_seqs": maximum,
+        "max_num_batched_tokens": maximum + draw(st.integers(2, 20)),
+        "min_exit_tokens": draw(st.integers(1, maximum)),
+        "enable_prefix_caching": draw(st.integers(0, 3)) < 3,
     }
 
 
@@ -75,7 +75,7 @@ class EngineMachine(RuleBasedStateMachine):
         victims = self.drive.victims()
         self.drive.abort(victims[-1 - back % len(victims)])
 
-    @precondition(lambda self: len(self.drive.llm.prefixes or ()) > 8)
+    @precondition(lambda self: len(self.drive.llm.prefix_cache or ()) > 8)
     @rule()
     def reset_prefix_cache(self) -> None:
         self.drive.llm.reset_prefix_cache()
@@ -101,20 +101,25 @@ def run_machine(max_examples: int) -> Counter[str]:
 
 def test_any_course_of_events() -> None:
     happened = run_machine(5)
-    assert happened["ticks"] > 300
+    assert happened["steps"] > 300
     assert happened["completions"] > 30
 
 
 @pytest.mark.slow
 def test_many_more_courses_of_events() -> None:
-    assert run_machine(140)["ticks"] > 10_000
+    assert run_machine(140)["steps"] > 10_000
 
 
 def random_course(seed: int) -> Counter[str]:
     """Many things in one engine, in a random order."""
     rng = random.Random(seed)
-    fields = {"page_size": 2, "max_sequences": 6, "max_lanes": 20, "prefill_chunk": 6}
-    fields["burst"] = (1, 1, 3)[seed % 3]
+    fields = {
+        "block_size": 2,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 20,
+        "chunked_prefill_size": 6,
+    }
+    fields["num_scheduler_steps"] = (1, 1, 3)[seed % 3]
     drive = EngineDriver(("expert", "token_shared", "expert_bare")[seed % 3], fields)
     for _ in range(40):
         for _ in range(rng.randint(0, 2)):

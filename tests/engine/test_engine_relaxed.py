@@ -19,8 +19,18 @@ KINDS = ("recursive", "recursive_shared", "sequence", "expert_shared", "expert_a
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
 PROMPTS = prompts_with_shared_starts(11, 6, 24)
 SETTINGS: dict[str, dict[str, Any]] = {
-    "depth": {"page_size": 4, "max_sequences": 5, "max_lanes": 20, "prefill_chunk": 7},
-    "sequence": {"page_size": 4, "max_sequences": 3, "max_lanes": 20, "batching": "sequence"},
+    "depth": {
+        "block_size": 4,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 20,
+        "chunked_prefill_size": 7,
+    },
+    "sequence": {
+        "block_size": 4,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 20,
+        "batching": "sequence",
+    },
 }
 
 
@@ -39,7 +49,7 @@ def relaxed(kind: str, **fields: Any) -> MoRModel:
 def test_float64_equals_the_oracle(kind: str, setting: str) -> None:
     model = relaxed(kind)
     asked = [SamplingParams(max_tokens=8, prompt_logprobs=n % 2 == 0) for n in range(len(PROMPTS))]
-    llm = LLM(model, EngineConfig(**SETTINGS[setting], kv_memory=2**20))
+    llm = LLM(model, EngineConfig(**SETTINGS[setting], kv_cache_memory_bytes=2**20))
     check_equals_oracle(llm, model, PROMPTS, asked)
 
 
@@ -47,9 +57,11 @@ def test_float64_equals_the_oracle(kind: str, setting: str) -> None:
 def test_compiled_kernels_equal_the_forward_pass(kind: str) -> None:
     """In float32: log-probabilities of prompts, in chunks whose parts are at several depths."""
     model = relaxed(kind, **WIDE).float()
-    config = EngineConfig(kernels="cpu", max_sequences=5, max_lanes=20, prefill_chunk=7)
+    config = EngineConfig(
+        kernels="cpu", max_num_seqs=5, max_num_batched_tokens=20, chunked_prefill_size=7
+    )
     asked = SamplingParams(max_tokens=6, prompt_logprobs=True)
-    llm = LLM(model, replace(config, kv_memory=2**22))
+    llm = LLM(model, replace(config, kv_cache_memory_bytes=2**22))
     for got, want in zip(
         run_all(llm, PROMPTS, [asked] * len(PROMPTS)), generate(model, PROMPTS, asked), strict=True
     ):
@@ -65,7 +77,7 @@ def test_smaller_weights_give_nearly_the_same(fields: dict[str, Any]) -> None:
     asked = SamplingParams(max_tokens=1, prompt_logprobs=True)
 
     def scores(**more: Any) -> torch.Tensor:
-        llm = LLM(model, EngineConfig(kernels="cpu", kv_memory=2**22, **more))
+        llm = LLM(model, EngineConfig(kernels="cpu", kv_cache_memory_bytes=2**22, **more))
         return torch.tensor(
             [s for c in llm.generate(PROMPTS, asked) for s in c.prompt_logprobs[1:]]
         )
@@ -75,7 +87,7 @@ def test_smaller_weights_give_nearly_the_same(fields: dict[str, Any]) -> None:
 
 def test_deltas_are_packed_in_float32() -> None:
     model = relaxed("expert", **WIDE).float()
-    llm = LLM(model, EngineConfig(kernels="cpu", quantization="int8", kv_memory=2**22))
+    llm = LLM(model, EngineConfig(kernels="cpu", quantization="int8", kv_cache_memory_bytes=2**22))
     stack = llm.runner.block
     assert isinstance(stack, CpuStack)
     assert {w.weight_dtype for ws in stack.packed for w in ws} == {"int8"}

@@ -46,23 +46,27 @@ def test_in_the_interpreter(kinds: str) -> None:
 
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU")
 @pytest.mark.parametrize(
-    ("kind", "lengths", "max_tokens", "chunk", "burst"),
+    ("kind", "lengths", "max_tokens", "chunk", "num_scheduler_steps"),
     [
         *(
-            pytest.param(kind, (2, 7, 1), 3, 3, burst, id=f"short-{kind}-{burst}")
-            for kind, burst in (("expert", 1), ("expert_shared", 1), ("expert", 4))
+            pytest.param(
+                kind, (2, 7, 1), 3, 3, num_scheduler_steps, id=f"short-{kind}-{num_scheduler_steps}"
+            )
+            for kind, num_scheduler_steps in (("expert", 1), ("expert_shared", 1), ("expert", 4))
         ),
         *(
-            pytest.param(kind, (3, 19, 1), 5, 7, burst, id=f"long-{kind}-{burst}")
+            pytest.param(
+                kind, (3, 19, 1), 5, 7, num_scheduler_steps, id=f"long-{kind}-{num_scheduler_steps}"
+            )
             for kind in ("vanilla", "expert", "expert_shared", "token", "expert_relaxed")
-            for burst in ((1,) if kind == "expert_relaxed" else (1, 5))
+            for num_scheduler_steps in ((1,) if kind == "expert_relaxed" else (1, 5))
         ),
     ],
 )
 def test_equals_the_reference_generator(
-    kind: str, lengths: tuple[int, ...], max_tokens: int, chunk: int, burst: int
+    kind: str, lengths: tuple[int, ...], max_tokens: int, chunk: int, num_scheduler_steps: int
 ) -> None:
-    """Decode ticks go through `GraphStack` or `Flight`: padded buckets, recorded on a GPU."""
+    """Decode steps go through `CUDAGraphLayerStack` or `DeviceDecoder`: captured on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(tiny_config(kind, **SHAPE)).float().to(device)
     torch.manual_seed(0)
@@ -70,7 +74,10 @@ def test_equals_the_reference_generator(
     params = SamplingParams(max_tokens=max_tokens)
     wanted = generate(model, prompts, params)
     config = EngineConfig(
-        kernels="triton", device=device, prefill_chunk=chunk, num_scheduler_steps=burst
+        kernels="triton",
+        device=device,
+        chunked_prefill_size=chunk,
+        num_scheduler_steps=num_scheduler_steps,
     )
     llm = LLM(model, config)
     for want, got in zip(wanted, llm.generate(prompts, params), strict=True):

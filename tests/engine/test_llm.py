@@ -41,7 +41,7 @@ BAD_REQUESTS: list[tuple[Any, SamplingParams, str]] = [
     ([1] * 90, GREEDY, "the model takes 96"),
     ("text", GREEDY, "needs a tokenizer"),
     ([1], SamplingParams(stop="x"), "need a tokenizer"),
-    ([1], SamplingParams(recursions=4), "recursions=4"),
+    ([1], SamplingParams(min_recursions=4, max_recursions=4), "recursions=4"),
     ([1], SamplingParams(stop_token_ids=[VOCAB]), "stop_token_ids"),
 ]
 
@@ -72,14 +72,16 @@ def test_a_refused_request_leaves_the_others_running() -> None:
 def test_what_can_never_fit_is_refused_at_once() -> None:
     model = shared_model("expert")
     memory = memory_for(model, 4, 30)
-    llm = LLM(model, EngineConfig(page_size=4, kv_memory=memory))
+    llm = LLM(model, EngineConfig(block_size=4, kv_cache_memory_bytes=memory))
     llm.add_request([1, 2, 3], GREEDY, "small")
-    for prompt, most in (([1] * 20, 14), ([1] * 33, 1), ([1], 33)):
-        with pytest.raises(CapacityError, match="raise kv_memory"):
-            llm.add_request(prompt, SamplingParams(max_tokens=most))
+    for prompt, maximum in (([1] * 20, 14), ([1] * 33, 1), ([1], 33)):
+        with pytest.raises(CapacityError, match="raise kv_cache_memory_bytes"):
+            llm.add_request(prompt, SamplingParams(max_tokens=maximum))
     fitting = [([1] * 20, 13), ([1] * 32, 1), ([1], 32)]  # the last token is never fed
-    for prompt, most in fitting:
-        llm.add_request(prompt, SamplingParams(max_tokens=most, recursions=3))
+    for prompt, maximum in fitting:
+        llm.add_request(
+            prompt, SamplingParams(max_tokens=maximum, min_recursions=3, max_recursions=3)
+        )
     done = {e.request_id: e.completions[0] for e in step_until(llm, 56) if e.completions}
     assert len(done) == 4
     check_same(done["small"], generate(model, [[1, 2, 3]], GREEDY)[0])

@@ -45,13 +45,17 @@ def growth(llm: LLM, num: int, measure: Callable[[], int]) -> int:
 
 
 def test_a_thousand_requests_leave_nothing_behind() -> None:
-    llm = engine_of("vanilla", max_sequences=50, max_lanes=100, kv_memory=2**18)
+    llm = engine_of(
+        "vanilla", max_num_seqs=50, max_num_batched_tokens=100, kv_cache_memory_bytes=2**18
+    )
     assert growth(llm, 1000, sys.getallocatedblocks) < 1000  # less than one each
 
 
 @pytest.mark.slow
 def test_ten_thousand_requests_leave_nothing_behind() -> None:
-    llm = engine_of("vanilla", max_sequences=50, max_lanes=100, kv_memory=2**18)
+    llm = engine_of(
+        "vanilla", max_num_seqs=50, max_num_batched_tokens=100, kv_cache_memory_bytes=2**18
+    )
     assert growth(llm, 10_000, sys.getallocatedblocks) < 2000
     tracemalloc.start()
     try:
@@ -72,8 +76,10 @@ def test_a_sequence_takes_the_memory_that_the_cost_model_says(kind: str) -> None
     (sequence,) = llm.scheduler.running
     counts = sequence.recursion_counts
     histogram = [counts.count(passes) for passes in range(config.num_recursions + 1)]
-    presence = depth_fractions_of(config, histogram)
-    wanted = kv_bytes_per_token(config, presence=presence, bytes_per_value=8) * len(counts)
+    depth_fractions = depth_fractions_of(config, histogram)
+    wanted = kv_bytes_per_token(config, depth_fractions=depth_fractions, bytes_per_value=8) * len(
+        counts
+    )
     taken = sum(len(table.pages) for table in sequence.page_tables) * llm.cache.page_bytes
     assert wanted <= taken <= wanted + len(sequence.page_tables) * llm.cache.page_bytes
     assert llm.pool.num_pages - llm.pool.num_free == taken // llm.cache.page_bytes
@@ -83,7 +89,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     llm = engine_of("expert")
     prompt = list(range(18))
     (first,) = llm.generate([prompt], GREEDY)
-    lanes = llm.stats.block_tokens
+    metadata = llm.stats.block_tokens
     for other, cached in ((prompt, 16), ([*prompt[:9], 60], 8), ([60, *prompt], 0)):
         llm.add_request(other, GREEDY)
         llm.step()
@@ -93,7 +99,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
         assert len(done[0][0].token_ids) == 10
         if other == prompt:
             check_same(done[0][0], first)
-            assert llm.stats.block_tokens - lanes < lanes
+            assert llm.stats.block_tokens - metadata < metadata
         check_same(done[0][0], generate(shared_model("expert"), [other], GREEDY)[0])
     assert len(llm.prefix_cache or ()) > 6
     llm.reset_prefix_cache()
@@ -103,7 +109,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
 
 
 def test_counters_count_what_happened() -> None:
-    llm = engine_of("expert", prefix_caching=False)
+    llm = engine_of("expert", enable_prefix_caching=False)
     done = llm.generate([[1, 2, 3], [4] * 9], GREEDY)
     counts = [count for c in done for count in c.recursion_counts]
     assert llm.stats.tokens == len(counts) == 20
@@ -112,9 +118,9 @@ def test_counters_count_what_happened() -> None:
     last = sum(c.recursion_counts[0] for c in done)  # counted as a prompt's and as an output's
     assert llm.stats.block_tokens == sum(counts) + sum(prompts) - last
     assert 0 < llm.stats.compute_seconds <= llm.stats.seconds
-    ticks = llm.stats.steps
+    steps = llm.stats.steps
     assert llm.step() == []
-    assert llm.stats.steps == ticks
+    assert llm.stats.steps == steps
     llm.stats.reset()
     assert (llm.stats.steps, llm.stats.tokens, llm.stats.block_tokens) == (0, 0, 0)
 
@@ -122,7 +128,7 @@ def test_counters_count_what_happened() -> None:
 def test_the_model_stays_as_it_was() -> None:
     model = tiny_model("token_loss_free").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    LLM(model, EngineConfig(kv_memory=2**20)).generate(
+    LLM(model, EngineConfig(kv_cache_memory_bytes=2**20)).generate(
         [[1, 2], [3]], SamplingParams(max_tokens=12, temperature=1.0, seed=3)
     )
     assert model.training
@@ -143,7 +149,7 @@ def test_progress_is_shown_on_stderr_if_asked_for(capsys: pytest.CaptureFixture[
 
 
 def test_it_describes_itself_in_one_line() -> None:
-    line = engine_of(kv_memory=2**20).describe()
+    line = engine_of(kv_cache_memory_bytes=2**20).describe()
     assert "\n" not in line
     for word in ("reference kernels", "cpu", "float64 weights", "MiB", "pages"):
         assert word in line

@@ -33,7 +33,7 @@ def talker() -> MoRModel:
 
 
 def talking(**fields: Any) -> LLM:
-    return LLM(talker(), EngineConfig(kv_memory=2**21, **fields), tokenizer=tokenizer())
+    return LLM(talker(), EngineConfig(kv_cache_memory_bytes=2**21, **fields), tokenizer=tokenizer())
 
 
 def test_text_in_and_text_out() -> None:
@@ -112,7 +112,10 @@ def test_the_tokenizers_end_of_text_ends_requests_where_the_model_names_none() -
     assert talking().eos_token_id == tokenizer().eos_id == 0
     assert engine_of().eos_token_id is None
     named = tiny_model("expert", vocab_size=300, eos_token_id=9)
-    assert LLM(named, EngineConfig(kv_memory=2**20), tokenizer=tokenizer()).eos_token_id == 9
+    assert (
+        LLM(named, EngineConfig(kv_cache_memory_bytes=2**20), tokenizer=tokenizer()).eos_token_id
+        == 9
+    )
     params = SamplingParams(max_tokens=40, temperature=2.0, seed=0, n=25)
     completions = talking().generate([[5]], params)
     for done in completions:
@@ -123,7 +126,7 @@ def test_the_tokenizers_end_of_text_ends_requests_where_the_model_names_none() -
 
 def test_a_folders_generation_config_may_list_more_ends(tmp_path: Path) -> None:
     mor.save(talker(), tmp_path, tokenizer=tokenizer())
-    config = EngineConfig(kv_memory=2**21)
+    config = EngineConfig(kv_cache_memory_bytes=2**21)
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=5)
     (free,) = LLM(tmp_path, config).generate(["the "], replace(params, ignore_eos=True))
     end = free.token_ids[4]
@@ -143,7 +146,7 @@ def test_a_folders_generation_config_may_list_more_ends(tmp_path: Path) -> None:
 def test_a_folder_brings_its_tokenizer(tmp_path: Path) -> None:
     model = tiny_model("expert", vocab_size=300).float()
     mor.save(model, tmp_path, tokenizer=tokenizer())
-    llm = LLM(str(tmp_path), EngineConfig(kv_memory=2**21, kernels="reference"))
+    llm = LLM(str(tmp_path), EngineConfig(kv_cache_memory_bytes=2**21, kernels="reference"))
     (done,) = llm.generate(["the cat"], SamplingParams(max_tokens=5, ignore_eos=True))
     assert len(done.token_ids) == 5
     assert done.text

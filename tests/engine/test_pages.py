@@ -9,7 +9,7 @@ from mor.errors import CapacityError
 
 LAYOUTS = st.builds(
     lambda size, layers, more: PageLayout(
-        page_size=size, layers=layers, layers_per_page=layers * more + more % layers
+        block_size=size, layers=layers, layers_per_page=layers * more + more % layers
     ),
     st.integers(1, 5),
     st.integers(1, 4),
@@ -54,7 +54,7 @@ def test_wrong_bookkeeping_is_noticed() -> None:
 
 
 def test_a_lower_stack_lays_several_groups_side_by_side() -> None:
-    layout = PageLayout(page_size=4, layers=2, layers_per_page=7)
+    layout = PageLayout(block_size=4, layers=2, layers_per_page=7)
     assert (layout.cell_groups, layout.entries_per_page) == (3, 12)
     assert [layout.pages_for(n) for n in (0, 1, 12, 13)] == [0, 1, 1, 2]
     table = PageTable(layout, PagePool(9))
@@ -87,7 +87,7 @@ def test_every_entry_of_every_layer_has_a_slot_of_its_own(
     ]
     assert len(set(slots)) == len(slots)
     assert all(0 <= cell < 200 * layout.layers_per_page for cell, _ in slots)
-    assert all(0 <= slot < layout.page_size for _, slot in slots)
+    assert all(0 <= slot < layout.block_size for _, slot in slots)
     pool.check_integrity([page for table in tables for page in table.pages])
     for table in tables:
         table.clear()
@@ -97,7 +97,7 @@ def test_every_entry_of_every_layer_has_a_slot_of_its_own(
 
 def test_a_table_that_does_not_fit_stays_as_it_was() -> None:
     pool = PagePool(3)
-    table = PageTable(PageLayout(page_size=2, layers=1, layers_per_page=1), pool)
+    table = PageTable(PageLayout(block_size=2, layers=1, layers_per_page=1), pool)
     table.append(3)
     with pytest.raises(CapacityError, match="2 pages are needed, 1 are free"):
         table.append(4)

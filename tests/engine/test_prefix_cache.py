@@ -11,9 +11,9 @@ SIZE = 4
 ROOT = (0, 3)
 OTHER_ROOT = (0, 1)
 LAYOUTS = (
-    PageLayout(page_size=SIZE, layers=1, layers_per_page=2),  # the outer layers: 8 to a page
-    PageLayout(page_size=SIZE, layers=2, layers_per_page=2),  # depth 0
-    PageLayout(page_size=SIZE, layers=2, layers_per_page=2),  # depth 1
+    PageLayout(block_size=SIZE, layers=1, layers_per_page=2),  # the outer layers: 8 to a page
+    PageLayout(block_size=SIZE, layers=2, layers_per_page=2),  # depth 0
+    PageLayout(block_size=SIZE, layers=2, layers_per_page=2),  # depth 1
 )
 
 

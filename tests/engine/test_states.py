@@ -43,7 +43,7 @@ def test_one_call_does_what_the_plain_form_does(
     ]
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randperm(NUM + 2, generator=draw)[:NUM].tolist()
-    llm = LLM(model, EngineConfig(kernels="reference", kv_memory=2**20))
+    llm = LLM(model, EngineConfig(kernels="reference", kv_cache_memory_bytes=2**20))
     llm.add_request([1] * NUM)
     chunk = Chunk(sequence=llm.scheduler.waiting[0], start=0, state_slots=rows)
     x = torch.randn(NUM, config.hidden_size, generator=draw)
@@ -79,5 +79,5 @@ def test_one_call_does_what_the_plain_form_does(
 )
 def test_linear_routers_on_cpus_are_compiled(kind: str, kernels: str, fused: bool) -> None:
     model = build(tiny_config(kind, **WIDE)).float()
-    llm = LLM(model, EngineConfig(kernels=kernels, kv_memory=2**22))
+    llm = LLM(model, EngineConfig(kernels=kernels, kv_cache_memory_bytes=2**22))
     assert isinstance(llm.runner.states, FusedExpertChoiceStates) is fused

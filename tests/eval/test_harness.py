@@ -24,8 +24,8 @@ TEXT = "the cat sat on a mat and saw two dogs run to some old red house near thi
 WORDS = TEXT.split()
 
 
-def sentence(draw: random.Random, least: int = 3, most: int = 9) -> str:
-    return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
+def sentence(draw: random.Random, minimum: int = 3, maximum: int = 9) -> str:
+    return " ".join(draw.choices(WORDS, k=draw.randint(minimum, maximum)))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def scores_of(
 
 
 def engine(model: MoRModel, tokenizer: Tokenizer) -> EngineScorer:
-    config = mor.EngineConfig(kv_memory=2**24)
+    config = mor.EngineConfig(kv_cache_memory_bytes=2**24)
     return EngineScorer(mor.LLM(model, config, tokenizer=tokenizer))
 
 

@@ -48,7 +48,9 @@ def scored(kind: str) -> tuple[MoRModel, list[LoglikelihoodRequest], list[tuple[
 
 
 def engine(model: MoRModel, **fields: Any) -> EngineScorer:
-    return EngineScorer(mor.LLM(model, mor.EngineConfig(**{"kv_memory": 2**22, **fields})))
+    return EngineScorer(
+        mor.LLM(model, mor.EngineConfig(**{"kv_cache_memory_bytes": 2**22, **fields}))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +60,7 @@ def test_scores_are_those_of_a_forward_pass(
 ) -> None:
     monkeypatch.setattr(scoring, "_WAVE_TOKENS", wave)
     (model, pairs, wanted), done = scored(kind), list[int]()
-    scorer = engine(model, page_size=8, max_lanes=64, prefill_chunk=16)
+    scorer = engine(model, block_size=8, max_num_batched_tokens=64, chunked_prefill_size=16)
     for (logprob, greedy), score in zip(wanted, scorer.score(pairs, done.append), strict=True):
         assert score.logprob == pytest.approx(logprob, abs=1e-6)
         assert score.is_greedy == greedy
@@ -74,12 +76,12 @@ def reference_greedy(model: MoRModel, context: tuple[int, ...], num: int) -> lis
 def test_a_shared_context_is_computed_once() -> None:
     context = tuple(range(33))
     pairs = [LoglikelihoodRequest(context, (40 + i, 7)) for i in range(5)]
-    lanes = {}
+    tokens = {}
     for caching in (True, False):
-        scorer = engine(tiny_model("vanilla"), page_size=8, prefix_caching=caching)
+        scorer = engine(tiny_model("vanilla"), block_size=8, enable_prefix_caching=caching)
         scorer.score(pairs, lambda _: None)
-        lanes[caching] = scorer.llm.stats.block_tokens
-    assert lanes == {True: 35 + 4 * 3, False: 5 * 35}
+        tokens[caching] = scorer.llm.stats.block_tokens
+    assert tokens == {True: 35 + 4 * 3, False: 5 * 35}
 
 
 @pytest.mark.parametrize("kind", ["expert", "expert_aux_router", "token"])

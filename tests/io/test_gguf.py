@@ -102,10 +102,10 @@ def write(path: Path, model: mor.MoRModel, tokenizer: Tokenizer, **changes: Any)
 
 
 def their_name(ours: str) -> str:
-    outer = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+    unshared = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
     stem = ours.removesuffix(".weight")
-    if stem in outer:
-        return f"{outer[stem]}.weight"
+    if stem in unshared:
+        return f"{unshared[stem]}.weight"
     _, layer, rest = stem.split(".", 2)
     return f"blk.{layer}.{NAMES[rest]}.weight"
 
@@ -124,7 +124,7 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     assert (again.lm_head.weight is again.embed_tokens.weight) == tied
 
 
-def test_quantised_weights_are_their_rounded_values(tmp_path: Path) -> None:
+def test_quantized_weights_are_their_rounded_values(tmp_path: Path) -> None:
     model, tokenizer = model_and_tokenizer()
     kind = gguf.GGMLQuantizationType.Q8_0
     path = write(tmp_path / "model.gguf", model, tokenizer, quantization=kind)

@@ -24,7 +24,7 @@ NEW = 12
 )
 def test_a_padded_batch_is_continued_as_the_engine_does(kind: str) -> None:
     model, hf = tiny_pair(kind)
-    engine = LLM(model, EngineConfig(max_lanes=64, kv_memory=2**22))
+    engine = LLM(model, EngineConfig(max_num_batched_tokens=64, kv_cache_memory_bytes=2**22))
     expected = engine.generate(PROMPTS, SamplingParams(max_tokens=NEW))
     out = hf.generate(
         **left_padded(PROMPTS), max_new_tokens=NEW, return_dict_in_generate=True, pad_token_id=0
@@ -39,7 +39,8 @@ def test_a_padded_batch_is_continued_as_the_engine_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "dial", [{"num_recursions": 2}, {"max_recursions": 2}, {"num_recursions": 1}]
+    "dial",
+    [{"min_recursions": 2}, {"max_recursions": 2}, {"min_recursions": 1, "max_recursions": 1}],
 )
 @pytest.mark.parametrize("home", ["argument", "generation_config"])
 def test_the_dials_are_those_of_the_engine(dial: dict[str, int], home: str) -> None:
@@ -114,7 +115,7 @@ def test_the_rows_of_a_cache_can_be_chosen() -> None:
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "paged"}, "generate_batch gives wrong tokens"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search does not work"),
-        ({"num_recursions": 7}, "num_recursions=7 must lie in 1..3"),
+        ({"min_recursions": 7}, "min_recursions=7 must lie in 1..3"),
     ],
 )
 def test_what_would_give_wrong_tokens_is_refused(kwargs: dict[str, Any], message: str) -> None:

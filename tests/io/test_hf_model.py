@@ -193,7 +193,7 @@ def test_the_config_says_what_third_party_tools_read() -> None:
         MoRPretrainedConfig(num_attention_heads=4, num_key_value_heads=3)
 
 
-def test_a_model_from_scratch_is_initialised_like_ours() -> None:
+def test_a_model_from_scratch_is_initialized_like_ours() -> None:
     torch.manual_seed(0)
     config = tiny_config()
     model = MoRForCausalLM(MoRPretrainedConfig(**config.to_dict())).model
@@ -215,10 +215,10 @@ def test_a_model_from_scratch_is_initialised_like_ours() -> None:
         ({"position_ids": torch.arange(8)[None] + 90}, "position 97 does not fit"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])}, "must rise"),
         ({"past_key_values": DynamicCache()}, "DynamicCache, which has no place"),
-        ({"num_recursions": 4}, r"must lie in 1..3"),
+        ({"min_recursions": 4}, r"must lie in 1..3"),
         ({"max_recursions": 0}, r"must lie in 1..3"),
-        ({"num_recursions": 3, "max_recursions": 2}, "at least num_recursions=3"),
-        ({"num_recursions": 2, "selection": "topk"}, "need selection='threshold'"),
+        ({"min_recursions": 3, "max_recursions": 2}, "at least min_recursions=3"),
+        ({"min_recursions": 2, "selection": "topk"}, "need selection='threshold'"),
     ],
 )
 def test_what_cannot_be_done_is_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -231,7 +231,9 @@ def test_more_refusals() -> None:
     _, hf = tiny_pair("sequence")
     with pytest.raises(RequestError, match="needs sharing='cycle'"):
         hf(random_ids(1, 8), max_recursions=1)
-    assert hf(random_ids(1, 8), num_recursions=2).recursion_counts.unique().tolist() == [2]
+    assert hf(
+        random_ids(1, 8), min_recursions=2, max_recursions=2
+    ).recursion_counts.unique().tolist() == [2]
     _, hf = tiny_pair()
     cache = hf(random_ids(1, 8)).past_key_values
     with pytest.raises(RequestError, match="needs whole sequences"):
@@ -243,7 +245,7 @@ def test_forced_and_largest_recursion_counts(kind: str) -> None:
     model, hf = tiny_pair(kind)
     ids = random_ids(2, 15)
     free = hf(ids).recursion_counts
-    assert hf(ids, num_recursions=2).recursion_counts.unique().tolist() == [2]
+    assert hf(ids, min_recursions=2, max_recursions=2).recursion_counts.unique().tolist() == [2]
     assert torch.equal(hf(ids, max_recursions=2).recursion_counts, free.clamp(max=2))
     assert free.max() == model.config.num_recursions
     assert wrapped(model)(ids).recursion_counts.equal(free)

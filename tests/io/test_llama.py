@@ -117,7 +117,7 @@ def test_engine_says_what_generate_says(tmp_path: Path, shape: str) -> None:
     theirs.save_pretrained(tmp_path / "llama")
     prompts = [IDS[0, :7].tolist(), IDS[1, :20].tolist()]
     model = from_llama(tmp_path / "llama", dtype=torch.float64)
-    engine = mor.LLM(model, mor.EngineConfig(kv_memory=2**22))
+    engine = mor.LLM(model, mor.EngineConfig(kv_cache_memory_bytes=2**22))
     params = mor.SamplingParams(max_tokens=64, ignore_eos=True)
     for prompt, done in zip(prompts, engine.generate(prompts, params), strict=True):
         ids = torch.tensor([prompt])

@@ -12,7 +12,7 @@ from mor.io.llama import convert_llama, read_llama, vanilla_from_llama
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
-CHAT = "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n"
+CHAT = "<|im_start|>user\nName three primary colors.<|im_end|>\n<|im_start|>assistant\n"
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, there was a")
 
 
@@ -40,7 +40,9 @@ def test_engine_says_what_transformers_says_with_the_same_weights(
     assert loaded.missing_keys == ["lm_head.weight"]
     theirs.tie_weights()
     text = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
-    llm = mor.LLM(model, mor.EngineConfig(kv_memory=2**27), tokenizer=read_llama(file).tokenizer)
+    llm = mor.LLM(
+        model, mor.EngineConfig(kv_cache_memory_bytes=2**27), tokenizer=read_llama(file).tokenizer
+    )
     params = mor.SamplingParams(max_tokens=48, ignore_eos=True)
     for prompt in (*PROMPTS, CHAT):
         ids = text(prompt, return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""Initialising a recursive model from a vanilla donor."""
+"""Initializing a recursive model from a vanilla donor."""
 
 import dataclasses
 from itertools import chain

@@ -110,10 +110,10 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize(("name", "least"), COUNTS.items())
-def test_counts_are_whole_numbers(name: str, least: int) -> None:
-    for value in (least - 1, 1.5, True, "2", float("nan")):
-        assert f"{name}={value!r} must be an integer >= {least}" in refusal({name: value})
+@pytest.mark.parametrize(("name", "minimum"), COUNTS.items())
+def test_counts_are_whole_numbers(name: str, minimum: int) -> None:
+    for value in (minimum - 1, 1.5, True, "2", float("nan")):
+        assert f"{name}={value!r} must be an integer >= {minimum}" in refusal({name: value})
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -231,9 +231,9 @@ def test_plain_data_and_back(config: MoRConfig) -> None:
 
 @given(config=configs())
 def test_derived_numbers_agree(config: MoRConfig) -> None:
-    outer = config.num_prelude_layers + config.num_coda_layers
-    assert config.num_unique_layers == outer + config.num_block_layers
-    assert config.num_hidden_layers == outer + config.num_recursions * config.num_block_layers
+    unshared = config.num_prelude_layers + config.num_coda_layers
+    assert config.num_unique_layers == unshared + config.num_block_layers
+    assert config.num_hidden_layers == unshared + config.num_recursions * config.num_block_layers
     shares = config.depth_capacities
     assert len(shares) == config.num_recursions
     assert list(shares) == sorted(shares, reverse=True)

@@ -94,12 +94,12 @@ def test_flops_are_those_that_torch_counts(kind: str) -> None:
     model = tiny_model(kind)
     time = TIME if kind == "expert_bare" else TIME + 8
     counted, out = counted_flops(model, with_last_token_everywhere(model, time))
-    presence = measured_presence(out, model.config.num_recursions)
+    depth_fractions = measured_presence(out, model.config.num_recursions)
     if model.config.routing == "expert_choice":
-        assert presence == pytest.approx(model.config.depth_capacities)
-    cost = sequence_flops(model.config, time, presence=presence, causal=False)
+        assert depth_fractions == pytest.approx(model.config.depth_capacities)
+    cost = sequence_flops(model.config, time, depth_fractions=depth_fractions, causal=False)
     assert cost.mean == pytest.approx(counted, rel=1e-9)
-    assert cost.depth_fractions == presence
+    assert cost.depth_fractions == depth_fractions
 
 
 def test_grouped_queries_cost_what_plain_heads_cost() -> None:
@@ -142,7 +142,7 @@ def test_a_token_that_goes_deeper_costs_more(config: MoRConfig, length: int) -> 
     assert all(a < b for a, b in pairwise(costs))
     assert costs[0] < cost.mean <= costs[-1] + cost.routing
     assert training_flops(config, length) == 3 * cost.mean
-    nobody_leaves = sequence_flops(config, length, presence=(1.0,) * config.num_recursions)
+    nobody_leaves = sequence_flops(config, length, depth_fractions=(1.0,) * config.num_recursions)
     assert cost.mean <= nobody_leaves.mean * (1 + 1e-12)
     assert nobody_leaves.mean == pytest.approx(nobody_leaves.for_recursions(config.num_recursions))
 
@@ -176,8 +176,8 @@ def check_cache_bytes(model: MoRModel, time: int, seed: int) -> None:
         x, counts, _ = model.run_recursions(x, context, "threshold")
         model.run_coda(x, context)
     histogram = torch.bincount(counts, minlength=model.config.num_recursions + 1).tolist()
-    presence = depth_fractions_of(model.config, histogram)
-    expected = kv_bytes_per_token(model.config, presence=presence, bytes_per_value=8)
+    depth_fractions = depth_fractions_of(model.config, histogram)
+    expected = kv_bytes_per_token(model.config, depth_fractions=depth_fractions, bytes_per_value=8)
     assert cache.num_bytes / time == pytest.approx(expected, rel=1e-12)
 
 

@@ -55,9 +55,9 @@ def test_each_rank_comes_closer() -> None:
     plain, far = donor(), []
     for rank in (0, 4, 12, 20, FULL):
         model, missed = relaxed(rank), 0.0
-        for slot, i in original_layers("cycle", 2, 3, 1, 7).items():
-            ours, theirs = model.block[slot.layer], plain.block[i]
-            found = matrix(ours.mlp.up_proj, slot.depth) * ours.post_attention_layernorm.weight
+        for layer_key, i in original_layers("cycle", 2, 3, 1, 7).items():
+            ours, theirs = model.block[layer_key.layer], plain.block[i]
+            found = matrix(ours.mlp.up_proj, layer_key.depth) * ours.post_attention_layernorm.weight
             wanted = theirs.mlp.up_proj.weight * theirs.post_attention_layernorm.weight
             missed += float((found - wanted).norm())
         far.append(missed)
@@ -86,7 +86,7 @@ def test_what_a_norm_of_zero_hides_stays_hidden() -> None:
 
 def test_applications_stand_for_evenly_spaced_layers() -> None:
     found = original_layers("cycle", 2, 3, 1, 7)
-    assert [found[slot] for slot in sorted(found)] == [1, 2, 3, 4, 5, 6]
+    assert [found[layer_key] for layer_key in sorted(found)] == [1, 2, 3, 4, 5, 6]
     assert list(original_layers("sequence", 2, 2, 1, 5).values()) == [1, 2, 3, 4]
     assert list(original_layers("cycle", 3, 2, 0, 4).values()) == [0, 1, 1, 2, 2, 3]
 

@@ -86,19 +86,19 @@ class Masked:
         self.documents, self.shared = documents, shared
         self.kept: dict[int, tuple[Tensor, Tensor, RaggedBatch]] = {}
 
-    def has_kv(self, slot: Any) -> bool:
-        return self.shared and slot.depth > 0
+    def has_kv(self, layer_key: Any) -> bool:
+        return self.shared and layer_key.depth > 0
 
-    def attend(self, slot: Any, q: Tensor, k: Any, v: Any, packing: RaggedBatch) -> Tensor:
+    def attend(self, layer_key: Any, q: Tensor, k: Any, v: Any, ragged: RaggedBatch) -> Tensor:
         if k is None:
-            k, v, of = self.kept[slot.layer]
+            k, v, of = self.kept[layer_key.layer]
         else:
-            of = packing
-            self.kept[slot.layer] = (k, v, packing)
+            of = ragged
+            self.kept[layer_key.layer] = (k, v, ragged)
         same = (
-            self.documents[packing.token_indices][:, None] == self.documents[of.token_indices][None]
+            self.documents[ragged.token_indices][:, None] == self.documents[of.token_indices][None]
         )
-        seen = same & (of.positions[None] <= packing.positions[:, None])
+        seen = same & (of.positions[None] <= ragged.positions[:, None])
         keys, values, queries = (x.transpose(0, 1)[None] for x in (k, v, q))
         out = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]
@@ -122,7 +122,9 @@ def test_topk_packs_what_it_selects_and_masks_nothing_else(
         if masked:
             shared = model.config.kv_strategy == "shared"
             oracle_kv = Masked(number_documents(ids, END), shared)
-            monkeypatch.setattr("mor.model.transformer.WholeSequence", partial(one_of, oracle_kv))
+            monkeypatch.setattr(
+                "mor.model.transformer.FullSequenceAttention", partial(one_of, oracle_kv)
+            )
         model.zero_grad()
         torch.manual_seed(0)  # for a random router
         out = model(ids, targets=ids, selection="topk", document_end=END)

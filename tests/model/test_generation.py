@@ -124,8 +124,8 @@ def test_what_was_not_asked_for_is_empty() -> None:
 def test_each_depth_holds_only_its_own_tokens(kind: str) -> None:
     model = tiny_model(kind)
     cache = RaggedKVCache(model.config, 1)
-    packing = ragged_packing([0], [20], torch.device("cpu"))
-    context = model.context(packing, cache)
+    ragged = ragged_packing([0], [20], torch.device("cpu"))
+    context = model.context(ragged, cache)
     ids = torch.randint(0, 61, (20,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         x = model.run_prelude(model.embed_tokens(ids), context)
@@ -213,7 +213,7 @@ def test_the_callback_counts_completions() -> None:
         ([[1]], {"stop": "end"}, "prompt 0: stop=.* needs a tokenizer"),
         ([[1]], {"stop_token_ids": [3, 61]}, "stop_token_ids holds 61, outside 0..60"),
         ([[1]], {"stop_token_ids": list(range(61)), "min_tokens": 1}, "min_tokens=1 forbids"),
-        ([[1]], {"recursions": 4}, "recursions=4 must lie in 1..3"),
+        ([[1]], {"min_recursions": 4}, "min_recursions=4 must lie in 1..3"),
         ([[1]], {"max_recursions": 4}, "max_recursions=4 must lie in 1..3.*num_recursions=3"),
     ],
 )

@@ -37,8 +37,8 @@ def asked(name: str, value: int) -> SamplingParams:
 
 def possible(config: MoRConfig) -> range:
     """What can be asked of a model."""
-    least = config.num_recursions if config.sharing == "sequence" else 1
-    return range(least, config.num_recursions + 1)
+    minimum = config.num_recursions if config.sharing == "sequence" else 1
+    return range(minimum, config.num_recursions + 1)
 
 
 @torch.no_grad()
@@ -86,26 +86,26 @@ def test_a_limit_that_all_keep_to_changes_nothing(kind: str) -> None:
 
 def whole(model: MoRModel, limits: RecursionLimits | None, num: int, selection: Any) -> Any:
     """States and counts of one sequence."""
-    packing = RaggedBatch.full(1, num, torch.device("cpu"))
-    context = model.context(packing, FullSequenceAttention(model.config))
+    ragged = RaggedBatch.full(1, num, torch.device("cpu"))
+    context = model.context(ragged, FullSequenceAttention(model.config))
     x = model.embed_tokens(torch.arange(num))
     return model.run_recursions(x, context, selection, limits=limits)[:2]
 
 
 @torch.no_grad()
 def test_each_token_has_its_own_limits() -> None:
-    least = torch.tensor([0, 3, 1, 2, 0, 0, 3, 1])
-    most = torch.tensor([3, 3, 1, 2, 1, 2, 3, 3])
-    limits = RecursionLimits(min_recursions=least, max_recursions=most)
+    minimum = torch.tensor([0, 3, 1, 2, 0, 0, 3, 1])
+    maximum = torch.tensor([3, 3, 1, 2, 1, 2, 3, 3])
+    limits = RecursionLimits(min_recursions=minimum, max_recursions=maximum)
     for kind in ("expert", "token", "recursive"):
         _, free = whole(tiny_model(kind), None, 8, "threshold")
         _, counts = whole(tiny_model(kind), limits, 8, "threshold")
-        assert (counts <= most).all()
-        assert (counts >= least).all()
+        assert (counts <= maximum).all()
+        assert (counts >= minimum).all()
         if kind == "token":  # the router looks at nothing that a limit changes
-            assert torch.equal(counts, free.clamp(least, most))
+            assert torch.equal(counts, free.clamp(minimum, maximum))
         if kind == "recursive":
-            assert torch.equal(counts, most)
+            assert torch.equal(counts, maximum)
 
 
 def test_topk_takes_no_limits() -> None:

@@ -229,12 +229,12 @@ def test_the_second_router_decides_and_the_first_weighs() -> None:
     with torch.no_grad():
         router.aux_routers[0].proj.weight.zero_()[0, 1] = 1.0
     x = states([5.0, -5.0, 1.0, -1.0], [-1.0, 1.0, -2.0, 2.0])
-    packing, record = RaggedBatch.full(1, 4, CPU), RoutingOutput()
-    causal = router.choose(0, x, packing, "threshold", 2, record)
+    ragged, record = RaggedBatch.full(1, 4, CPU), RoutingOutput()
+    causal = router.choose(0, x, ragged, "threshold", 2, record)
     assert causal.ragged.positions.tolist() == [1, 3]
     torch.testing.assert_close(causal.gate[:, 0], 0.1 * x[:, 0].sigmoid()[[1, 3]])
     assert torch.equal(record.decisions[0], x[:, 1])
-    best = router.choose(0, x, packing, "topk", 2, record)
+    best = router.choose(0, x, ragged, "topk", 2, record)
     assert best.ragged.positions.tolist() == [0, 2]
 
 
@@ -277,14 +277,14 @@ def test_the_bias_moves_the_choice_and_never_the_weight() -> None:
     router = model.router
     reading_first_feature(router.router)
     x = states([2.0, 0.0, 0.1], [0.0, 1.5, 0.0], [0.0, 0.0, 0.2])
-    packing = RaggedBatch.full(1, 3, CPU)
+    ragged = RaggedBatch.full(1, 3, CPU)
     probs = x[:, :3].softmax(-1)
     router.bias.zero_()
-    counts, weight = router.choose(x, packing, RoutingOutput())
+    counts, weight = router.choose(x, ragged, RoutingOutput())
     assert counts.tolist() == [1, 2, 3]
     torch.testing.assert_close(weight[:, 0], probs.max(-1).values)
     router.bias.copy_(torch.tensor([0.0, 0.2, 0.0]))
-    counts, weight = router.choose(x, packing, RoutingOutput())
+    counts, weight = router.choose(x, ragged, RoutingOutput())
     assert counts.tolist() == [1, 2, 2]
     torch.testing.assert_close(weight[:, 0], probs[[0, 1, 2], [0, 1, 1]])
 

@@ -76,7 +76,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt_logprobs_from": 0, "prompt_logprobs": True}, "at least 1"),
     ({"recursions": 0}, "at least 1"),
     ({"max_recursions": 0}, "at least 1"),
-    ({"max_recursions": 1, "recursions": 2}, "at least recursions=2"),
+    ({"max_recursions": 1, "min_recursions": 2}, "at least min_recursions=2"),
 ]
 
 
@@ -90,7 +90,11 @@ def test_bad_values_are_named_in_one_sentence(bad: dict[str, Any], words: str) -
 
 def test_values_are_brought_into_one_form() -> None:
     params = SamplingParams(
-        temperature=1, stop=["a", "b"], stop_token_ids=[3, 4], recursions=2, max_recursions=2
+        temperature=1,
+        stop=["a", "b"],
+        stop_token_ids=[3, 4],
+        min_recursions=2,
+        max_recursions=2,
     )
     assert isinstance(params.temperature, float)
     assert params.stop == ("a", "b")
@@ -216,9 +220,9 @@ def test_random_numbers_are_the_seeds() -> None:
 
 def test_recursion_range() -> None:
     assert SamplingParams().recursion_range(3) == (0, 3)
-    assert SamplingParams(recursions=2).recursion_range(3) == (2, 2)
+    assert SamplingParams(min_recursions=2, max_recursions=2).recursion_range(3) == (2, 2)
     assert SamplingParams(max_recursions=2).recursion_range(3) == (0, 2)
-    assert SamplingParams(recursions=1, max_recursions=2).recursion_range(3) == (1, 1)
+    assert SamplingParams(min_recursions=1, max_recursions=2).recursion_range(3) == (1, 1)
 
 
 def test_likeliest_are_in_order_and_the_lower_id_goes_first() -> None:
@@ -228,7 +232,7 @@ def test_likeliest_are_in_order_and_the_lower_id_goes_first() -> None:
 
 def test_sequence_sharing_cannot_stop_early() -> None:
     config = tiny_config("sequence")
-    check_request(config, [1], SamplingParams(recursions=2, max_recursions=2))
-    for fields in ({"recursions": 1}, {"max_recursions": 1}):
-        with pytest.raises(RequestError, match=r"p: (max_)?recursions=1 needs sharing='cycle'"):
+    check_request(config, [1], SamplingParams(min_recursions=2, max_recursions=2))
+    for fields in ({"min_recursions": 1}, {"max_recursions": 1}):
+        with pytest.raises(RequestError, match=r"p: (min|max)_recursions=1 needs sharing='cycle'"):
             check_request(config, [1], SamplingParams(**fields), "p")

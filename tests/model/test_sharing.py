@@ -16,12 +16,16 @@ INITS = get_args(Initialization)
 
 def test_the_papers_table() -> None:
     """Table 1: nine applications of three layers."""
-    layers = {s: [slot.layer for slot in block_schedule(s, 3, 3)] for s in ("cycle", "sequence")}
+    layers = {
+        s: [layer_key.layer for layer_key in block_schedule(s, 3, 3)] for s in ("cycle", "sequence")
+    }
     assert layers == {
         "cycle": [0, 1, 2, 0, 1, 2, 0, 1, 2],
         "sequence": [0, 0, 0, 1, 1, 1, 2, 2, 2],
     }
-    depths = {s: [slot.depth for slot in block_schedule(s, 3, 3)] for s in ("cycle", "sequence")}
+    depths = {
+        s: [layer_key.depth for layer_key in block_schedule(s, 3, 3)] for s in ("cycle", "sequence")
+    }
     assert depths == {
         "cycle": [0, 0, 0, 1, 1, 1, 2, 2, 2],
         "sequence": [0, 1, 2, 0, 1, 2, 0, 1, 2],
@@ -81,9 +85,9 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "num_coda_layers": draw(st.integers(0, 2)),
         "num_recursions": draw(st.integers(1, 4)),
     }
-    outer = shape["num_prelude_layers"] + shape["num_coda_layers"]
-    least = shape["num_block_layers"] * shape["num_recursions"]
-    shape["num_donor_layers"] = outer + least + draw(st.integers(0, 7))
+    unshared = shape["num_prelude_layers"] + shape["num_coda_layers"]
+    minimum = shape["num_block_layers"] * shape["num_recursions"]
+    shape["num_donor_layers"] = unshared + minimum + draw(st.integers(0, 7))
     return shape
 
 

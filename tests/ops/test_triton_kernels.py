@@ -43,13 +43,13 @@ LENGTH, LAYERS = 512, 3  # positions that the rotations know; cells of a page
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tensors of one pass; `LAYERS` neighbouring cells make a page."""
+    """The tensors of one pass; `LAYERS` neighboring cells make a page."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     kv: PagedKV
-    lanes: AttentionMetadata
+    metadata: AttentionMetadata
     rotations: RopeTable
 
 
@@ -83,20 +83,20 @@ def make(
     tables = torch.full((len(runs), max(pages) + spare), -1, dtype=torch.int32)
     for row, cells in zip(tables, order.split([*pages, spare])[:-1], strict=True):
         row[: len(cells)] = cells
-    lanes = [(u, s + 1) for u, (n, last) in enumerate(runs) for s in range(last - n, last)]
-    writes = [(int(tables[u, (s - 1) // size]), (s - 1) % size) for u, s in lanes][:writing]
+    metadata = [(u, s + 1) for u, (n, last) in enumerate(runs) for s in range(last - n, last)]
+    writes = [(int(tables[u, (s - 1) // size]), (s - 1) % size) for u, s in metadata][:writing]
     (h, g), stored, total = heads, cache or dtype, len(order) * LAYERS
     angles = randn(LENGTH, dim // 2, dtype=torch.float32)
     return Batch(
-        q=randn(len(lanes), h, dim),
+        q=randn(len(metadata), h, dim),
         k=randn(len(writes), g, dim),
         v=randn(len(writes), g, dim),
         kv=PagedKV(
             k=randn(total, g, dim, size, dtype=stored), v=randn(total, g, size, dim, dtype=stored)
         ),
-        lanes=AttentionMetadata(
-            positions=torch.randint(LENGTH, (len(lanes),), generator=generator).int().to(DEVICE),
-            context_lens=ints([seen for _, seen in lanes]),
+        metadata=AttentionMetadata(
+            positions=torch.randint(LENGTH, (len(metadata),), generator=generator).int().to(DEVICE),
+            context_lens=ints([seen for _, seen in metadata]),
             query_start_loc=ints(
                 [sum(count for count, _ in runs[:u]) for u in range(len(runs) + 1)]
             ),
@@ -114,8 +114,8 @@ def assert_near(ours: Tensor, truth: Tensor) -> None:
 
 
 def check_attend(batch: Batch, layer: int = 1, **options: int | None) -> None:
-    ours = kernels.attend(batch.q, batch.kv, layer, batch.lanes, **options)
-    assert_near(ours, reference.attend(batch.q, batch.kv, layer, batch.lanes))
+    ours = kernels.attend(batch.q, batch.kv, layer, batch.metadata, **options)
+    assert_near(ours, reference.attend(batch.q, batch.kv, layer, batch.metadata))
 
 
 def copied(kv: PagedKV) -> PagedKV:
@@ -189,13 +189,15 @@ def test_attention_of_ragged_batches(kind: str, seed: int) -> None:
         size=rng.choice([8, 16, 32]),
         spare=rng.randint(0, 30),  # wide tables: several programs for a tile
     )
-    check_attend(batch, layer=seed, max_run=(None, max(counts), 1)[seed])
+    check_attend(batch, layer=seed, max_query_len=(None, max(counts), 1)[seed])
 
 
 @runs_kernels
-@pytest.mark.parametrize(("max_run", "splits"), [(1, 1), (1, 4), (20, 2), (20, 8)])
-def test_any_number_of_splits_gives_the_same(max_run: int, splits: int) -> None:
-    check_attend(make([(1, 130), (2, 65)], heads=(3, 1)), splits=splits, max_run=max_run)
+@pytest.mark.parametrize(("max_query_len", "splits"), [(1, 1), (1, 4), (20, 2), (20, 8)])
+def test_any_number_of_splits_gives_the_same(max_query_len: int, splits: int) -> None:
+    check_attend(
+        make([(1, 130), (2, 65)], heads=(3, 1)), splits=splits, max_query_len=max_query_len
+    )
 
 
 @runs_kernels
@@ -212,23 +214,25 @@ def test_types_of_queries_and_cells(dtype: torch.dtype, cache: torch.dtype) -> N
 
 
 @runs_kernels
-@pytest.mark.parametrize(("max_run", "splits"), [(None, 1), (1, 1), (1, 2), (4, 2)])
-def test_empty_runs_and_padding(max_run: int | None, splits: int) -> None:
+@pytest.mark.parametrize(("max_query_len", "splits"), [(None, 1), (1, 1), (1, 2), (4, 2)])
+def test_empty_runs_and_padding(max_query_len: int | None, splits: int) -> None:
     batch = make([(1, 9), (4, 30), (1, 12)], heads=(3, 1))
-    truth = reference.attend(batch.q, batch.kv, 0, batch.lanes)
+    truth = reference.attend(batch.q, batch.kv, 0, batch.metadata)
     none, (a, b, c) = (
-        torch.full_like(batch.lanes.page_tables[:1], -1),
-        batch.lanes.page_tables.split(1),
+        torch.full_like(batch.metadata.page_tables[:1], -1),
+        batch.metadata.page_tables.split(1),
     )
-    lanes = replace(
-        batch.lanes,
+    metadata = replace(
+        batch.metadata,
         positions=ints([0] * 9),
-        kv_len=torch.cat((batch.lanes.context_lens, ints([0, 0, 0]))),
-        runs=ints([0, 0, 1, 5, 5, 6, 7, 7, 7]),  # and the last two lanes belong to no run
-        tables=torch.cat((none, a, b, none, c, none, none, none)),
+        context_lens=torch.cat((batch.metadata.context_lens, ints([0, 0, 0]))),
+        query_start_loc=ints(
+            [0, 0, 1, 5, 5, 6, 7, 7, 7]
+        ),  # and the last two lanes belong to no run
+        page_tables=torch.cat((none, a, b, none, c, none, none, none)),
     )
     q = torch.cat((batch.q, torch.ones_like(batch.q[:3])))
-    ours = kernels.attend(q, batch.kv, 0, lanes, max_run=max_run, splits=splits)
+    ours = kernels.attend(q, batch.kv, 0, metadata, max_query_len=max_query_len, splits=splits)
     assert_near(ours[:6], truth)
     assert torch.equal(ours[6:], torch.zeros_like(ours[6:]))
 
@@ -236,34 +240,38 @@ def test_empty_runs_and_padding(max_run: int | None, splits: int) -> None:
 @runs_kernels
 def test_nothing_to_attend_to() -> None:
     batch = make([(1, 3)])
-    no_runs = replace(batch.lanes, runs=ints([0]), tables=batch.lanes.page_tables[:0])
+    no_runs = replace(
+        batch.metadata, query_start_loc=ints([0]), page_tables=batch.metadata.page_tables[:0]
+    )
     assert kernels.attend(batch.q, batch.kv, 0, no_runs).eq(0).all()
-    no_lanes = replace(batch.lanes, positions=ints([]), kv_len=ints([]), runs=ints([0, 0]))
+    no_lanes = replace(
+        batch.metadata, positions=ints([]), context_lens=ints([]), query_start_loc=ints([0, 0])
+    )
     assert kernels.attend(batch.q[:0], batch.kv, 0, no_lanes).shape == (0, 6, 16)
 
 
 @runs_kernels
 def test_what_no_lane_sees_does_not_matter() -> None:
     batch = make([(1, 13), (2, 20)])
-    truth = reference.attend(batch.q, batch.kv, 1, batch.lanes)
+    truth = reference.attend(batch.q, batch.kv, 1, batch.metadata)
     k, v = (torch.full_like(x, float("nan")) for x in (batch.kv.k, batch.kv.v))
-    for table, reach in zip(batch.lanes.page_tables.tolist(), (13, 20), strict=True):
+    for table, reach in zip(batch.metadata.page_tables.tolist(), (13, 20), strict=True):
         for entry in range(reach):
             cell, slot = table[entry // 8] + 1, entry % 8
             k[cell, :, :, slot] = batch.kv.k[cell, :, :, slot]
             v[cell, :, slot] = batch.kv.v[cell, :, slot]
-    assert_near(kernels.attend(batch.q, PagedKV(k=k, v=v), 1, batch.lanes), truth)
+    assert_near(kernels.attend(batch.q, PagedKV(k=k, v=v), 1, batch.metadata), truth)
 
 
 @runs_kernels
 def test_decode_has_the_same_bits_in_any_company() -> None:
     batch = make([(1, 100), (1, 33), (1, 7)], heads=(3, 1))
-    together = kernels.attend(batch.q, batch.kv, 0, batch.lanes, max_run=1, splits=2)
-    seen, tables = (x.split(1) for x in (batch.lanes.context_lens, batch.lanes.page_tables))
+    together = kernels.attend(batch.q, batch.kv, 0, batch.metadata, max_query_len=1, splits=2)
+    seen, tables = (x.split(1) for x in (batch.metadata.context_lens, batch.metadata.page_tables))
     for lane, q in enumerate(batch.q.split(1)):
-        own = {"kv_len": seen[lane], "tables": tables[lane]}
-        alone = replace(batch.lanes, positions=ints([0]), runs=ints([0, 1]), **own)
-        ours = kernels.attend(q, batch.kv, 0, alone, max_run=1, splits=2)
+        own = {"context_lens": seen[lane], "page_tables": tables[lane]}
+        alone = replace(batch.metadata, positions=ints([0]), query_start_loc=ints([0, 1]), **own)
+        ours = kernels.attend(q, batch.kv, 0, alone, max_query_len=1, splits=2)
         assert torch.equal(ours[0], together[lane])
 
 
@@ -272,29 +280,35 @@ def test_decode_has_the_same_bits_in_any_company() -> None:
 @pytest.mark.parametrize(("dim", "dtype"), [(16, torch.float32), (24, torch.bfloat16)])
 def test_rotate_and_store(writing: int | None, dim: int, dtype: torch.dtype) -> None:
     batch = make([(1, 9), (3, 30), (1, 12)], writing=writing, dim=dim, dtype=dtype)
-    lanes, turn, mine, fused, truth = batch.lanes, batch.rotations, *map(copied, [batch.kv] * 3)
-    q, k = (reference.rotate(x, turn, lanes) for x in (batch.q, batch.k))
-    assert_near(kernels.rotate(batch.q, turn, lanes), q)
-    assert_near(kernels.rotate(batch.k, turn, lanes), k)
-    reference.store(k, batch.v, truth, 2, lanes)
-    kernels.store(k, batch.v, mine, 2, lanes)
+    metadata, turn, mine, fused, truth = (
+        batch.metadata,
+        batch.rotations,
+        *map(copied, [batch.kv] * 3),
+    )
+    q, k = (reference.rotate(x, turn, metadata) for x in (batch.q, batch.k))
+    assert_near(kernels.rotate(batch.q, turn, metadata), q)
+    assert_near(kernels.rotate(batch.k, turn, metadata), k)
+    reference.store(k, batch.v, truth, 2, metadata)
+    kernels.store(k, batch.v, mine, 2, metadata)
     assert_same_cells(mine, truth)
-    assert_near(kernels.rotate_and_store(batch.q, batch.k, batch.v, turn, fused, 2, lanes), q)
+    assert_near(kernels.rotate_and_store(batch.q, batch.k, batch.v, turn, fused, 2, metadata), q)
     assert_same_cells(fused, truth)
 
 
 @runs_kernels
 def test_a_lane_without_a_cell_stores_nothing() -> None:
     batch = make([(1, 9), (2, 30)])
-    lanes = replace(batch.lanes, write_cell=batch.lanes.slot_cells.clone())
-    lanes.slot_cells[1:] = -1
-    first = replace(lanes, write_cell=lanes.slot_cells[:1], write_slot=lanes.slot_offsets[:1])
+    metadata = replace(batch.metadata, slot_cells=batch.metadata.slot_cells.clone())
+    metadata.slot_cells[1:] = -1
+    first = replace(
+        metadata, slot_cells=metadata.slot_cells[:1], slot_offsets=metadata.slot_offsets[:1]
+    )
     mine, truth, turn = copied(batch.kv), copied(batch.kv), batch.rotations
     reference.store(batch.k[:1], batch.v[:1], truth, 2, first)
-    kernels.store(batch.k, batch.v, mine, 2, lanes)
+    kernels.store(batch.k, batch.v, mine, 2, metadata)
     assert_same_cells(mine, truth)
-    reference.store(reference.rotate(batch.k[:1], turn, lanes), batch.v[:1], truth, 2, first)
-    kernels.rotate_and_store(batch.q, batch.k, batch.v, turn, mine, 2, lanes)
+    reference.store(reference.rotate(batch.k[:1], turn, metadata), batch.v[:1], truth, 2, first)
+    kernels.rotate_and_store(batch.q, batch.k, batch.v, turn, mine, 2, metadata)
     assert_same_cells(mine, truth)
 
 
@@ -303,9 +317,11 @@ def test_parts_of_one_projection_need_no_copy() -> None:
     batch = make([(1, 9), (2, 30)])
     q, k, v = torch.cat((batch.q, batch.k, batch.v), dim=1).split((6, 2, 2), dim=1)
     mine, truth = copied(batch.kv), copied(batch.kv)
-    turned = kernels.rotate_and_store(q, k, v, batch.rotations, mine, 0, batch.lanes)
-    assert_near(turned, reference.rotate(q, batch.rotations, batch.lanes))
-    reference.store(reference.rotate(k, batch.rotations, batch.lanes), v, truth, 0, batch.lanes)
+    turned = kernels.rotate_and_store(q, k, v, batch.rotations, mine, 0, batch.metadata)
+    assert_near(turned, reference.rotate(q, batch.rotations, batch.metadata))
+    reference.store(
+        reference.rotate(k, batch.rotations, batch.metadata), v, truth, 0, batch.metadata
+    )
     assert_same_cells(mine, truth)
     check_attend(replace(batch, q=q))
 
@@ -323,9 +339,9 @@ def test_row_operations(width: int, dtype: torch.dtype) -> None:
     assert kernels.rms_norm(x[:0], weight, 1e-5).shape == (0, width)
 
 
-@pytest.mark.parametrize(("max_run", "tiles"), [(None, 14), (1, 20), (100, 10)])
+@pytest.mark.parametrize(("max_query_len", "tiles"), [(None, 14), (1, 20), (100, 10)])
 def test_launches_depend_on_shapes_only(
-    max_run: int | None, tiles: int, monkeypatch: pytest.MonkeyPatch
+    max_query_len: int | None, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids: list[tuple[int, ...]] = []
     monkeypatch.setattr(kernels, "_launch", lambda _, grid, *rest, **options: grids.append(grid))
@@ -336,23 +352,23 @@ def test_launches_depend_on_shapes_only(
         tensors = {n: x for n, x in vars(part).items() if isinstance(x, Tensor)}
         return replace(part, **{name: x.to("meta") for name, x in tensors.items()})
 
-    kv, lanes, turn = map(unreadable, (batch.kv, batch.lanes, batch.rotations))
+    kv, metadata, turn = map(unreadable, (batch.kv, batch.metadata, batch.rotations))
     q, k, v = (x.to("meta", torch.bfloat16) for x in (batch.q, batch.k, batch.v))
-    kernels.rotate_and_store(q, k, v, turn, kv, 0, lanes)
-    kernels.attend(q, kv, 0, lanes, max_run=max_run, splits=4)
+    kernels.rotate_and_store(q, k, v, turn, kv, 0, metadata)
+    kernels.attend(q, kv, 0, metadata, max_query_len=max_query_len, splits=4)
     assert grids == [(20,), (tiles, 2, 4), (20, 6)]
 
 
 @on_gpu
 def test_a_captured_graph_follows_its_inputs() -> None:
     batch, graph = make([(1, 300), (1, 9)]), torch.cuda.CUDAGraph()
-    kernels.attend(batch.q, batch.kv, 1, batch.lanes, max_run=1)  # compiles
+    kernels.attend(batch.q, batch.kv, 1, batch.metadata, max_query_len=1)  # compiles
     with torch.cuda.graph(graph):
-        ours = kernels.attend(batch.q, batch.kv, 1, batch.lanes, max_run=1)
+        ours = kernels.attend(batch.q, batch.kv, 1, batch.metadata, max_query_len=1)
     batch.q.neg_()
-    batch.lanes.context_lens.copy_(ints([17, 5]))
+    batch.metadata.context_lens.copy_(ints([17, 5]))
     graph.replay()
-    assert_near(ours, reference.attend(batch.q, batch.kv, 1, batch.lanes))
+    assert_near(ours, reference.attend(batch.q, batch.kv, 1, batch.metadata))
 
 
 def compiler(arch: int, launched: list[str]) -> Any:
@@ -384,12 +400,12 @@ def test_kernels_compile_without_a_gpu(
     monkeypatch.setattr(driver, "_active", compiler(arch, launched))
     monkeypatch.setitem(globals(), "DEVICE", "cpu")
     batch = make([(1, 300), (40, 90)], heads=(15, 5), dim=64, size=16, dtype=torch.bfloat16)
-    q, k, v, kv, lanes, turn = vars(batch).values()
-    kernels.rotate(q, turn, lanes)
-    kernels.store(k, v, kv, 1, lanes)
-    kernels.rotate_and_store(q, k, v, turn, kv, 1, lanes)
-    kernels.attend(q, kv, 1, lanes, max_run=1, splits=4)
-    kernels.attend(q, kv, 2, lanes, max_run=40, splits=1)
+    q, k, v, kv, metadata, turn = vars(batch).values()
+    kernels.rotate(q, turn, metadata)
+    kernels.store(k, v, kv, 1, metadata)
+    kernels.rotate_and_store(q, k, v, turn, kv, 1, metadata)
+    kernels.attend(q, kv, 1, metadata, max_query_len=1, splits=4)
+    kernels.attend(q, kv, 2, metadata, max_query_len=40, splits=1)
     kernels.rms_norm(q[:, 0], q[0, 0], 1e-5)
     kernels.silu_mul(q[:, 0])
     assert len(launched) == 8

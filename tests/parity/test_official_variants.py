@@ -78,9 +78,11 @@ def names(model: MoRModel) -> Iterator[tuple[str, str]]:
         yield from ((f"{ours}.{name}", f"{theirs}.{name}") for name in inside)
     token = "model.layers.1" if first else "model.layers"
     for depth in range(config.num_recursions):
-        outer = f"model.layers.{first + depth}.block" if expert else f"{token}.block_list.{depth}"
+        unshared = (
+            f"model.layers.{first + depth}.block" if expert else f"{token}.block_list.{depth}"
+        )
         for i in range(config.num_block_layers):
-            yield from ((f"block.{i}.{name}", f"{outer}.{i}.{name}") for name in inside)
+            yield from ((f"block.{i}.{name}", f"{unshared}.{i}.{name}") for name in inside)
         if expert:
             wrapper = f"model.layers.{first + depth}"
             yield from router_names(f"router.routers.{depth}", f"{wrapper}.mor_router", model)

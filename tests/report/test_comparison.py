@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from mor.report.comparison import RunSummary, comparison_rows, depths, report_page, smoothed
-from mor.report.html import ColouredText
+from mor.report.html import ColoredText
 
 RUN = RunSummary(
     name="MoR",
@@ -50,7 +50,7 @@ def test_smoothing_starts_at_the_first_value_and_follows() -> None:
 
 
 def test_page_holds_table_curves_and_sample() -> None:
-    sample = ColouredText(pieces=["def", " f", "("], counts=[1, 2, 3], num_recursions=3)
+    sample = ColoredText(pieces=["def", " f", "("], counts=[1, 2, 3], num_recursions=3)
     vanilla = dataclasses.replace(RUN, name="vanilla", depth_histogram=(0.0, 1.0))
     html = report_page(
         [RUN, vanilla],

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mor.report.charts import compact, nice_ticks, percent
-from mor.report.html import ColouredText, Section, Series, Table, bar_chart, line_chart, page
+from mor.report.html import ColoredText, Section, Series, Table, bar_chart, line_chart, page
 from mor.report.palette import DARK_INK, DEPTH_SHADES, LIGHT_INK, SERIES_SHADES, shade_index
 
 DASH = "\N{EN DASH}"
@@ -162,7 +162,7 @@ def test_value_labels_of_close_lines_do_not_overlap(start: float, end: float) ->
     assert min(scale) - 1 <= heights[0] <= heights[-1] <= max(scale) + 1
 
 
-def test_dashes_and_colours_tell_series_apart() -> None:
+def test_dashes_and_colors_tell_series_apart() -> None:
     lines = [Series(name=str(i), xs=[0, 1], ys=[i, i], dashed=i == 1) for i in range(8)]
     inner = parse(line_chart("t", "x", "y", lines)).find(f"{SVG}svg")
     assert inner is not None
@@ -264,8 +264,8 @@ PIECES = ("def", " f(x", "):\r\n", "\n\t  ", HOSTILE, "", "&amp;", " \u202e", "Ã
 COUNTS = (1, 2, 3, 3, 2, 1, 1, 2, 3, 1)
 
 
-def test_coloured_text_keeps_every_character() -> None:
-    html = ColouredText(pieces=PIECES, counts=COUNTS, num_recursions=3, prompt_tokens=2).html()
+def test_colored_text_keeps_every_character() -> None:
+    html = ColoredText(pieces=PIECES, counts=COUNTS, num_recursions=3, prompt_tokens=2).html()
     reader = Reader(html)
     assert "\r" not in html, "an HTML parser would turn a bare carriage return into a newline"
     tokens = reader.having("data-n")
@@ -280,7 +280,7 @@ def test_coloured_text_keeps_every_character() -> None:
 
 
 def test_prompt_is_marked_and_left_out_of_the_shares() -> None:
-    text = ColouredText(
+    text = ColoredText(
         pieces="abcdef", counts=[3, 3, 1, 1, 1, 2], num_recursions=3, prompt_tokens=2
     )
     reader = Reader(text.html())
@@ -290,10 +290,10 @@ def test_prompt_is_marked_and_left_out_of_the_shares() -> None:
     assert "2 25%" in legend
     assert "3 0%" in legend
     assert "mean 1.25 of 3" in legend
-    rare = ColouredText(pieces="a" * 2000, counts=[2] + [1] * 1999, num_recursions=2).html()
+    rare = ColoredText(pieces="a" * 2000, counts=[2] + [1] * 1999, num_recursions=2).html()
     assert "2 <0.1%" in Reader(rare).having("class", "legend")[0][2]
     assert "<0" not in rare
-    bare = ColouredText(pieces="ab", counts=[1, 2], num_recursions=2).html()
+    bare = ColoredText(pieces="ab", counts=[1, 2], num_recursions=2).html()
     assert "prompt" not in bare
 
 
@@ -304,28 +304,28 @@ def test_every_count_has_its_own_shade(num_recursions: int) -> None:
     assert shades[0] == 0
     assert num_recursions == 1 or shades[-1] == len(DEPTH_SHADES) - 1
     counts = range(1, num_recursions + 1)
-    text = ColouredText(pieces="x" * num_recursions, counts=counts, num_recursions=num_recursions)
+    text = ColoredText(pieces="x" * num_recursions, counts=counts, num_recursions=num_recursions)
     assert len(Reader(text.html()).having("data-n")) == num_recursions
 
 
 def test_impossible_counts_are_refused() -> None:
     for count in (0, 4, -1):
         with pytest.raises(AssertionError):
-            ColouredText(pieces=["a"], counts=[count], num_recursions=3)
+            ColoredText(pieces=["a"], counts=[count], num_recursions=3)
     with pytest.raises(AssertionError):
-        ColouredText(pieces=["a", "b"], counts=[1], num_recursions=3)
+        ColoredText(pieces=["a", "b"], counts=[1], num_recursions=3)
     with pytest.raises(AssertionError):
-        ColouredText(pieces=["a"], counts=[1], num_recursions=3, prompt_tokens=2)
+        ColoredText(pieces=["a"], counts=[1], num_recursions=3, prompt_tokens=2)
     with pytest.raises(AssertionError):
         shade_index(1, 9)
-    Reader(ColouredText(pieces=[], counts=[], num_recursions=3).html())
+    Reader(ColoredText(pieces=[], counts=[], num_recursions=3).html())
 
 
 def sample_page() -> str:
     line = Series(name="MoR", xs=range(300), ys=[10 / (1 + i / 50) for i in range(300)])
     charts = line_chart("Loss", "tokens", "nats", [line]) + bar_chart("Depth", ["1"], [("a", [1])])
     table = Table(columns=["what", "MoR"], rows=[["loss", "4.71"]]).html()
-    text = ColouredText(pieces=PIECES, counts=COUNTS, num_recursions=3, prompt_tokens=2).html()
+    text = ColoredText(pieces=PIECES, counts=COUNTS, num_recursions=3, prompt_tokens=2).html()
     sections = [
         Section(heading=HOSTILE, body_html=charts, note=HOSTILE),
         Section(heading="Text", body_html=table + text),
@@ -374,8 +374,8 @@ def test_page_defines_every_variable_and_class_that_it_uses() -> None:
     assert style.count("{") == style.count("}")
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Reader
+from test_html import Reader
 
 from mor.cli.report import run as report
 from mor.errors import ConfigError, DataError
@@ -67,7 +67,7 @@ def test_the_page_shows_every_run_and_needs_nothing_else(pair: list[Path]) -> No
         *("NLL, threshold (causal)", "NLL, topk", "What causality costs: threshold - topk"),
         *("Share of validation tokens by recursion count, at the end", "Router accuracy"),
         *("Dead positions", "Depths over time: mor", "Tokens per second"),
-        *("Model FLOPs utilisation", "Memory", "Gradient norm before clipping", "Learning rate"),
+        *("Model FLOPs utilization", "Memory", "Gradient norm before clipping", "Learning rate"),
     ]
     labels = [attrs.get("aria-label") for tag, attrs in reader.elements if tag == "svg"]
     assert [label for label in labels if label] == titles
@@ -92,8 +92,8 @@ def test_long_runs_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     html = run_report(find_runs([run]), "")
     assert len(html) < 200_000
     assert "(steps 1e+04)" in html or "(steps 10k)" in html
-    longest = max(len(path.split("L")) for path in re.findall(r'<path d="([^"]*)"', html))
-    assert 300 < longest <= 401
+    max_length = max(len(path.split("L")) for path in re.findall(r'<path d="([^"]*)"', html))
+    assert 300 < max_length <= 401
 
 
 def test_a_run_of_an_older_version_or_just_begun(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_run_of_an_older_version_or_just_begun(tmp_path: Path) -> None:
         file.write('{"step": 4, "los')
     html = run_report(find_runs([folder]), "")
     assert "<h1>young</h1>" in html
-    assert "Model FLOPs utilisation" not in html
+    assert "Model FLOPs utilization" not in html
     assert not Run.open(folder).finished
 
 

@@ -63,4 +63,4 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="session")
 def engine(model: Path) -> LLM:
     """The same engine in this process."""
-    return LLM(model, EngineConfig(kv_memory=2**24, dtype="float64"))
+    return LLM(model, EngineConfig(kv_cache_memory_bytes=2**24, dtype="float64"))

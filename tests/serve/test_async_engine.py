@@ -64,18 +64,18 @@ def test_many_requests_at_once_get_their_own_tokens(engine: LLM) -> None:
 
 
 def test_no_room_is_429_and_too_much_is_400(engine: LLM) -> None:
-    most = engine.config.max_sequences + 2
+    maximum = engine.config.max_num_seqs + 2
 
     async def work(bridge: AsyncEngine) -> None:
-        tickets = [await bridge.submit([[1]] * most, LONG)]
+        tickets = [await bridge.submit([[1]] * maximum, LONG)]
         full = await status(bridge.submit([[1]], SHORT))
         assert (full.status, full.code) == (429, "queue_full")
         assert 1 <= int(full.headers["Retry-After"]) <= 60
-        assert (await status(bridge.submit([[1]] * (most + 1), SHORT))).status == 400
+        assert (await status(bridge.submit([[1]] * (maximum + 1), SHORT))).status == 400
         for ticket in tickets:
             bridge.release(ticket)
-        again = await bridge.submit([[1]] * most, SHORT)
-        assert len(await collect(bridge, again)) == most * 3
+        again = await bridge.submit([[1]] * maximum, SHORT)
+        assert len(await collect(bridge, again)) == maximum * 3
 
     bridged(engine, work, max_waiting=2)
 

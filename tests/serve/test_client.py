@@ -16,12 +16,14 @@ from mor.errors import CapacityError, ConfigError, RequestError
 from mor.serve.client import Client, read_event
 
 
-async def collect(client: Client, body: dict[str, Any], most: int = 10**9) -> list[dict[str, Any]]:
+async def collect(
+    client: Client, body: dict[str, Any], maximum: int = 10**9
+) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     async with aclosing(client.stream("/v1/completions", body)) as events:
         async for data in events:
             found.append(read_event(data))
-            if len(found) == most:
+            if len(found) == maximum:
                 break
     return found
 
@@ -101,7 +103,7 @@ def test_an_error_within_a_stream_is_raised() -> None:
 
 def test_closing_a_stream_ends_the_request() -> None:
     with serving(Fake(delay_s=0.005)) as fake:
-        events = asyncio.run(collect(Client.of(fake.url), {"max_tokens": 5000}, most=2))
+        events = asyncio.run(collect(Client.of(fake.url), {"max_tokens": 5000}, maximum=2))
         assert len(events) == 2
         deadline = time.monotonic() + 60
         while not fake.aborted and time.monotonic() < deadline:

@@ -22,7 +22,7 @@ PROMPT = "the cat sat on"
 # -- the files --------------------------------------------------------------------------------
 
 
-def test_the_page_has_the_colours_of_the_reports() -> None:
+def test_the_page_has_the_colors_of_the_reports() -> None:
     css = (PAGE / "page.css").read_text()
     light, dark = (re.findall(r"--d\d: (#\w{6})", part) for part in css.split("@media", 2)[:2])
     assert light == [shade.light for shade in DEPTH_SHADES]
@@ -83,7 +83,7 @@ class Visit:
         return self.page.text_content("#status")
 
     def tokens(self, pane: int = 0) -> list[dict[str, Any]]:
-        """Text, recursion count and colours of each span of a pane."""
+        """Text, recursion count and colors of each span of a pane."""
         return (
             self.page.locator(".tokens")
             .nth(pane)
@@ -91,7 +91,7 @@ class Visit:
                 """box => [...box.children].map(span => ({
                 text: span.textContent,
                 count: Number(span.dataset.n),
-                colour: getComputedStyle(span).backgroundColor,
+                color: getComputedStyle(span).backgroundColor,
                 line: parseFloat(getComputedStyle(span).borderBottomWidth),
                 prompt: span.classList.contains("prompt"),
             }))"""
@@ -126,8 +126,8 @@ def visit(browser: Any, server: Running) -> Iterator[Visit]:
     yield from look(browser, server, color_scheme="light")
 
 
-def rgb(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def rgb(color: str) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgb({red}, {green}, {blue})"
 
 
@@ -137,7 +137,7 @@ def visible(text: str) -> str:
     return text.translate({**pictures, 0x7F: 0x2421})
 
 
-def test_tokens_and_colours_are_those_of_the_answer(visit: Visit, server: Running) -> None:
+def test_tokens_and_colors_are_those_of_the_answer(visit: Visit, server: Running) -> None:
     visit.run(prompt=PROMPT, length=60)
     (body,) = visit.bodies
     assert (body["prompt"], body["max_tokens"], body["temperature"]) == (PROMPT, 60, 0)
@@ -153,7 +153,7 @@ def test_tokens_and_colours_are_those_of_the_answer(visit: Visit, server: Runnin
     for token in tokens:
         shade = shade_index(token["count"], RECURSIONS)
         if not token["prompt"]:
-            assert token["colour"] == rgb(DEPTH_SHADES[shade].light)
+            assert token["color"] == rgb(DEPTH_SHADES[shade].light)
         assert (token["line"] > 0) == (token["count"] > 1)
     rows = visit.page.locator(".pane .bars .value").all_text_contents()
     generated = choice["recursion_counts"]
@@ -188,7 +188,7 @@ def test_a_token_tells_its_depth_and_probability(visit: Visit) -> None:
 def test_side_by_side_with_full_depth(visit: Visit) -> None:
     visit.run(prompt=PROMPT, length=20, seed=11, compare=True)
     adaptive, full = visit.bodies
-    assert full == {**adaptive, "num_recursions": RECURSIONS}
+    assert full == {**adaptive, "min_recursions": RECURSIONS, "max_recursions": RECURSIONS}
     assert adaptive["seed"] == 11
     assert "max_recursions" not in adaptive
     assert {token["count"] for token in visit.tokens(1)} == {RECURSIONS}
@@ -318,7 +318,7 @@ def test_the_dark_page_on_a_phone(browser: Any, server: Running) -> None:
         for token in visit.tokens():
             if not token["prompt"]:
                 shade = DEPTH_SHADES[shade_index(token["count"], RECURSIONS)]
-                assert token["colour"] == rgb(shade.dark)
+                assert token["color"] == rgb(shade.dark)
         upper, lower = (visit.page.locator(".pane").nth(i).bounding_box() for i in (0, 1))
         assert upper["y"] + upper["height"] <= lower["y"]
 

@@ -81,7 +81,7 @@ def test_two_hundred_streams(model: Path, engine: LLM, tmp_path: Path) -> None:
         asyncio.run(load.run(SECONDS))
         state = server.idle(30)
         assert state["kv_pages_by_depth"] == [0, 0, 0]
-        assert state["kv_pages_outer"] == 0
+        assert state["kv_pages_unshared"] == 0
         assert state["kv_pages_used"] == state["kv_pages_cached"]
         median = statistics.median(load.gaps)
         p99 = statistics.quantiles(load.gaps, n=100)[-1]

@@ -160,9 +160,9 @@ def test_flops_of_a_step_by_hand() -> None:
     """Three forward passes; with warm-up the tokens that top-k takes at that step."""
     model = tiny_config("expert", capacities=(1.0, 0.5, 0.2))
     config = TrainConfig(sequence_length=8, batch_size=4, capacity_warmup_steps=10)
-    last = 3 * 32 * sequence_flops(model, 8, presence=(1.0, 4 / 8, 1 / 8)).mean
+    last = 3 * 32 * sequence_flops(model, 8, depth_fractions=(1.0, 4 / 8, 1 / 8)).mean
     assert step_flops(config, model, 10) == pytest.approx(last)
-    half_way = 3 * 32 * sequence_flops(model, 8, presence=(1.0, 6 / 8, 4 / 8)).mean
+    half_way = 3 * 32 * sequence_flops(model, 8, depth_fractions=(1.0, 6 / 8, 4 / 8)).mean
     assert step_flops(config, model, 4) == pytest.approx(half_way)
     assert step_flops(config, model, 0) > half_way > last
 

@@ -91,9 +91,9 @@ def test_calibration_lies_between_the_last_that_stays_and_the_first_that_goes() 
         logits.append(record.decisions)
     for depth, tau in enumerate(thresholds):
         values = torch.cat([decisions[depth] for decisions in logits])
-        least_staying = values[values >= tau].min()
+        min_staying = values[values >= tau].min()
         best_going = values[values < tau].max()
-        assert tau == pytest.approx(float(least_staying + best_going) / 2)
+        assert tau == pytest.approx(float(min_staying + best_going) / 2)
 
 
 # Evaluation

@@ -88,13 +88,13 @@ def test_freed_memory_stays_with_the_process() -> None:
     the freed one, which even the size of the environment decides.
     """
     script = (
-        "import resource, torch; from mor.train.parallelize import keep_freed_memory\n"
+        "import resource, torch; from mor.train.parallelize import retain_freed_memory\n"
         "def faults():\n"
         "    torch.ones(2**24)\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.ones(10 * 2**20)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "first, again = faults(), faults(); assert keep_freed_memory()\n"
+        "first, again = faults(), faults(); assert retain_freed_memory()\n"
         "print(first, again, faults(), faults())"
     )
     first, again, *kept = printed_by(script)
@@ -106,12 +106,12 @@ def test_freed_memory_stays_with_the_process() -> None:
 def test_freed_memory_can_be_given_back_at_once() -> None:
     """Every tensor costs its pages again, also one of the size of one that was freed."""
     script = (
-        "import resource, torch; from mor.train.parallelize import give_back_freed_memory\n"
+        "import resource, torch; from mor.ops.malloc import return_freed_memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.ones(4 * 2**20)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "assert give_back_freed_memory(); print(*(faults() for _ in range(4)))"
+        "assert return_freed_memory(); print(*(faults() for _ in range(4)))"
     )
     faults = printed_by(script)
     assert min(faults) > max(faults) / 2 > 1

@@ -49,16 +49,16 @@ def test_a_noisy_falling_loss_never_stops(tmp_path: Path, spread: float, seed: i
     assert rule._limit() > 3
 
 
-@pytest.mark.parametrize(("spread", "least", "most"), [(0.01, 0.4, 0.7), (0.3, 2, 4.5)])
+@pytest.mark.parametrize(("spread", "minimum", "maximum"), [(0.01, 0.4, 0.7), (0.3, 2, 4.5)])
 def test_how_much_is_a_spike_follows_the_noise(
-    tmp_path: Path, spread: float, least: float, most: float
+    tmp_path: Path, spread: float, minimum: float, maximum: float
 ) -> None:
     rule = watching(tmp_path)
     for step, loss in enumerate(noisy(400, spread)):
         rule.check(step, loss, 1.0)
-    rule.check(400, 3 + least, 1.0)
+    rule.check(400, 3 + minimum, 1.0)
     with pytest.raises(ConfigError, match=r"the loss spiked to .* at step 401 .*no checkpoint was"):
-        rule.check(401, 3 + most, 1.0)
+        rule.check(401, 3 + maximum, 1.0)
 
 
 def test_the_threshold_can_be_set_and_switched_off(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_a_runs_flops_are_the_cost_models(corpus: Path, tmp_path: Path, kind: st
         assert steps[5:] == pytest.approx([planned] * 3)
     else:  # as many as the tokens took
         full = training_flops(model, 16, (1.0, 1.0, 1.0)) * 64
-        least = training_flops(model, 16, (1.0, 0.0, 0.0)) * 64
-        assert all(least <= step <= full for step in steps)
+        minimum = training_flops(model, 16, (1.0, 0.0, 0.0)) * 64
+        assert all(minimum <= step <= full for step in steps)
     assert all(0 < row["mfu"] < 2 and row["memory_bytes"] > 2**20 for row in lines)
 
 

@@ -139,7 +139,7 @@ def _theirs(theirs: Any, prompts: list[list[int]], tokens: int) -> tuple[float, 
     return len(prompts) * (len(stamps.times) - 1) / elapsed, out[:, ids.shape[1] :].tolist()
 
 
-def quantised(plan: ThroughputConfig, recursions: int, sequences: int) -> dict[str, Any]:
+def quantized(plan: ThroughputConfig, recursions: int, sequences: int) -> dict[str, Any]:
     """Decode tokens/s with int8 weights over those with fp32 weights."""
     from mor.bench.throughput import interleave, ratios
 

@@ -42,7 +42,7 @@ def measure(
     tokenizer = Tokenizer.load(resolve(model))
     loaded = load(model)
     words = HFStyleTokenizer(tokenizer, loaded.config)
-    settings = EngineConfig(max_sequences=128, prefill_chunk=512, kv_memory=2**30)
+    settings = EngineConfig(max_num_seqs=128, chunked_prefill_size=512, kv_cache_memory_bytes=2**30)
     scorer = EngineScorer(LLM(loaded, settings, tokenizer=tokenizer))
     theirs = HFLM(
         pretrained=exported,

@@ -19,7 +19,7 @@ class Prefill:
     def __init__(self, plan: ThroughputConfig, recursions: int, tokens: int) -> None:
         model = random_model(plan.config(recursions), min(512, tokens))
         self.llm: LLM = engine(
-            model, 1, dtype=plan.dtype, quantization=plan.quantization, prefill_chunk=512
+            model, 1, dtype=plan.dtype, quantization=plan.quantization, chunked_prefill_size=512
         )
         self.tokens = tokens
         self.counts: list[int] = []
@@ -40,11 +40,11 @@ def prefill(plan: ThroughputConfig, recursions: int, tokens: int) -> dict[str, A
     times = paired(mor, vanilla, rounds=plan.rounds)
     histogram = [mor.counts.count(r) for r in range(recursions + 1)]
     flops = []
-    for one, presence in (
+    for one, depth_fractions in (
         (mor, depth_fractions_of(plan.config(recursions), histogram)),
         (vanilla, None),
     ):
-        each = sequence_flops(one.llm.model_config, tokens, presence=presence)
+        each = sequence_flops(one.llm.model_config, tokens, depth_fractions=depth_fractions)
         flops.append((each.mean - each.head) * tokens + each.head)  # the head runs once
     ratio = flops[0] / flops[1]
     return {

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from mor.bench.timing import paired
 from mor.model.config import MoRConfig
+from mor.ops.cpu import gemm
 from mor.ops.cpu import kernels as cpu
 from mor.ops.cpu.packed_weights import PackedLinear, Storage
 
@@ -59,7 +60,7 @@ def products(config: MoRConfig, threads: int, layers: int = 10) -> dict[str, Any
 def _ours(
     packed: list[list[PackedLinear]], storage: Storage, threads: int, rows: int
 ) -> Callable[[], object]:
-    kind = {"float32": cpu.FLOAT32, "bfloat16": cpu.BFLOAT16, "int8": cpu.INT8}[storage]
+    kind = {"float32": gemm.FLOAT32, "bfloat16": gemm.BFLOAT16, "int8": gemm.INT8}[storage]
     widest = max(w.in_features for w in packed[0])
     inputs = [np.random.randn(rows, w.in_features).astype(np.float32) for w in packed[0]]
     outputs = [np.zeros((rows, w.padded_features), np.float32) for w in packed[0]]
@@ -98,16 +99,16 @@ def _onednn(weights: list[list[torch.Tensor]], rows: int) -> Callable[[], object
 
 
 def attention(
-    config: MoRConfig, threads: int, sequences: int = 32, context: int = 1024, page_size: int = 16
+    config: MoRConfig, threads: int, sequences: int = 32, context: int = 1024, block_size: int = 16
 ) -> dict[str, Any]:
     """Paged decode attention against the rate at which the same bytes can be read at all."""
     heads, groups, size = config.num_heads_and_dim
-    blocks = -(-context // page_size)
+    blocks = -(-context // block_size)
     rng = np.random.default_rng(0)
     layers = 8  # different memory for each call, so that nothing is in a cache
     shape = (sequences * blocks * layers, groups)
-    keys = rng.standard_normal((*shape, size, page_size), np.float32)
-    values = rng.standard_normal((*shape, page_size, size), np.float32)
+    keys = rng.standard_normal((*shape, size, block_size), np.float32)
+    values = rng.standard_normal((*shape, block_size, size), np.float32)
     order = rng.permutation(sequences * blocks).reshape(sequences, blocks) * layers
     tables, runs = order.astype(np.int32), np.arange(sequences + 1, dtype=np.int32)
     seen = np.full(sequences, context, np.int32)

@@ -280,7 +280,9 @@ def _values(answer: RequestResult, metric: str) -> list[float]:
 
 
 def _is_good(answer: RequestResult, goodput: Mapping[str, float]) -> bool:
-    return all(max(_values(answer, name), default=0) <= most for name, most in goodput.items())
+    return all(
+        max(_values(answer, name), default=0) <= maximum for name, maximum in goodput.items()
+    )
 
 
 def _latencies(

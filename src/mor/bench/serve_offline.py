@@ -36,9 +36,9 @@ from mor.errors import ConfigError, RequestError
 from mor.model.sampling import SamplingParams
 from mor.serve.client import Client
 
-MOST_COST = 0.08
+MAX_COST = 0.08
 """Share of the offline tokens/s that HTTP may cost."""
-MOST_WAIT = 1.3
+MAX_WAIT = 1.3
 """Time to first token over the bare prefill."""
 
 _MAIN = "import sys; from mor.cli.main import main; sys.exit(main())"
@@ -71,17 +71,17 @@ class OverheadConfig:
     def engine(self) -> LLM:
         """The engine, set up as the server's is."""
         values = {
-            "max_sequences": self.streams,
+            "max_num_seqs": self.streams,
             "dtype": self.dtype,
             "quantization": self.quantization,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         }
         llm = LLM(self.model, EngineConfig.from_dict(values))
-        most = llm.model_config.max_position_embeddings
-        if self.prompt + self.output > most:
+        maximum = llm.model_config.max_position_embeddings
+        if self.prompt + self.output > maximum:
             raise ConfigError(
                 f"{self.prompt} tokens of a prompt and {self.output} of output exceed the "
-                f"model's {most} positions: ask for fewer."
+                f"model's {maximum} positions: ask for fewer."
             )
         return llm
 
@@ -207,12 +207,12 @@ def measure(plan: OverheadConfig, note: Callable[[str], None]) -> dict[str, Any]
         "http_tokens_per_s": tokens / statistics.median(load.a),
         "offline_tokens_per_s": tokens / statistics.median(load.b),
         "http_cost": 1 - 1 / load.ratio,
-        "http_cost_bar": MOST_COST,
+        "http_cost_bar": MAX_COST,
         "load": load.as_dict(),
         "ttft_ms": 1e3 * statistics.median(waits),
         "prefill_ms": 1e3 * statistics.median(alone.b),
         "ttft_ratio": statistics.median(ratios),
-        "ttft_ratio_bar": MOST_WAIT,
+        "ttft_ratio_bar": MAX_WAIT,
         "ttft_ratio_min": min(ratios),
         "ttft_ratio_max": max(ratios),
         "same_texts": sides.same,

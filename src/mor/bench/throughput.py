@@ -46,7 +46,7 @@ class ThroughputConfig:
     """Of each engine in a round."""
     dtype: str | None = None
     quantization: str | None = None
-    burst: int | None = None
+    num_scheduler_steps: int | None = None
     """Decode ticks in a row, see `EngineConfig`."""
 
     @property
@@ -75,7 +75,11 @@ class ThroughputConfig:
                 f"{config.max_position_embeddings} positions."
             )
         model = random_model(config, min(512, self.prompt + self.output))
-        chosen = {"dtype": self.dtype, "quantization": self.quantization, "burst": self.burst}
+        chosen = {
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "num_scheduler_steps": self.num_scheduler_steps,
+        }
         chosen |= settings
         llm = engine(model, count, **chosen)
         return SteadyLoad(llm, count, self.shape, staggered=not self.decode_only)
@@ -151,9 +155,9 @@ def measure(plan: ThroughputConfig, progress: Callable[[str], None]) -> dict[str
         record["details"][name] = {"against_vanilla": result}
         if not plan.decode_only:
             progress(f"{name}: depth-wise against sequence-wise batching")
-            whole = plan.load(recursions, batching="sequence", burst=None)
+            whole = plan.load(recursions, batching="sequence", num_scheduler_steps=None)
             if depth.llm.backend.num_scheduler_steps > 1:  # like with like: it has no bursts
-                depth = plan.load(recursions, burst=1)
+                depth = plan.load(recursions, num_scheduler_steps=1)
             pairs = interleave(depth, whole, rounds=plan.rounds, seconds=plan.seconds)
             result = ratios(pairs)
             record["depth_over_sequence"][name] = result["ratio"]
@@ -183,7 +187,9 @@ def flops_bound(plan: ThroughputConfig, recursions: int, histogram: list[int]) -
     if plan.decode_only:  # the prompts entered before
         context = plan.prompt + plan.output // 2
         config = plan.config(recursions)
-        mine = decode_flops(config, context, presence=depth_fractions_of(config, histogram)).mean
+        mine = decode_flops(
+            config, context, depth_fractions=depth_fractions_of(config, histogram)
+        ).mean
         return decode_flops(plan.config(1), context).mean / mine
     vanilla = request_flops(plan.config(1), shape)
     return vanilla / request_flops(plan.config(recursions), shape, histogram)

@@ -56,14 +56,14 @@ def paired(
 
 def timed(task: Callable[[], object]) -> float:
     """Seconds of one call; on a GPU until the device has finished."""
-    _synchronise()
+    _synchronize()
     started = time.perf_counter()
     task()
-    _synchronise()
+    _synchronize()
     return time.perf_counter() - started
 
 
-def _synchronise() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

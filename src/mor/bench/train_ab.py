@@ -40,7 +40,7 @@ class Comparison:
     memory_bar: float | None
     """Likewise for activation memory."""
     rounds_factor: int = 1
-    """Short steps are timed in more rounds: a neighbour's burst then weighs less."""
+    """Short steps are timed in more rounds: a neighbor's burst then weighs less."""
 
 
 def comparisons() -> tuple[Comparison, ...]:
@@ -134,7 +134,9 @@ def compare(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
     times = paired(a.step, b.step, rounds=rounds * comparison.rounds_factor)
     seconds = (statistics.median(times.a), statistics.median(times.b))
     length = comparison.sequence_length
-    flops = [training_flops(c, length, presence(c, length)) for c in (comparison.a, comparison.b)]
+    flops = [
+        training_flops(c, length, depth_fractions(c, length)) for c in (comparison.a, comparison.b)
+    ]
     flops_ratio = flops[0] / flops[1]
     memory = a.activation_bytes() / b.activation_bytes()
     values = [activation_values_per_token(c) for c in (comparison.a, comparison.b)]
@@ -160,6 +162,6 @@ def compare(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
     return result
 
 
-def presence(config: MoRConfig, length: int) -> tuple[float, ...]:
+def depth_fractions(config: MoRConfig, length: int) -> tuple[float, ...]:
     """Shares that `topk` really selects: whole tokens."""
     return tuple(max(1, int(c * length)) / length for c in config.depth_capacities)

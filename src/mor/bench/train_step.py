@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mor.bench.timing import gemm_gflops, timed
-from mor.bench.train_ab import Stepper, presence
+from mor.bench.train_ab import Stepper, depth_fractions
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
 from mor.model.cost import training_flops
@@ -92,12 +92,12 @@ class ForcedDepths(TokenChoiceRouter):
     def choose(
         self,
         x: Tensor,
-        packing: RaggedBatch,
+        ragged: RaggedBatch,
         record: RoutingOutput | None,
         limits: RecursionLimits | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(N,) counts and (N, 1) weights; see `TokenChoice.choose`."""
-        _, weight = super().choose(x, packing, record, limits)
+        """(N,) counts and (N, 1) weights; see `TokenChoiceRouter.choose`."""
+        _, weight = super().choose(x, ragged, record, limits)
         num = x.shape[0]
         counts = torch.arange(num, device=x.device) % self.config.num_recursions + 1
         return counts[torch.randperm(num, device=x.device)], weight
@@ -120,7 +120,7 @@ def measure(plan: StepPlan) -> dict[str, Any]:
     times = {name: values[1:] for name, values in seconds.items()}
     tokens = plan.batch_size * plan.length
     flops = {
-        name: tokens * training_flops(config, plan.length, presence(config, plan.length))
+        name: tokens * training_flops(config, plan.length, depth_fractions(config, plan.length))
         for name, config in configs.items()
     }
     rate = flops["vanilla"] / statistics.median(times["vanilla"]) / 1e9
@@ -176,10 +176,10 @@ def peak_bytes(plan: StepPlan, name: str, *, resident: bool = False, steps: int 
     script = (
         "import sys, json; import torch; from mor.bench.train_step import StepPlan;"
         " from mor.train.throughput import peak_memory;"
-        " from mor.ops.malloc import give_back_freed_memory;"
+        " from mor.ops.malloc import return_freed_memory;"
         " plan, name, steps, threads, resident = json.loads(sys.argv[1]);"
         " torch.set_num_threads(threads); stepper = StepPlan(**plan).stepper(name);"
-        " resident or give_back_freed_memory();"
+        " resident or return_freed_memory();"
         " [stepper.step() for _ in range(steps)]; print(peak_memory(stepper.batch.device))"
     )
     asked = json.dumps([fields, name, steps, torch.get_num_threads(), resident])

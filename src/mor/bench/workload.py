@@ -168,9 +168,9 @@ def request_flops(
     Args:
         histogram: measured tokens by recursion count, from 0 on; None takes the capacities.
     """
-    presence = depth_fractions_of(config, histogram)
-    prefill = sequence_flops(config, shape.prompt, presence=presence)
-    decode = decode_flops(config, shape.prompt + shape.output // 2, presence=presence)
+    depth_fractions = depth_fractions_of(config, histogram)
+    prefill = sequence_flops(config, shape.prompt, depth_fractions=depth_fractions)
+    decode = decode_flops(config, shape.prompt + shape.output // 2, depth_fractions=depth_fractions)
     head_once = prefill.head
     return (
         (prefill.mean - prefill.head) * shape.prompt + head_once + decode.mean * (shape.output - 1)
@@ -179,5 +179,7 @@ def request_flops(
 
 def engine(model: MoRModel, sequences: int, **settings: object) -> LLM:
     """An engine for so many sequences, without prefix caching: prompts are random anyway."""
-    values = {"max_sequences": sequences, "max_lanes": max(512, 2 * sequences)}
-    return LLM(model, EngineConfig.from_dict({**values, "prefix_caching": False, **settings}))
+    values = {"max_num_seqs": sequences, "max_num_batched_tokens": max(512, 2 * sequences)}
+    return LLM(
+        model, EngineConfig.from_dict({**values, "enable_prefix_caching": False, **settings})
+    )

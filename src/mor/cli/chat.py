@@ -1,4 +1,4 @@
-"""`mor chat`: talk with a model in the terminal, its tokens coloured by recursion count."""
+"""`mor chat`: talk with a model in the terminal, its tokens colored by recursion count."""
 
 import os
 import sys
@@ -21,12 +21,12 @@ from mor.cli.chat_backends import (
 from mor.cli.options.parser import parser
 from mor.errors import ConfigError, MorError, nearest
 from mor.report.palette import MAX_RECURSIONS
-from mor.terminal.color import coloured_text, depth_legend
+from mor.terminal.color import colored_text, depth_legend
 from mor.terminal.console import console, err_console, fail
 
 EXAMPLES = (
     "mor chat runs/smoke",
-    "mor chat runs/smoke --quantization int8 --depth 2",
+    "mor chat runs/smoke --quantization int8 --max-recursions 2",
     "MOR_API_KEY=secret mor chat http://127.0.0.1:8000 --system 'Answer in one sentence.'",
     "echo 'Once upon a time' | mor chat runs/smoke",
 )
@@ -36,7 +36,7 @@ HELP = (
 )
 COMMANDS = (
     "/reset             forget what was said",
-    "/depth N           at most N recursions per token; /depth alone lets the router decide",
+    "/max-recursions N  at most N recursions per token; without N the router decides",
     "/temperature X     0 takes the likeliest token",
     "/help              this list",
     "/quit              leave; so does Ctrl-D",
@@ -59,8 +59,8 @@ def run(args: Sequence[str]) -> int:
         raise ConfigError(f"--max-tokens={dials.max_tokens} must be at least 1.")
     partner = _open_backend(options)
     chat = _Chat(partner, dials, options.system)
-    if options.depth is not None:
-        dials.max_recursions = chat.depth(str(options.depth))
+    if options.max_recursions is not None:
+        dials.max_recursions = chat.max_recursions(str(options.max_recursions))
     chat.temperature(str(options.temperature))
     chat.greet()
     chat.loop()
@@ -77,7 +77,9 @@ def _parse(args: Sequence[str]) -> Any:
     p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     p.add_argument("--top-p", type=float, default=1.0, help="keep tokens of this probability")
     p.add_argument("--seed", type=int | None, default=None, help="the same seed, the same answers")
-    p.add_argument("--depth", type=int | None, default=None, help="recursions of a token at most")
+    p.add_argument(
+        "--max-recursions", type=int | None, default=None, help="passes that no token exceeds"
+    )
     p.add_argument("--api-key", default=None, help=f"for a URL; default: {KEY} of the environment")
     p.add_argument("--model", default=None, help="for a URL: name to ask for; default: the first")
     p.add_argument("--device", default=None, help="for a folder: auto, cpu or cuda")
@@ -102,7 +104,7 @@ def _open_backend(options: Any) -> ChatBackend:
     from mor.engine.llm import LLM
 
     model, tokenizer = open_model(options.partner, options.device or "auto")
-    config = EngineConfig(max_sequences=1, dtype=options.dtype, quantization=options.quantization)
+    config = EngineConfig(max_num_seqs=1, dtype=options.dtype, quantization=options.quantization)
     with err_console().status("starting the engine (once, compiling its kernels takes a while)"):
         llm = LLM(model, config, tokenizer=tokenizer)
     return LocalChatBackend(options.partner, llm, tokenizer, template_of(tokenizer))
@@ -119,7 +121,7 @@ class _Chat:
         self._commands: Mapping[str, Callable[[str], None]] = MappingProxyType(
             {
                 "reset": self._reset,
-                "depth": self._set_depth,
+                "max-recursions": self._set_max_recursions,
                 "temperature": self._set_temperature,
                 "help": self._help,
             }
@@ -203,8 +205,8 @@ class _Chat:
         self._turns = list(self._opening)
         err_console().print("forgotten.")
 
-    def _set_depth(self, argument: str) -> None:
-        self._options.max_recursions = self.depth(argument)
+    def _set_max_recursions(self, argument: str) -> None:
+        self._options.max_recursions = self.max_recursions(argument)
         limit = self._options.max_recursions
         plural = "" if limit == 1 else "s"
         said = "as the router decides" if limit is None else f"at most {limit} recursion{plural}"
@@ -214,17 +216,17 @@ class _Chat:
         self._options.temperature = self.temperature(argument)
         err_console().print(f"temperature {self._options.temperature:g}.")
 
-    def depth(self, argument: str) -> int | None:
+    def max_recursions(self, argument: str) -> int | None:
         """The recursions that a text names; None for an empty one.
 
         Raises:
             ConfigError: the model cannot take so many.
         """
-        most = self._backend.num_recursions
+        maximum = self._backend.num_recursions
         if not argument:
             return None
-        if not argument.isdecimal() or not 1 <= int(argument) <= most:
-            raise ConfigError(f"depth {argument!r} must be a number from 1 to {most}.")
+        if not argument.isdecimal() or not 1 <= int(argument) <= maximum:
+            raise ConfigError(f"max-recursions {argument!r} must be a number from 1 to {maximum}.")
         return int(argument)
 
     def temperature(self, argument: str) -> float:
@@ -247,7 +249,7 @@ class _Answer:
 
     def __init__(self, screen: Console, num_recursions: int) -> None:
         self._screen, self._num_recursions = screen, num_recursions
-        self._coloured = screen.is_terminal and num_recursions <= MAX_RECURSIONS
+        self._colored = screen.is_terminal and num_recursions <= MAX_RECURSIONS
         self._parts: list[str] = []
         self._counts: list[int] = []
         self._began = time.perf_counter()
@@ -272,8 +274,8 @@ class _Answer:
             self._screen.file.write(piece)
             self._screen.file.flush()
             return
-        shown = max(1, count) if self._coloured else 1
-        text = coloured_text([piece], [shown], self._num_recursions if self._coloured else 1)
+        shown = max(1, count) if self._colored else 1
+        text = colored_text([piece], [shown], self._num_recursions if self._colored else 1)
         self._screen.print(text, end="", soft_wrap=True)
 
     def end(self, note: str = "") -> None:

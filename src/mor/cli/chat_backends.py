@@ -71,7 +71,7 @@ class LocalChatBackend:
         self._llm, self._tokenizer, self._template = llm, tokenizer, template
 
     def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
-        """See `Partner`."""
+        """See `ChatBackend`."""
         prompt = self._encode(turns)
         room = self._llm.model_config.max_position_embeddings - len(prompt)
         if room < 1:
@@ -143,7 +143,7 @@ class RemoteChatBackend:
         return True
 
     def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
-        """See `Partner`."""
+        """See `ChatBackend`."""
         _run_until_ctrl_c(self._answer(turns, dials, emit))
 
     async def _answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:

@@ -1,4 +1,4 @@
-"""`mor data`: turn text into tokenised shards, and look at them."""
+"""`mor data`: turn text into tokenized shards, and look at them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from mor.errors import ConfigError, nearest
 from mor.terminal.console import console, fail, progress
 from mor.terminal.table import print_table
 
-HELP = "Turn text into tokenised shards, and look at them."
+HELP = "Turn text into tokenized shards, and look at them."
 
 EXAMPLES = (
     "mor data build book.txt notes/ --out data/mine --train-tokenizer 8192",
@@ -28,7 +28,7 @@ EXAMPLES = (
 
 SUBVERBS: Mapping[str, str] = MappingProxyType(
     {
-        "build": "tokenise text, JSON lines, parquet, Hugging Face datasets, and folders of them",
+        "build": "tokenize text, JSON lines, parquet, Hugging Face datasets, and folders of them",
         "info": "what a corpus holds, its shards compared with their checksums",
     }
 )
@@ -55,7 +55,7 @@ def _usage() -> str:
 
 
 def _build_options(args: Sequence[str]) -> Any:
-    p = parser("data build", "Tokenise text into a corpus, whole or not at all.", EXAMPLES[:-1])
+    p = parser("data build", "Tokenize text into a corpus, whole or not at all.", EXAMPLES[:-1])
     p.add_argument(
         "sources",
         nargs="+",

@@ -19,7 +19,7 @@ def run(args: Sequence[str]) -> int:
     p = parser(
         "demo",
         "Train a Mixture-of-Recursions model, its vanilla twin at equal FLOPs and random routing "
-        "on the standard library's source; compare them and generate coloured text. Interrupted, "
+        "on the standard library's source; compare them and generate colored text. Interrupted, "
         "the same command goes on where it was.",
         EXAMPLES,
     )

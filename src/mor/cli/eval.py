@@ -90,7 +90,7 @@ def run(args: Sequence[str]) -> int:
     cost: QuantizationLoss | None = None
     if options.quantization or options.dtype:
         rounded = EngineConfig(
-            quantization=options.quantization, dtype=options.dtype, prefix_caching=False
+            quantization=options.quantization, dtype=options.dtype, enable_prefix_caching=False
         )
         cost = quantization_loss(model, _watched(text, "rounded weights"), rounded)
     if options.json:

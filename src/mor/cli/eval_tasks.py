@@ -29,7 +29,15 @@ _KV_MEMORY = 2**30  # bytes; prompts of tasks are short
 _PACKAGES = ("mixture-of-recursions", "torch", "lm_eval", "datasets", "tokenizers")
 _LOSS_ONLY = ("sequence_length", "max_windows", "calibrate", "by_token")
 _TASKS_ONLY = (
-    *("limit", "num_fewshot", "prefix_token", "include_path", "output", "keep_tasks", "kv_memory"),
+    *(
+        "limit",
+        "num_fewshot",
+        "prefix_token",
+        "include_path",
+        "output",
+        "keep_tasks",
+        "kv_cache_memory_bytes",
+    ),
 )
 
 
@@ -68,7 +76,9 @@ def add_options(p: Parser) -> None:
         metavar="DIR",
         help="leave the task files of --data there, for `lm_eval --include_path DIR`",
     )
-    group.add_argument("--kv-memory", type=int | None, default=None, help="bytes; default 1 GiB")
+    group.add_argument(
+        "--kv-cache-memory-bytes", type=int | None, default=None, help="bytes; default 1 GiB"
+    )
 
 
 def check_options(options: Any) -> None:
@@ -88,12 +98,16 @@ def check_options(options: Any) -> None:
         name = given[0].replace("_", "-")
         needs = "needs" if options.tasks is None else "does not go with"
         raise ConfigError(f"--{name} {needs} --tasks.")
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("kv_memory", 1)):
+    for name, minimum in (("limit", 1), ("num_fewshot", 0), ("kv_cache_memory_bytes", 1)):
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least {least}.")
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least {minimum}.")
     if options.tasks is not None and options.selection == "topk":
-        given = [name for name in ("quantization", "dtype", "kv_memory") if getattr(options, name)]
+        given = [
+            name
+            for name in ("quantization", "dtype", "kv_cache_memory_bytes")
+            if getattr(options, name)
+        ]
         if given:
             name = given[0].replace("_", "-")
             raise ConfigError(f"--{name} is the engine's: it does not go with --selection topk.")
@@ -145,9 +159,9 @@ def _scorer(options: Any, model: MoRModel, tokenizer: Tokenizer) -> Scorer:
     if options.selection == "topk":
         return TopkScorer(model)
     config = EngineConfig(
-        max_sequences=128,
-        prefill_chunk=512,
-        kv_memory=options.kv_memory or _KV_MEMORY,
+        max_num_seqs=128,
+        chunked_prefill_size=512,
+        kv_cache_memory_bytes=options.kv_cache_memory_bytes or _KV_MEMORY,
         dtype=options.dtype,
         quantization=options.quantization,
     )

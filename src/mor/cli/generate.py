@@ -1,4 +1,4 @@
-"""`mor generate`: continue a prompt, coloured by recursion count."""
+"""`mor generate`: continue a prompt, colored by recursion count."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from mor.io.tokenizer import Tokenizer
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
 from mor.report.palette import MAX_RECURSIONS
-from mor.terminal.color import coloured_text, depth_legend
+from mor.terminal.color import colored_text, depth_legend
 from mor.terminal.console import console, err_console
 from mor.terminal.table import print_table
 
@@ -36,7 +36,7 @@ _MAX_TOKENS = 64
 _SAMPLING = (  # options that are fields of SamplingParams under the same name
     *("min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "ignore_eos", "logprobs", "prompt_logprobs"),
-    *("recursions", "max_recursions"),
+    *("min_recursions", "max_recursions"),
 )
 _BAR = 30  # characters of the histogram's longest bar
 _MAX_SEQUENCES = 64
@@ -51,10 +51,10 @@ def run(args: Sequence[str]) -> int:
     room = model.config.max_position_embeddings - len(prompt_ids)
     params = _params(options, max(1, min(_MAX_TOKENS, room)))
     config = EngineConfig(
-        max_sequences=min(_MAX_SEQUENCES, len(params)),
+        max_num_seqs=min(_MAX_SEQUENCES, len(params)),
         dtype=options.dtype,
         quantization=options.quantization,
-        kv_memory=options.kv_memory,
+        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
     )
     with err_console().status("starting the engine (once, compiling its kernels takes a while)"):
         llm = LLM(model, config, tokenizer=tokenizer)
@@ -100,7 +100,9 @@ def _parse(args: Sequence[str]) -> Any:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--dtype", default=None, help="of the weights: float32, bfloat16, ..")
     p.add_argument("--quantization", default=None, help="int8: weights and inputs, on a CPU")
-    p.add_argument("--kv-memory", type=int | None, default=None, help="bytes for keys and values")
+    p.add_argument(
+        "--kv-cache-memory-bytes", type=int | None, default=None, help="bytes for keys and values"
+    )
     return p.parse_args(args)
 
 
@@ -141,7 +143,7 @@ def _add_sampling(p: Parser) -> None:
         "--prompt-logprobs", action="store_true", help="with --json: those of the prompt's tokens"
     )
     p.add_argument(
-        "--recursions", type=int | None, default=None, help="passes that every token takes"
+        "--min-recursions", type=int | None, default=None, help="passes that every token takes"
     )
     p.add_argument(
         "--max-recursions", type=int | None, default=None, help="passes that no token exceeds"
@@ -244,9 +246,7 @@ class _Writer:
         self._prompt_ids = prompt_ids
         self._num_recursions = model.config.num_recursions
         self._range = params.recursion_range(self._num_recursions)
-        self._coloured = (
-            show_depth and screen.is_terminal and self._num_recursions <= MAX_RECURSIONS
-        )
+        self._colored = show_depth and screen.is_terminal and self._num_recursions <= MAX_RECURSIONS
         self._begun = False
 
     def write(self, event: TokenOutput) -> None:
@@ -265,12 +265,12 @@ class _Writer:
             return
         pieces = self._tokenizer.pieces(self._prompt_ids)
         counts = [1] * len(pieces)
-        if self._coloured:
-            least, most = self._range  # a limit changes no decision above it
+        if self._colored:
+            minimum, maximum = self._range  # a limit changes no decision above it
             free = recursion_counts(self._model, self._prompt_ids)
-            counts = [max(least, min(count, most)) for count in free]
+            counts = [max(minimum, min(count, maximum)) for count in free]
         for piece, count in zip(pieces, counts, strict=True):
-            self._write(piece, count, "" if self._coloured else "dim")
+            self._write(piece, count, "" if self._colored else "dim")
 
     def _write(self, piece: str, count: int, style: str = "") -> None:
         if not piece:
@@ -279,8 +279,8 @@ class _Writer:
             self._screen.file.write(piece)
             self._screen.file.flush()
             return
-        recursions = self._num_recursions if self._coloured else 1
-        text = coloured_text([piece], [max(1, count) if self._coloured else 1], recursions)
+        recursions = self._num_recursions if self._colored else 1
+        text = colored_text([piece], [max(1, count) if self._colored else 1], recursions)
         self._screen.print(text, end="", style=style, soft_wrap=True)
 
 

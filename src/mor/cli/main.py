@@ -17,11 +17,11 @@ from mor.terminal.console import err_console, fail
 VERBS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "demo": ("mor.cli.demo", "train an MoR model and its plain twin, and compare them"),
-        "data": ("mor.cli.data", "turn text into tokenised shards"),
+        "data": ("mor.cli.data", "turn text into tokenized shards"),
         "train": ("mor.cli.train", "pre-train a model, or continue"),
         "experiment": ("mor.cli.experiment", "a grid of trainings, one table and one plot"),
         "report": ("mor.cli.report", "curves of training runs, laid over each other on one page"),
-        "generate": ("mor.cli.generate", "continue a prompt, coloured by recursion count"),
+        "generate": ("mor.cli.generate", "continue a prompt, colored by recursion count"),
         "serve": ("mor.cli.serve", "an OpenAI-compatible server"),
         "chat": ("mor.cli.chat", "talk with a model, or with one behind a server"),
         "eval": ("mor.cli.eval", "loss under both selection rules, depth histogram"),

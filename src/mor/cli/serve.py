@@ -113,7 +113,7 @@ def _add_engine(p: Parser) -> None:
     p.add_argument("--quantization", default=None, help="int8: weights and inputs, on a CPU")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument(
-        "--burst",
+        "--num-scheduler-steps",
         type=int | None,
         default=None,
         help="decode ticks in a row before the host looks; default: 8 on a GPU, 1 on a CPU",
@@ -153,16 +153,16 @@ def _engine(options: Any) -> EngineConfig:
     if options.device == "cuda" and not has_gpu:
         raise ConfigError("device='cuda': torch sees no GPU here; use --device cpu.")
     return EngineConfig(
-        max_sequences=options.max_num_seqs,
-        max_lanes=options.max_num_batched_tokens,
-        kv_memory=options.kv_cache_memory_bytes,
-        page_size=options.block_size,
-        prefix_caching=not options.no_enable_prefix_caching,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+        block_size=options.block_size,
+        enable_prefix_caching=not options.no_enable_prefix_caching,
         dtype=_DTYPES.get(options.dtype, options.dtype),
         quantization=options.quantization,
         device="cuda" if has_gpu and options.device != "cpu" else "cpu",
         num_threads=options.num_threads,
-        num_scheduler_steps=options.burst,
+        num_scheduler_steps=options.num_scheduler_steps,
     )
 
 
@@ -192,8 +192,8 @@ def _set_up_logging(level: str) -> None:
     """One line each on standard error; of uvicorn only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name, least in (("mor.serve", level.upper()), ("uvicorn", "WARNING")):
+    for name, minimum in (("mor.serve", level.upper()), ("uvicorn", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
-        logger.setLevel(least)
+        logger.setLevel(minimum)
         logger.propagate = False

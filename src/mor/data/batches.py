@@ -131,7 +131,7 @@ def _map_shard(
 def _count_windows(shards: TokenShards, sequence_length: int) -> int:
     """How many windows of sequence_length + 1 tokens fit, each one sequence_length after the last.
 
-    Neighbours share a token: the last target of one is the first input of the next.
+    Neighbors share a token: the last target of one is the first input of the next.
     """
     if sequence_length < 1:
         raise ConfigError(f"sequence_length: {sequence_length} is not a positive number.")

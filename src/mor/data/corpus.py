@@ -56,7 +56,7 @@ def build_corpus(
     workers: int | None = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
-    """Tokenises files into the corpus `out`, which appears whole or not at all.
+    """Tokenizes files into the corpus `out`, which appears whole or not at all.
 
     A build that is cut off leaves `out.partial`, from which the same call goes on.
 
@@ -82,30 +82,30 @@ def build_corpus(
     documents = SourceDocuments(
         sources, text_field=text_field, valid=valid, hub_documents=hub_documents
     )
-    held_out = ValidationSplit(0.0 if valid else valid_fraction, seed)
+    validation_split = ValidationSplit(0.0 if valid else valid_fraction, seed)
     encoder = None if tokenizer is None else _load_encoder(tokenizer)
     learned = train_tokenizer if encoder is None else _digest(encoder)
     plan = [learned, valid_fraction, seed, shard_tokens, text_field, documents.plan()]
     with open_journal(out, [INDEX_VERSION, *plan]) as journal:
-        encoder = _prepare(journal, documents, held_out, encoder, train_tokenizer)
+        encoder = _prepare(journal, documents, validation_split, encoder, train_tokenizer)
         writing = CorpusWriter(
             folder=journal.folder / CORPUS_FOLDER,
             read=documents.after,
             encoder=encoder,
-            validation_split=held_out,
+            validation_split=validation_split,
             shard_tokens=shard_tokens,
             workers=workers or _workers_for(documents),
             progress=progress,
             journal=journal,
         )
         finish(writing.folder, index := writing.run(), out, overwrite)
-    return _summarise(out, index, held_out)
+    return _summarize(out, index, validation_split)
 
 
 def _prepare(
     journal: Journal,
     documents: SourceDocuments,
-    held_out: ValidationSplit,
+    validation_split: ValidationSplit,
     encoder: Tokenizer | None,
     train_tokenizer: int | None,
 ) -> Tokenizer:
@@ -117,12 +117,12 @@ def _prepare(
     folder.mkdir(exist_ok=True)
     if "survey" in journal.entries:
         found = journal.entries["survey"]
-        held_out.restore(found)
+        validation_split.restore(found)
         documents.counts = list(found["counts"])
         return Tokenizer.load(folder)
-    encoder = _survey(documents, held_out, encoder, train_tokenizer)
+    encoder = _survey(documents, validation_split, encoder, train_tokenizer)
     write_file(folder / TOKENIZER_FILE, encoder.to_json().encode())
-    journal.record("survey", held_out.state() | {"counts": documents.counts})
+    journal.record("survey", validation_split.state() | {"counts": documents.counts})
     return encoder
 
 
@@ -144,7 +144,7 @@ def build_from_documents(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
-    """Tokenises documents into the corpus `out`, which appears whole or not at all.
+    """Tokenizes documents into the corpus `out`, which appears whole or not at all.
 
     Args:
         documents: iterated twice; a one-shot iterator is first put into a list.
@@ -169,38 +169,38 @@ def build_from_documents(
     if isinstance(documents, Iterator):
         documents = list(documents)
 
-    held_out = ValidationSplit(valid_fraction, seed)
+    validation_split = ValidationSplit(valid_fraction, seed)
     encoder = None if tokenizer is None else _load_encoder(tokenizer)
-    encoder = _survey(documents, held_out, encoder, train_tokenizer)
+    encoder = _survey(documents, validation_split, encoder, train_tokenizer)
     with staged(out) as folder:
         writing = CorpusWriter(
             folder=folder,
             read=lambda number: documents,
             encoder=encoder,
-            validation_split=held_out,
+            validation_split=validation_split,
             shard_tokens=shard_tokens,
             progress=progress,
         )
         index = writing.run()
         (folder / TOKENIZER_FILE).write_text(encoder.to_json(), encoding="utf-8")
         finish(folder, index, out, overwrite)
-    return _summarise(out, index, held_out)
+    return _summarize(out, index, validation_split)
 
 
 def _survey(
     documents: Iterable[Document],
-    held_out: ValidationSplit,
+    validation_split: ValidationSplit,
     encoder: Tokenizer | None,
     train_tokenizer: int | None,
 ) -> Tokenizer:
     """Read all documents once: find what is wrong, what to hold out, and the words to learn."""
-    texts = held_out.survey(documents)
+    texts = validation_split.survey(documents)
     if encoder is None:
         assert train_tokenizer is not None
         encoder = Tokenizer.train(texts, train_tokenizer)
     else:
         deque(texts, maxlen=0)
-    if not held_out.num_documents:
+    if not validation_split.num_documents:
         raise DataError("no document has text: every one is empty, or there is none.")
     return encoder
 
@@ -241,7 +241,7 @@ def _load_encoder(path: Path) -> Tokenizer:
     return encoder
 
 
-def _summarise(out: Path, index: CorpusIndex, held_out: ValidationSplit) -> CorpusSummary:
+def _summarize(out: Path, index: CorpusIndex, validation_split: ValidationSplit) -> CorpusSummary:
     train, valid = index.splits["train"], index.splits["valid"]
     return CorpusSummary(
         path=out,
@@ -251,5 +251,5 @@ def _summarise(out: Path, index: CorpusIndex, held_out: ValidationSplit) -> Corp
         num_train_tokens=sum(shard.num_tokens for shard in train),
         num_valid_tokens=sum(shard.num_tokens for shard in valid),
         num_shards=len(train) + len(valid),
-        num_empty_documents=held_out.num_empty,
+        num_empty_documents=validation_split.num_empty,
     )

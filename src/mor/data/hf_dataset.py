@@ -85,7 +85,7 @@ def fetch(
             return files
 
 
-def _rows(dataset: HubDataset, text_field: str, skip: int, most: int | None) -> Any:
+def _rows(dataset: HubDataset, text_field: str, skip: int, maximum: int | None) -> Any:
     """An iterator over the dataset's rows, without the first ones."""
     try:
         import datasets
@@ -103,7 +103,7 @@ def _rows(dataset: HubDataset, text_field: str, skip: int, most: int | None) -> 
         raise
     except Exception as error:  # the library and those below it raise many kinds
         raise _unreachable(dataset, error) from error
-    return rows if most is None else islice(rows, max(0, most - skip))
+    return rows if maximum is None else islice(rows, max(0, maximum - skip))
 
 
 def _next(dataset: HubDataset, rows: Any, text_field: str, done: int) -> list[str]:

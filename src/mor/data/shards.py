@@ -1,4 +1,4 @@
-"""The files of a tokenised corpus.
+"""The files of a tokenized corpus.
 
 A corpus is a folder that `mor.data.corpus` writes and `mor.data.batches` reads:
 

@@ -55,16 +55,16 @@ class ExecutionBackend:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={config.device!r}: torch sees no GPU here; use 'cpu'.")
         weights = getattr(torch, config.dtype) if config.dtype else own.dtype
-        fits = fits_cpu_kernels(model.config, config.page_size)
+        fits = fits_cpu_kernels(model.config, config.block_size)
         small = weights in (torch.float32, torch.bfloat16)
         best = "triton" if device.type == "cuda" else "cpu" if fits and small else "reference"
         kernels = config.kernels or best
         if kernels == "cpu" and (device.type != "cpu" or not small or not fits):
             raise ConfigError(
                 "kernels='cpu' needs a CPU, float32 or bfloat16, and hidden_size, "
-                "intermediate_size, head_dim and page_size that are multiples of 16; here: "
+                "intermediate_size, head_dim and block_size that are multiples of 16; here: "
                 f"{device.type}, {weights}, {model.config.hidden_size}, "
-                f"{model.config.intermediate_size}, {model.config.head_dim}, {config.page_size}. "
+                f"{model.config.intermediate_size}, {model.config.head_dim}, {config.block_size}. "
                 "Use kernels='reference'."
             )
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,8 +76,14 @@ class ExecutionBackend:
                 f"they take), and these settings run with {kernels!r}: leave it out."
             )
         compute = torch.float32 if kernels == "cpu" else weights
-        burst = _resolve_num_scheduler_steps(model, config, device, kernels)
-        return cls(device=device, weights=weights, compute=compute, kernels=kernels, burst=burst)
+        num_scheduler_steps = _resolve_num_scheduler_steps(model, config, device, kernels)
+        return cls(
+            device=device,
+            weight_dtype=weights,
+            compute_dtype=compute,
+            kernels=kernels,
+            num_scheduler_steps=num_scheduler_steps,
+        )
 
     def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> KernelBackend:
         """Load the kernels."""
@@ -118,7 +124,7 @@ def uses_cuda_graphs(kernels: str, device: torch.device) -> bool:
 def _resolve_num_scheduler_steps(
     model: MoRModel, config: EngineConfig, device: torch.device, kernels: str
 ) -> int:
-    """`EngineConfig.burst`, or what suits; ConfigError if it cannot be."""
+    """`EngineConfig.num_scheduler_steps`, or what suits; ConfigError if it cannot be."""
     obstacle = (
         "kernels='cpu', which wait for nobody"
         if kernels == "cpu"

@@ -21,16 +21,16 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "kernels": get_args(KernelName),
     }
 )
-_AT_LEAST: Mapping[str, int] = MappingProxyType(
+_AT_MIN: Mapping[str, int] = MappingProxyType(
     {
-        "kv_memory": 1,
-        "page_size": 1,
-        "max_sequences": 1,
-        "max_lanes": 1,
-        "prefill_chunk": 1,
-        "least_exit_batch": 1,
-        "longest_exit_wait": 0,
-        "burst": 1,
+        "kv_cache_memory_bytes": 1,
+        "block_size": 1,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 1,
+        "chunked_prefill_size": 1,
+        "min_exit_tokens": 1,
+        "max_exit_wait_steps": 0,
+        "num_scheduler_steps": 1,
         "num_threads": 1,
     }
 )
@@ -46,31 +46,31 @@ class EngineConfig:
 
     __no_type_check__ = True  # values come from users: __post_init__ checks them
 
-    kv_memory: int | None = None
-    """Bytes for keys and values. None: what `max_sequences` of full length take, but at most half
+    kv_cache_memory_bytes: int | None = None
+    """Bytes for keys and values. None: what `max_num_seqs` of full length take, but at most half
     of the memory that is free."""
-    page_size: int = 16
+    block_size: int = 16
     """S, entries of a page."""
-    max_sequences: int = 64
+    max_num_seqs: int = 64
     """Sequences in flight at most."""
-    max_lanes: int = 512
+    max_num_batched_tokens: int = 512
     """Tokens that one pass of the block takes at most; bounds the memory of activations."""
-    prefill_chunk: int = 256
+    chunked_prefill_size: int = 256
     """Prompt tokens that one sequence enters per tick at most."""
     batching: Batching = "depth"
     """`depth`: a tick mixes tokens of all depths. `sequence`: all tokens of a tick are at the same
     depth and wait for the deepest; the baseline that shows what `depth` gains."""
-    least_exit_batch: int | None = None
+    min_exit_tokens: int | None = None
     """Tokens that must have left the block before coda and head run. Their weights are not shared,
     so that few tokens at a time cost as much as many. None: half of the running sequences, but no
     more than 16, which is enough to keep the processor busy while weights come .."""
-    longest_exit_wait: int = 2
+    max_exit_wait_steps: int = 2
     """.. unless one of them has waited for this many ticks, or nothing else can run."""
     num_scheduler_steps: int | None = None
     """Decode ticks that run in a row before the host looks at what came out: until then routing and
     sampling stay on the device, and the lane of a sequence that has ended idles. 1: it looks after
     each. None: 8 with Triton's kernels on a GPU, otherwise 1."""
-    prefix_caching: bool = True
+    enable_prefix_caching: bool = True
     dtype: DType | None = None
     """Of the weights; None: the model's. On a CPU bfloat16 halves what is read; sums are fp32."""
     quantization: Quantization | None = None
@@ -90,28 +90,31 @@ class EngineConfig:
             if f.name in _CHOICES and value not in _CHOICES[f.name]:
                 hint = nearest(str(value), _CHOICES[f.name])
                 raise ConfigError(f"{f.name}={value!r} is not a choice: {hint}")
-            if f.name in _AT_LEAST:
-                least = _AT_LEAST[f.name]
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ConfigError(f"{f.name}={value!r} must be an integer >= {least}.")
+            if f.name in _AT_MIN:
+                minimum = _AT_MIN[f.name]
+                if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                    raise ConfigError(f"{f.name}={value!r} must be an integer >= {minimum}.")
         if self.device is not None and not isinstance(self.device, str):
             raise ConfigError(f"device={self.device!r} must be a text: 'cpu', 'cuda' or 'cuda:1'.")
-        if not isinstance(self.prefix_caching, bool):
-            raise ConfigError(f"prefix_caching={self.prefix_caching!r} must be true or false.")
-        if self.max_lanes < self.max_sequences:
+        if not isinstance(self.enable_prefix_caching, bool):
             raise ConfigError(
-                f"max_lanes={self.max_lanes} is below max_sequences={self.max_sequences}: every "
-                "sequence needs a lane; raise the one or lower the other."
+                f"enable_prefix_caching={self.enable_prefix_caching!r} must be true or false."
             )
-        if self.least_exit_batch is not None and self.least_exit_batch > self.max_sequences:
+        if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"least_exit_batch={self.least_exit_batch} can never be reached with "
-                f"max_sequences={self.max_sequences}: make it smaller."
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs="
+                f"{self.max_num_seqs}: every sequence needs room for a token; raise the one or "
+                "lower the other."
+            )
+        if self.min_exit_tokens is not None and self.min_exit_tokens > self.max_num_seqs:
+            raise ConfigError(
+                f"min_exit_tokens={self.min_exit_tokens} can never be reached with "
+                f"max_num_seqs={self.max_num_seqs}: make it smaller."
             )
         if self.quantization and self.dtype not in (None, "float32"):
             raise ConfigError(
                 f"quantization={self.quantization!r} does not go with dtype={self.dtype!r}: "
-                "what is not quantised stays in float32."
+                "what is not quantized stays in float32."
             )
 
     @classmethod

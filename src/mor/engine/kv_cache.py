@@ -16,7 +16,7 @@ class KVCache:
     """Pages of all layers and depths, and how each kind of table lies in them.
 
     Raises:
-        ConfigError: `kv_memory` holds no page, or page size and memory cannot go together.
+        ConfigError: `kv_cache_memory_bytes` holds no page, or it does not go with `block_size`.
         CapacityError: the machine does not have so much memory.
     """
 
@@ -27,28 +27,30 @@ class KVCache:
         block = model.num_block_layers
         if model.sharing == "sequence" and model.kv_strategy == "recursion_wise":
             block *= model.num_recursions  # all depths of a token run in one pass
-        outer = model.num_prelude_layers + model.num_coda_layers
-        self.layers_per_page = height = max(block, outer)
+        unshared = model.num_prelude_layers + model.num_coda_layers
+        self.layers_per_page = height = max(block, unshared)
         self.block = self._layout(config, block)
-        self.unshared = self._layout(config, outer) if outer else None
-        self.table_width = -(-model.max_position_embeddings // config.page_size) + height
+        self.unshared = self._layout(config, unshared) if unshared else None
+        self.table_width = -(-model.max_position_embeddings // config.block_size) + height
         """Cells of the longest page table, with those of a last page that is begun."""
-        cell = 2 * kv_heads * head_dim * config.page_size * dtype.itemsize
+        cell = 2 * kv_heads * head_dim * config.block_size * dtype.itemsize
         self.page_bytes = cell * self.layers_per_page
         self.num_pages = self._num_pages(model, config, device)
         shape = (self.num_pages * self.layers_per_page, kv_heads)
         try:
             self.kv = PagedKV(
-                k=lazy_zeros((*shape, head_dim, config.page_size), dtype, device),
-                v=lazy_zeros((*shape, config.page_size, head_dim), dtype, device),
+                k=lazy_zeros((*shape, head_dim, config.block_size), dtype, device),
+                v=lazy_zeros((*shape, config.block_size, head_dim), dtype, device),
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             taken = self.num_pages * self.page_bytes
-            raise CapacityError(f"no room for {taken} bytes: lower kv_memory.") from error
+            raise CapacityError(
+                f"no room for {taken} bytes: lower kv_cache_memory_bytes."
+            ) from error
 
     def _layout(self, config: EngineConfig, layers: int) -> PageLayout:
         return PageLayout(
-            page_size=config.page_size, layers=layers, layers_per_page=self.layers_per_page
+            block_size=config.block_size, layers=layers, layers_per_page=self.layers_per_page
         )
 
     def max_pages(self, model: MoRConfig, tokens: int) -> int:
@@ -56,27 +58,27 @@ class KVCache:
         passes = model.num_recursions
         if model.sharing == "sequence" or model.kv_strategy == "shared":
             passes = 1
-        outer = self.unshared.pages_for(tokens) if self.unshared is not None else 0
-        return outer + passes * self.block.pages_for(tokens)
+        unshared = self.unshared.pages_for(tokens) if self.unshared is not None else 0
+        return unshared + passes * self.block.pages_for(tokens)
 
     def _num_pages(self, model: MoRConfig, config: EngineConfig, device: torch.device) -> int:
-        longest = self.max_pages(model, model.max_position_embeddings)
-        if config.kv_memory is not None:
-            pages = config.kv_memory // self.page_bytes
+        max_length = self.max_pages(model, model.max_position_embeddings)
+        if config.kv_cache_memory_bytes is not None:
+            pages = config.kv_cache_memory_bytes // self.page_bytes
             if pages < 1 + model.num_recursions:
                 raise ConfigError(
-                    f"kv_memory={config.kv_memory} bytes hold {pages} pages of {self.page_bytes} "
-                    f"bytes: a sequence of {model.max_position_embeddings} tokens takes up to "
-                    f"{longest * self.page_bytes}: raise it."
+                    f"kv_cache_memory_bytes={config.kv_cache_memory_bytes} hold {pages} pages of "
+                    f"{self.page_bytes} bytes: a sequence of {model.max_position_embeddings} "
+                    f"tokens takes up to {max_length * self.page_bytes}: raise it."
                 )
             return pages
         share = int(free_memory(device) * _SHARE_OF_FREE_MEMORY) // self.page_bytes
-        pages = min(share, longest * config.max_sequences)
-        if pages < longest:
+        pages = min(share, max_length * config.max_num_seqs)
+        if pages < max_length:
             raise ConfigError(
                 f"half of the free memory holds {pages} pages, but one sequence of "
-                f"{model.max_position_embeddings} tokens takes up to {longest}: free some memory, "
-                f"or set kv_memory yourself ({self.page_bytes} bytes a page)."
+                f"{model.max_position_embeddings} tokens takes up to {max_length}: free some "
+                f"memory, or set kv_cache_memory_bytes yourself ({self.page_bytes} bytes a page)."
             )
         return pages
 

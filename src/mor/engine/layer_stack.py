@@ -37,14 +37,15 @@ class LayerCall:
     writes_kv: bool
     """Whether it stores them; otherwise they are there already."""
     depths: tuple[int, ...] = ()
-    """Whose deltas the lanes of each of `Lanes.groups` get; empty: there are none."""
+    """Depth of each range of `AttentionMetadata.depth_start_loc`: whose LoRA pairs its tokens get;
+    empty: the layer has none."""
 
 
 @runtime_checkable
 class LayerStack(Protocol):
     """Layers that run one after another."""
 
-    def run(self, x: Float[Tensor, "n e"], lanes: AttentionMetadata) -> Float[Tensor, "n e"]:
+    def run(self, x: Float[Tensor, "n e"], metadata: AttentionMetadata) -> Float[Tensor, "n e"]:
         """(N, E) states after all layers; x may be overwritten."""
         ...
 
@@ -96,7 +97,7 @@ def _fused_weights(layer: Layer) -> list[Tensor]:
 
 
 def _loras(application: LayerCall, dtype: torch.dtype) -> list[list[LoRAPair]]:
-    """For each of `_matrices` the deltas of the lanes' groups."""
+    """For each of `_fused_weights` the deltas of the lanes' groups."""
     attention, mlp = application.layer.self_attn, application.layer.mlp
     together: Sequence[tuple[DepthLoRALinear, ...]] = (
         *((attention.q_proj,), (attention.k_proj, attention.v_proj), (attention.o_proj,)),
@@ -132,12 +133,12 @@ class TorchKernels:
         self._head: Tensor | None = None
 
     def build_stack(self, applications: Sequence[LayerCall]) -> LayerStack:
-        """See `Kernels.stack`."""
+        """See `KernelBackend.build_stack`."""
         stack = TorchStack(self, applications)
         return stack if self._wrap is None else self._wrap(stack)
 
     def compute_logits(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
-        """See `Kernels.readout`."""
+        """See `KernelBackend.compute_logits`."""
         if self._head is None:
             self._head = weight.detach().to(self.dtype)
         return F.linear(self.operations.rms_norm(x, norm.weight, norm.eps), self._head)
@@ -159,26 +160,26 @@ class TorchStack:
                 self._weights[id(application.layer)] = matrices
         self._deltas = [_loras(application, kernels.dtype) for application in applications]
 
-    def run(self, x: Tensor, lanes: AttentionMetadata) -> Tensor:
-        """See `Stack.run`."""
+    def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """See `LayerStack.run`."""
         ops, kv = self._kernels.operations, self._kernels.kv
         _, groups, size = self._kernels.config.num_heads_and_dim
-        angles, writing = self._kernels.rope_table, lanes.slot_cells.shape[0]
+        angles, writing = self._kernels.rope_table, metadata.slot_cells.shape[0]
         for application, deltas in zip(self._applications, self._deltas, strict=True):
             layer, home = application.layer, application.kv_layer
             d_q, d_kv, d_o, d_gate_up, d_down = (
-                partial(add_loras, ds, lanes.depth_start_loc) for ds in deltas
+                partial(add_loras, ds, metadata.depth_start_loc) for ds in deltas
             )
             w_q, w_kv, w_o, w_gate_up, w_down = self._weights[id(layer)]
             before, after = layer.input_layernorm, layer.post_attention_layernorm
             y = ops.rms_norm(x, before.weight, before.eps)
             q = d_q(y, F.linear(y, w_q)).unflatten(1, (-1, size))
-            q = ops.rotate(q, angles, lanes)
+            q = ops.rotate(q, angles, metadata)
             if application.writes_kv and writing:
                 both = d_kv(y, F.linear(y[:writing], w_kv)).unflatten(1, (2, groups, size))
-                k = ops.rotate(both[:, 0], angles, lanes)
-                ops.store(k, both[:, 1], kv, home, lanes)
-            y = ops.attend(q, kv, home, lanes).flatten(1)
+                k = ops.rotate(both[:, 0], angles, metadata)
+                ops.store(k, both[:, 1], kv, home, metadata)
+            y = ops.attend(q, kv, home, metadata).flatten(1)
             x = x + d_o(y, F.linear(y, w_o))
             y = ops.rms_norm(x, after.weight, after.eps)
             y = ops.silu_mul(d_gate_up(y, F.linear(y, w_gate_up)))
@@ -194,12 +195,13 @@ class CpuKernels:
     def __init__(
         self, config: MoRConfig, kv: PagedKV, storage: Storage, num_threads: int | None
     ) -> None:
+        from mor.ops.cpu import gemm
         from mor.ops.cpu import kernels as cpu
 
         self.cpu = cpu
         self.config = config
         self.weight_dtype: Storage = storage
-        self.weight_kind = {"float32": cpu.FLOAT32, "bfloat16": cpu.BFLOAT16, "int8": cpu.INT8}[
+        self.weight_kind = {"float32": gemm.FLOAT32, "bfloat16": gemm.BFLOAT16, "int8": gemm.INT8}[
             storage
         ]
         self.num_threads = cpu.use_threads(num_threads or torch.get_num_threads())
@@ -218,7 +220,7 @@ class CpuKernels:
         return self._packed[id(layer)]
 
     def build_stack(self, applications: Sequence[LayerCall]) -> "CpuStack":
-        """See `Kernels.stack`."""
+        """See `KernelBackend.build_stack`."""
         return CpuStack(self, applications)
 
     def workspace(self, rows: int) -> tuple[np.ndarray, ...]:
@@ -243,7 +245,7 @@ class CpuKernels:
         self.cpu.linear(self.num_threads, self.weight_kind, x, rows, found, out, 0, rounded)
 
     def compute_logits(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
-        """See `Kernels.readout`."""
+        """See `KernelBackend.compute_logits`."""
         if self._head is None:
             self._head = PackedLinear(weight, self.weight_dtype)
         head, num, room = self._head, x.shape[0], self.workspace(x.shape[0])
@@ -261,7 +263,7 @@ class CpuKernels:
         return torch.from_numpy(logits)[:, : head.out_features]
 
     def greedy(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        """See `Kernels.greedy`; takes what `readout` gave."""
+        """See `KernelBackend.greedy`; takes what `readout` gave."""
         num, vocabulary = logits.shape
         tokens, logprobs = np.empty(num, np.int64), np.empty(num, np.float32)
         width = logits.stride(0)  # rows are padded to whole panels
@@ -301,13 +303,18 @@ class CpuStack:
         """Now, on the clock that `clock` counts by."""
         return int(self._kernels.cpu.read_cycles())
 
-    def run(self, x: Tensor, lanes: AttentionMetadata) -> Tensor:
-        """See `Stack.run`; overwrites x."""
+    def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """See `LayerStack.run`; overwrites x."""
         kernels = self._kernels
-        fields = (lanes.positions, lanes.context_lens, lanes.query_start_loc, lanes.page_tables)
-        fields += (lanes.slot_cells, lanes.slot_offsets)
+        fields = (
+            metadata.positions,
+            metadata.context_lens,
+            metadata.query_start_loc,
+            metadata.page_tables,
+        )
+        fields += (metadata.slot_cells, metadata.slot_offsets)
         groups, thin = (
-            np.array(lanes.depth_start_loc, np.int64),
+            np.array(metadata.depth_start_loc, np.int64),
             np.empty((len(x), self._lora_width), np.float32),
         )
         kernels.cpu.run_layers(
@@ -325,8 +332,8 @@ class CpuStack:
         return x
 
 
-def fits_cpu_kernels(config: MoRConfig, page_size: int) -> bool:
+def fits_cpu_kernels(config: MoRConfig, block_size: int) -> bool:
     """Whether the compiled kernels take these shapes: panels of 16 everywhere."""
     _, _, size = config.num_heads_and_dim
-    widths = (config.hidden_size, config.intermediate_size, size, page_size)
+    widths = (config.hidden_size, config.intermediate_size, size, block_size)
     return all(width % 16 == 0 for width in widths)

@@ -15,8 +15,7 @@ from mor.engine.multistep.device_decoder import DeviceDecoder
 from mor.engine.multistep.scheduler import MultiStepScheduler
 from mor.engine.pages import PagePool, PageTable
 from mor.engine.prefix import PrefixCache
-from mor.engine.request import Chunk, TokenOutput
-from mor.engine.request import SequenceState as Track
+from mor.engine.request import Chunk, SequenceState, TokenOutput
 from mor.engine.sampler import make_sampling_input
 from mor.engine.scheduler import RecursionSpec, Scheduler
 from mor.engine.stats import EngineStats, ProgressBar
@@ -83,22 +82,22 @@ class LLM:
             model = copy.deepcopy(model).to(device)  # the caller keeps its own where it is
         self.cache = KVCache(model.config, self.config, compute, device)
         self.pool = PagePool(self.cache.num_pages)
-        caches = self.config.prefix_caching
-        self.prefix_cache = PrefixCache(self.pool, self.config.page_size) if caches else None
+        caches = self.config.enable_prefix_caching
+        self.prefix_cache = PrefixCache(self.pool, self.config.block_size) if caches else None
         passes = _recursion_spec(model.config)
         self.scheduler = Scheduler(self.config, passes, self.pool, self.prefix_cache)
         kernels = self.backend.kernels_for(model, self.config, self.cache)
-        num_rows = self.scheduler.num_state_slots
-        self.runner = ModelRunner(model, self.config, self.cache, kernels, num_rows)
+        num_state_slots = self.scheduler.num_state_slots
+        self.runner = ModelRunner(model, self.config, self.cache, kernels, num_state_slots)
         self.stats = EngineStats(model.config.num_recursions)
         self.multi_step: MultiStepScheduler | None = None
         if self.backend.num_scheduler_steps > 1:
-            ticks, recorder = self.backend.num_scheduler_steps, self.backend.capture_stream
-            flight = DeviceDecoder(self.runner, passes.max_passes, ticks, recorder)
-            self.multi_step = MultiStepScheduler(self.scheduler, flight, self.stats, ticks)
-        self._requests: dict[str, list[Track]] = {}
+            steps, recorder = self.backend.num_scheduler_steps, self.backend.capture_stream
+            flight = DeviceDecoder(self.runner, passes.max_passes, steps, recorder)
+            self.multi_step = MultiStepScheduler(self.scheduler, flight, self.stats, steps)
+        self._requests: dict[str, list[SequenceState]] = {}
         self._done: dict[str, dict[int, Completion]] = {}
-        self._detokenizers: dict[Track, StopDetokenizer] = {}
+        self._detokenizers: dict[SequenceState, StopDetokenizer] = {}
         self._order = itertools.count()
         self._events: list[TokenOutput] = []  # that no step has returned yet
         self._streams: dict[str, deque[TokenOutput]] = {}  # of open streams
@@ -210,9 +209,9 @@ class LLM:
 
     def abort(self, request_id: str) -> list[Completion]:
         """Stop a request at once and free its memory; what there is of it (nothing if unknown)."""
-        for track in self._requests.get(request_id, []):
-            if track.finish_reason is None:
-                self._close(track, "abort")
+        for sequence in self._requests.get(request_id, []):
+            if sequence.finish_reason is None:
+                self._close(sequence, "abort")
         self._events = [e for e in self._events if e.request_id != request_id]
         return self._forget(request_id)
 
@@ -224,9 +223,9 @@ class LLM:
     def check_integrity(self) -> None:
         """Assert that no page, row or request is lost or counted twice."""
         self.scheduler.check_integrity()
-        tracks = [*self.scheduler.running, *self.scheduler.waiting]
+        sequences = [*self.scheduler.running, *self.scheduler.waiting]
         known = [t for ts in self._requests.values() for t in ts if t.finish_reason is None]
-        assert set(map(id, tracks)) == set(map(id, known)), "requests and sequences disagree"
+        assert set(map(id, sequences)) == set(map(id, known)), "requests and sequences disagree"
         assert self._done.keys() == self._requests.keys()
 
     # -- parts ----------------------------------------------------------------------------------
@@ -245,28 +244,28 @@ class LLM:
         check_request(config, tokens, params, label)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer: use stop_token_ids.")
-        most = self.cache.max_pages(config, len(tokens) + params.max_tokens - 1)
-        if most > self.pool.num_pages:
+        maximum = self.cache.max_pages(config, len(tokens) + params.max_tokens - 1)
+        if maximum > self.pool.num_pages:
             page = self.cache.page_bytes
             raise CapacityError(
                 f"{len(tokens)} prompt tokens and max_tokens={params.max_tokens} may take "
-                f"{most * page} bytes for keys and values, and kv_memory is "
-                f"{self.pool.num_pages * page}: shorten the request or raise kv_memory."
+                f"{maximum * page} bytes for keys and values, and kv_cache_memory_bytes is "
+                f"{self.pool.num_pages * page}: shorten the request or raise kv_cache_memory_bytes."
             )
-        tracks = [self._make_sequence(name, i, order, tokens, params) for i in range(params.n)]
-        self._requests[name] = tracks
+        sequences = [self._make_sequence(name, i, order, tokens, params) for i in range(params.n)]
+        self._requests[name] = sequences
         self._done[name] = {}
-        for track in tracks:
-            self.scheduler.add(track)
+        for sequence in sequences:
+            self.scheduler.add(sequence)
             if self.tokenizer is not None:
-                self._detokenizers[track] = StopDetokenizer(self.tokenizer, params.stop, tokens)
+                self._detokenizers[sequence] = StopDetokenizer(self.tokenizer, params.stop, tokens)
         return name
 
     def _run_step(self) -> None:
         if self.multi_step is not None and (flying := self.multi_step.schedule()):
-            for track, token, logprob in self.multi_step.run(flying):
-                track.append(token, logprob, {})
-                self._events.append(self._event(track))
+            for sequence, token, logprob in self.multi_step.run(flying):
+                sequence.append(token, logprob, {})
+                self._events.append(self._event(sequence))
             return
         chunks = self.scheduler.schedule_coda()
         if chunks:
@@ -293,23 +292,23 @@ class LLM:
 
     def _make_sequence(
         self, name: str, index: int, order: int, tokens: list[int], params: SamplingParams
-    ) -> Track:
+    ) -> SequenceState:
         config = self.model_config
-        least, most = params.recursion_range(config.num_recursions)
+        minimum, maximum = params.recursion_range(config.num_recursions)
         passes = 1 if config.kv_strategy == "shared" else self.scheduler.recursion_spec.max_passes
-        outer, block = self.cache.unshared, self.cache.block
-        return Track(
+        unshared, block = self.cache.unshared, self.cache.block
+        return SequenceState(
             request_id=name,
             index=index,
             arrival_index=order,
             params=params,
             token_ids=list(tokens),
             num_prompt_tokens=len(tokens),
-            min_recursions=least,
-            max_recursions=most,
+            min_recursions=minimum,
+            max_recursions=maximum,
             stop_token_ids=params.end_ids(self.eos_token_id, *self.end_token_ids),
             rng=params.random_numbers(index),
-            unshared_table=PageTable(outer, self.pool) if outer is not None else None,
+            unshared_table=PageTable(unshared, self.pool) if unshared is not None else None,
             depth_tables=[PageTable(block, self.pool) for _ in range(passes)],
         )
 
@@ -329,49 +328,52 @@ class LLM:
         for i, token, logprob, top in zip(
             *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True
         ):
-            track = chunks[i].sequence
-            track.append(token, logprob, top)
-            self._events.append(self._event(track))
+            sequence = chunks[i].sequence
+            sequence.append(token, logprob, top)
+            self._events.append(self._event(sequence))
 
-    def _event(self, track: Track) -> TokenOutput:
+    def _event(self, sequence: SequenceState) -> TokenOutput:
         """What the caller hears of the token that was just appended."""
-        token, text = track.token_ids[-1], self._detokenizers.get(track)
-        self.stats.count_token(track.recursion_counts[-1])
-        ends = token in track.stop_token_ids
-        last = ends or len(track.token_ids) - track.num_prompt_tokens >= track.params.max_tokens
+        token, text = sequence.token_ids[-1], self._detokenizers.get(sequence)
+        self.stats.count_token(sequence.recursion_counts[-1])
+        ends = token in sequence.stop_token_ids
+        last = (
+            ends
+            or len(sequence.token_ids) - sequence.num_prompt_tokens >= sequence.params.max_tokens
+        )
         delta = text.push(token) if text is not None and not ends else ""
         if text is not None and last:
             delta += text.flush()
         completions = None
         stopped = ends or (text is not None and text.stopped)
         if last or stopped:
-            self._close(track, "stop" if stopped else "length")
-            if len(self._done[track.request_id]) == track.params.n:
-                completions = self._forget(track.request_id)
+            self._close(sequence, "stop" if stopped else "length")
+            if len(self._done[sequence.request_id]) == sequence.params.n:
+                completions = self._forget(sequence.request_id)
         return TokenOutput(
-            request_id=track.request_id,
-            index=track.index,
+            request_id=sequence.request_id,
+            index=sequence.index,
             token_id=token,
             text=delta,
-            logprob=track.logprobs[-1],
-            recursion_count=track.recursion_counts[-1],
-            top_logprobs=track.top_logprobs[-1] if track.top_logprobs else {},
-            prompt=track.to_completion("")
-            if len(track.token_ids) == track.num_prompt_tokens + 1
+            logprob=sequence.logprobs[-1],
+            recursion_count=sequence.recursion_counts[-1],
+            top_logprobs=sequence.top_logprobs[-1] if sequence.top_logprobs else {},
+            prompt=sequence.to_completion("")
+            if len(sequence.token_ids) == sequence.num_prompt_tokens + 1
             else None,
-            finish_reason=track.finish_reason,
+            finish_reason=sequence.finish_reason,
             completions=completions,
         )
 
-    def _close(self, track: Track, reason: FinishReason) -> None:
+    def _close(self, sequence: SequenceState, reason: FinishReason) -> None:
         """Free what a sequence holds, and keep its completion until the request is complete."""
-        track.finish_reason = reason
-        text = self._detokenizers.pop(track, None)
+        sequence.finish_reason = reason
+        text = self._detokenizers.pop(sequence, None)
         if text is not None and reason == "abort":
             text.flush()
-        completion = track.to_completion(text.text if text is not None else "")
-        self._done[track.request_id][track.index] = completion
-        self.scheduler.remove(track)
+        completion = sequence.to_completion(text.text if text is not None else "")
+        self._done[sequence.request_id][sequence.index] = completion
+        self.scheduler.remove(sequence)
 
     def _forget(self, request_id: str) -> list[Completion]:
         self._requests.pop(request_id, None)

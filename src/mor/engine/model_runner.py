@@ -50,7 +50,7 @@ class ModelRunner:
         config: EngineConfig,
         cache: KVCache,
         kernels: KernelBackend,
-        num_rows: int,
+        num_state_slots: int,
     ) -> None:
         self.model_config = model.config
         self.cache = cache
@@ -63,10 +63,10 @@ class ModelRunner:
         self._embedding = model.embed_tokens.weight.detach()
         self._head = model.lm_head.weight.detach()
         self.states = make_hidden_states(
-            model, kernels, num_rows + 1, self.dtype, self.device
+            model, kernels, num_state_slots + 1, self.dtype, self.device
         )  # one spare
-        outer = layers_of(model.prelude) + layers_of(model.coda)
-        apps = [LayerCall(layer=m, kv_layer=i, writes_kv=True) for i, m in enumerate(outer)]
+        unshared = layers_of(model.prelude) + layers_of(model.coda)
+        apps = [LayerCall(layer=m, kv_layer=i, writes_kv=True) for i, m in enumerate(unshared)]
         num = len(model.prelude)
         self.prelude = kernels.build_stack(apps[:num]) if num else None
         self.coda = kernels.build_stack(apps[num:]) if apps[num:] else None
@@ -95,12 +95,12 @@ class ModelRunner:
     @torch.inference_mode()
     def run_block(self, plan: BlockPlan) -> list[bool]:
         """One pass of the block over all present tokens; for each, whether it is sent on."""
-        lanes = self._block_metadata(plan)
+        metadata = self._block_metadata(plan)
         rows = [c.state_slots[i] for c in plan.chunks for i in c.active]
         depths = [c.depth + 1 for c in plan.chunks for _ in c.active]
         began = time.perf_counter()
-        update = self.block.run(self.states.take(rows), lanes)
-        goes_on = self.states.advance(rows, depths, lanes.positions, update)
+        update = self.block.run(self.states.take(rows), metadata)
+        goes_on = self.states.advance(rows, depths, metadata.positions, update)
         self.compute_seconds += time.perf_counter() - began
         return goes_on
 

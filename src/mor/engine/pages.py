@@ -1,7 +1,7 @@
 """Key-value memory as bookkeeping: which pages are free, and which entries lie where.
 
 One pool serves the block at every depth and the unshared layers. A page is `layers_per_page`
-neighbouring cells; a cell holds `page_size` entries of one layer. A stack that is lower than a page
+neighboring cells; a cell holds `block_size` entries of one layer. A stack that is lower than a page
 lays several groups of cells side by side in it. Plain Python: no tensors here.
 """
 
@@ -18,10 +18,10 @@ class PageLayout:
     """How the entries of one kind of table lie in pages.
 
     A table's entry e is in page e // entries_per_page, and there in the group of cells of its
-    run of `page_size` entries.
+    run of `block_size` entries.
     """
 
-    page_size: int
+    block_size: int
     """S, entries of a cell."""
     layers: int
     """Layers of the stack: cells of one group."""
@@ -35,7 +35,7 @@ class PageLayout:
     @property
     def entries_per_page(self) -> int:
         """Tokens that a page holds."""
-        return self.page_size * self.cell_groups
+        return self.block_size * self.cell_groups
 
     def pages_for(self, entries: int) -> int:
         """Pages that this many entries take."""
@@ -96,7 +96,7 @@ class PageTable:
         self.layout = layout
         self.pages: list[int] = []
         self.cells = array("i")
-        """Cell of the stack's first layer, for each run of `page_size` entries."""
+        """Cell of the stack's first layer, for each run of `block_size` entries."""
         self.num_entries = 0
         self._pool = pool
 
@@ -138,7 +138,7 @@ class PageTable:
 
     def cell_and_offset(self, entry: int) -> tuple[int, int]:
         """(cell of the first layer, slot in it) of an entry."""
-        size = self.layout.page_size
+        size = self.layout.block_size
         return self.cells[entry // size], entry % size
 
     def clear(self) -> None:

@@ -1,7 +1,7 @@
 """Prefix cache: what was computed for a prefix of tokens serves every request that starts so.
 
 Routing by threshold looks at nothing but the tokens so far, so a prefix has the same entries at
-every depth whoever computes it: sharing is exact. A node stands for `page_size` tokens after its
+every depth whoever computes it: sharing is exact. A node stands for `block_size` tokens after its
 parent and holds the pages that its entries touch, at every depth. Since a prefix of 16 tokens has,
 say, 11 entries at depth 1, its last page there is shared with what follows: entries are only ever
 appended, so a node may hold a page that its first owner goes on filling, and whoever reuses the
@@ -42,8 +42,8 @@ class PrefixNode:
 class PrefixCache:
     """A tree of prefixes; the least recently used leaf goes first when pages are needed."""
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(self, pool: PagePool, block_size: int) -> None:
+        self.block_size = block_size
         self._pool = pool
         self._nodes: OrderedDict[tuple[Hashable, tuple[int, ...]], PrefixNode] = OrderedDict()
 
@@ -53,7 +53,7 @@ class PrefixCache:
     def match_prefix(self, root: Hashable, tokens: Sequence[int]) -> list[PrefixNode]:
         """The nodes of the longest known prefix, from the first on; one token stays uncovered."""
         found: list[PrefixNode] = []
-        size, above = self.page_size, root
+        size, above = self.block_size, root
         for start in range(0, len(tokens) - size, size):
             node = self._nodes.get((above, tuple(tokens[start : start + size])))
             if node is None:
@@ -100,7 +100,7 @@ class PrefixCache:
         entries: Sequence[int],
         tables: Sequence[PageTable],
     ) -> PrefixNode:
-        """The node of `page_size` finished tokens after `parent`: the known one, or a new one."""
+        """The node of `block_size` finished tokens after `parent`: the known one, or a new one."""
         key = (root if parent is None else id(parent), tuple(tokens))
         if key in self._nodes:
             self._nodes.move_to_end(key)

@@ -1,7 +1,7 @@
 """Choosing the next token of many rows at once, by the rules of `mor.model.sampling`.
 
 Rows that draw or have penalties are computed in float64, as the reference generator does: rounding
-then never makes another choice, and a row never feels its neighbours. Shape letters: N rows,
+then never makes another choice, and a row never feels its neighbors. Shape letters: N rows,
 V vocabulary.
 """
 
@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mor.engine.request import SequenceState as Track
+from mor.engine.request import SequenceState
 from mor.model.sampling import MAX_LOGPROBS, SamplingParams
-from mor.ops.sampling import SamplingTensors, argmax, as_column, sample, top_logprobs, upcast
+from mor.ops import sampling
+from mor.ops.sampling import SamplingTensors, argmax, as_column, top_logprobs, upcast
 
 _CPU_ROWS = 8  # at a time: what they are turned into stays in the cache
 
@@ -46,16 +47,16 @@ class SamplerOutput:
     """The likeliest tokens and their log-probabilities, as many as the row asks for."""
 
 
-def make_sampling_input(track: Track) -> SamplingInput:
+def make_sampling_input(sequence: SequenceState) -> SamplingInput:
     """What the sampler must know about a sequence's next token."""
-    looks_back = _has_penalties(track.params)
+    looks_back = _has_penalties(sequence.params)
     return SamplingInput(
-        params=track.params,
-        uniform=track.uniform(),
-        prompt=track.token_ids[: track.num_prompt_tokens] if looks_back else (),
-        output=track.output_token_ids if looks_back else (),
-        forbidden=sorted(track.stop_token_ids)
-        if len(track.output_token_ids) < track.params.min_tokens
+        params=sequence.params,
+        uniform=sequence.uniform(),
+        prompt=sequence.token_ids[: sequence.num_prompt_tokens] if looks_back else (),
+        output=sequence.output_token_ids if looks_back else (),
+        forbidden=sorted(sequence.stop_token_ids)
+        if len(sequence.output_token_ids) < sequence.params.min_tokens
         else (),
     )
 
@@ -87,16 +88,16 @@ class DeviceSampler:
         if self._draws is not None:
             best, where = tokens[self._where][:, None], self._where
             scores = logits[where].double()
-            tokens[where] = sample(scores, best, uniforms[where][:, None], self._draws)
+            tokens[where] = sampling.sample(scores, best, uniforms[where][:, None], self._draws)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
     @staticmethod
-    def supports(track: Track) -> bool:
+    def supports(sequence: SequenceState) -> bool:
         """Whether a sequence's further tokens can be sampled so."""
         return not (
-            _has_penalties(track.params)
-            or track.params.logprobs
-            or len(track.output_token_ids) < track.params.min_tokens
+            _has_penalties(sequence.params)
+            or sequence.params.logprobs
+            or len(sequence.output_token_ids) < sequence.params.min_tokens
         )
 
 
@@ -151,7 +152,7 @@ def _has_penalties(p: SamplingParams) -> bool:
 
 def _pick(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> Int[Tensor, " n"]:
     """(N,) tokens of rows that draw or have penalties; the float64 logits are overwritten."""
-    _penalise(logits, rows)
+    _penalize(logits, rows)
     _forbid(logits, rows)
     tokens = argmax(logits)
     drawing = [number for number, row in enumerate(rows) if row.params.temperature > 0]
@@ -162,11 +163,11 @@ def _pick(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> Int[Te
         draws = SamplingTensors.of(
             [rows[number].params for number in drawing], logits.shape[1], logits
         )
-        tokens[where] = sample(logits[where], best, uniforms, draws)
+        tokens[where] = sampling.sample(logits[where], best, uniforms, draws)
     return tokens
 
 
-def _penalise(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> None:
+def _penalize(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> None:
     numbers: list[int] = []
     ids: list[int] = []
     factors: list[float] = []

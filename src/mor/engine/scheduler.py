@@ -63,12 +63,12 @@ class Scheduler:
         config: EngineConfig,
         passes: RecursionSpec,
         pool: PagePool,
-        prefixes: PrefixCache | None,
+        prefix_cache: PrefixCache | None,
     ) -> None:
         self.config = config
         self.recursion_spec = passes
         self.pool = pool
-        self.prefix_cache = prefixes
+        self.prefix_cache = prefix_cache
         self.waiting: list[SequenceState] = []
         self.running: list[SequenceState] = []
         """Both in order of arrival."""
@@ -76,7 +76,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._in_block: list[Chunk] = []  # chunks with tokens in the block
         self._exited: list[Chunk] = []  # chunks that wait for the coda
-        self.num_state_slots = config.max_lanes * (passes.max_passes + 1)
+        self.num_state_slots = config.max_num_batched_tokens * (passes.max_passes + 1)
         self._free_state_slots = list(range(self.num_state_slots - 1, -1, -1))
 
     # -- coming and going -----------------------------------------------------------------------
@@ -152,9 +152,9 @@ class Scheduler:
         if not ready or not self._in_block:
             return ready
         waited = self.step_index - min(chunk.exited_at_step for chunk in ready)
-        least = self.config.least_exit_batch or min(_EXITS_AT_ONCE, len(self.running) // 2)
-        enough = sum(map(len, ready)) >= least
-        return ready if enough or waited > self.config.longest_exit_wait else []
+        minimum = self.config.min_exit_tokens or min(_EXITS_AT_ONCE, len(self.running) // 2)
+        enough = sum(map(len, ready)) >= minimum
+        return ready if enough or waited > self.config.max_exit_wait_steps else []
 
     def update_after_coda(self, chunks: list[Chunk]) -> None:
         """These chunks are through the model."""
@@ -175,7 +175,7 @@ class Scheduler:
         """Let the prefix cache know of the tokens that are finished now."""
         if self.prefix_cache is None or not sequence.can_extend_prefix:
             return
-        size, tables = self.prefix_cache.page_size, sequence.page_tables
+        size, tables = self.prefix_cache.block_size, sequence.page_tables
         node = sequence.prefix_node
         start = 0 if node is None else node.num_tokens
         while sequence.num_computed_tokens - start >= size:
@@ -205,10 +205,10 @@ class Scheduler:
 
     def _count_kv_entries(self, sequence: SequenceState, counts: list[int]) -> list[int]:
         """Entries that tokens of these recursion counts have in each table."""
-        outer = [len(counts)] if sequence.unshared_table is not None else []
+        unshared = [len(counts)] if sequence.unshared_table is not None else []
         if self.recursion_spec.shared_kv or self.recursion_spec.max_passes == 1:
-            return [*outer, len(counts)]
-        return outer + [
+            return [*unshared, len(counts)]
+        return unshared + [
             sum(c > depth for c in counts) for depth in range(self.recursion_spec.max_passes)
         ]
 
@@ -224,7 +224,9 @@ class Scheduler:
         plan = PreludePlan()
         if self.config.batching == "sequence" and (self._in_block or self._exited):
             return plan
-        budget = self.config.max_lanes - sum(len(chunk.active) for chunk in self._in_block)
+        budget = self.config.max_num_batched_tokens - sum(
+            len(chunk.active) for chunk in self._in_block
+        )
         budget = min(budget, len(self._free_state_slots))
         pending = [s for s in self.running if s.num_unscheduled_tokens]
         pending.sort(
@@ -240,7 +242,7 @@ class Scheduler:
 
     def schedule_chunk(self, sequence: SequenceState, budget: int, plan: PreludePlan) -> int:
         """Enter a chunk of the sequence's next tokens; how many."""
-        count = min(sequence.num_unscheduled_tokens, self.config.prefill_chunk, budget)
+        count = min(sequence.num_unscheduled_tokens, self.config.chunked_prefill_size, budget)
         if sequence.unshared_table is not None:
             if not self._make_room(sequence, sequence.unshared_table, count):
                 return 0
@@ -255,7 +257,7 @@ class Scheduler:
 
     def _admit(self, plan: PreludePlan) -> SequenceState | None:
         """Move the first waiting sequence to the running ones, if there is room for it."""
-        if not self.waiting or len(self.running) >= self.config.max_sequences:
+        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return None
         sequence = self.waiting[0]
         if self.running:  # alone it always fits: `add_request` has seen to that
@@ -274,13 +276,13 @@ class Scheduler:
     def _estimate_pages(self, sequence: SequenceState) -> int:
         """Pages that the known tokens will probably take, and one more at every depth."""
         count = len(sequence.token_ids)
-        outer = (
+        unshared = (
             sequence.unshared_table.layout.pages_for(count + 1)
             if sequence.unshared_table is not None
             else 0
         )
         shares = zip(sequence.depth_tables, self.recursion_spec.depth_fractions, strict=False)
-        return outer + sum(t.layout.pages_for(int(count * share) + 1) for t, share in shares)
+        return unshared + sum(t.layout.pages_for(int(count * share) + 1) for t, share in shares)
 
     def _reuse_prefix(self, sequence: SequenceState, plan: PreludePlan) -> None:
         """Start after the longest prefix that is known."""

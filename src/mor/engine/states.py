@@ -1,8 +1,8 @@
 """Hidden states of tokens in flight: what a pass of the block does to them, and who goes on.
 
 One row of a buffer for each token; a chunk knows its rows. Between two passes a router judges each
-token: `ExpertStates` by threshold before every pass, `TokenStates` once at the start. `FusedStates`
-is the first of them in one compiled call.
+token: `ExpertChoiceStates` by threshold before every pass, `TokenChoiceStates` once at the start.
+`FusedExpertChoiceStates` is the first of them in one compiled call.
 
 Shape letters: N tokens, E width.
 """
@@ -41,16 +41,16 @@ class HiddenStates:
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         """Keep what the prelude gave for the tokens of these chunks; who takes the first pass."""
-        rows, positions = self._ints(state_slots_of(chunks)), self._ints(positions_of(chunks))
-        return _listed(self.arrive(rows, positions, x, self._limits(chunks)), len(x))
+        slots, positions = self._ints(state_slots_of(chunks)), self._ints(positions_of(chunks))
+        return _listed(self.arrive(slots, positions, x, self._limits(chunks)), len(x))
 
-    def take(self, rows: list[int]) -> Float[Tensor, "n e"]:
+    def take(self, slots: list[int]) -> Float[Tensor, "n e"]:
         """A copy of states, for a pass."""
-        return self.at(self._ints(rows))
+        return self.at(self._ints(slots))
 
     def advance(
         self,
-        rows: list[int],
+        slots: list[int],
         depths: list[int],
         positions: Int[Tensor, " n"],
         x: Float[Tensor, "n e"],
@@ -61,41 +61,41 @@ class HiddenStates:
             depths: passes that each token has behind it.
             x: what the block gave; may be overwritten.
         """
-        return _listed(self.passed(self._ints(rows), self._ints(depths), positions, x), len(rows))
+        return _listed(self.passed(self._ints(slots), self._ints(depths), positions, x), len(slots))
 
-    def leave(self, rows: list[int]) -> Float[Tensor, "n e"]:
+    def leave(self, slots: list[int]) -> Float[Tensor, "n e"]:
         """(N, E) what goes into the coda."""
-        return self.left(self._ints(rows))
+        return self.left(self._ints(slots))
 
     def arrive(
         self,
-        rows: Int[Tensor, " n"],
+        slots: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         x: Float[Tensor, "n e"],
         limits: RecursionLimits | None,
     ) -> Bool[Tensor, " n"] | None:
         """As `enter`; None: all do. Only token choice looks at the limits."""
-        self.hidden.index_copy_(0, rows, x)
+        self.hidden.index_copy_(0, slots, x)
         return None
 
-    def at(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+    def at(self, slots: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
         """As `take`."""
-        return self.hidden.index_select(0, rows)
+        return self.hidden.index_select(0, slots)
 
     def passed(
         self,
-        rows: Int[Tensor, " n"],
+        slots: Int[Tensor, " n"],
         depths: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         x: Float[Tensor, "n e"],
     ) -> Bool[Tensor, " n"] | None:
         """As `advance`; None: all do."""
-        self.hidden.index_copy_(0, rows, x)
+        self.hidden.index_copy_(0, slots, x)
         return None
 
-    def left(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+    def left(self, slots: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
         """As `leave`."""
-        return self.at(rows)
+        return self.at(slots)
 
     def _limits(self, chunks: Sequence[Chunk]) -> RecursionLimits | None:
         return None
@@ -115,26 +115,26 @@ class ExpertChoiceStates(HiddenStates):
         self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=hidden.device)
 
     def arrive(
-        self, rows: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
+        self, slots: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
     ) -> Tensor:
-        """See `States.arrive`."""
-        self.hidden.index_copy_(0, rows, x)
-        return self._judge(torch.zeros_like(rows), x, rows, positions)
+        """See `HiddenStates.arrive`."""
+        self.hidden.index_copy_(0, slots, x)
+        return self._judge(torch.zeros_like(slots), x, slots, positions)
 
-    def passed(self, rows: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
-        """See `States.passed`."""
-        before = self.at(rows)
+    def passed(self, slots: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+        """See `HiddenStates.passed`."""
+        before = self.at(slots)
         if self.config.gating == "weighted":
-            x = torch.addcmul(before, x, self._gate.index_select(0, rows)[:, None])
+            x = torch.addcmul(before, x, self._gate.index_select(0, slots)[:, None])
         else:
             x = x.add_(before)
-        self.hidden.index_copy_(0, rows, x)
+        self.hidden.index_copy_(0, slots, x)
         # Who is through has no router any more.
-        return self._judge(depths.clamp(max=self.config.num_recursions - 1), x, rows, positions)
+        return self._judge(depths.clamp(max=self.config.num_recursions - 1), x, slots, positions)
 
-    def _judge(self, depths: Tensor, h: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        main, decision = self._router.logits_at(depths, h, _packing(positions))
-        self._gate.index_copy_(0, rows, self._router.gate(main).to(self._gate.dtype))
+    def _judge(self, depths: Tensor, h: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        main, decision = self._router.logits_at(depths, h, _ragged(positions))
+        self._gate.index_copy_(0, slots, self._router.gate(main).to(self._gate.dtype))
         return decision >= self._thresholds.to(decision.dtype)[depths]
 
 
@@ -157,26 +157,26 @@ class FusedExpertChoiceStates(ExpertChoiceStates):
         self._memory = self.hidden.numpy(), self._gate.numpy()
 
     def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
-        """See `States.enter`."""
+        """See `HiddenStates.enter`."""
         return self._route(state_slots_of(chunks), [0] * len(x), x, self._ops.SET)
 
-    def take(self, rows: list[int]) -> Float[Tensor, "n e"]:
-        """See `States.take`."""
-        out = np.empty((len(rows), self.hidden.shape[1]), np.float32)
-        self._ops.gather(self._memory[0], np.array(rows), out)
+    def take(self, slots: list[int]) -> Float[Tensor, "n e"]:
+        """See `HiddenStates.take`."""
+        out = np.empty((len(slots), self.hidden.shape[1]), np.float32)
+        self._ops.gather(self._memory[0], np.array(slots), out)
         return torch.from_numpy(out)
 
     def advance(
-        self, rows: list[int], depths: list[int], positions: Tensor, x: Tensor
+        self, slots: list[int], depths: list[int], positions: Tensor, x: Tensor
     ) -> list[bool]:
-        """See `States.advance`."""
+        """See `HiddenStates.advance`."""
         last = self.config.num_recursions - 1  # who is through has no router any more
-        return self._route(rows, [min(depth, last) for depth in depths], x, self._update)
+        return self._route(slots, [min(depth, last) for depth in depths], x, self._update)
 
-    def _route(self, rows: list[int], depths: list[int], x: Tensor, how: int) -> list[bool]:
-        goes_on = np.empty(len(rows), np.bool_)
+    def _route(self, slots: list[int], depths: list[int], x: Tensor, how: int) -> list[bool]:
+        goes_on = np.empty(len(slots), np.bool_)
         self._ops.route(
-            *(*self._memory, np.array(rows), x.numpy(), how, np.array(depths)),
+            *(*self._memory, np.array(slots), x.numpy(), how, np.array(depths)),
             *(self._routers, self._squash, goes_on),
         )
         return goes_on.tolist()
@@ -193,26 +193,26 @@ class TokenChoiceStates(HiddenStates):
         self._target = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
 
     def arrive(
-        self, rows: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
+        self, slots: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
     ) -> None:
-        """See `States.arrive`."""
-        counts, weight = self._router.choose(x, _packing(positions), None, limits)
-        self.hidden.index_copy_(0, rows, x)
-        self._start.index_copy_(0, rows, x)
-        self._weight.index_copy_(0, rows, weight.to(self._weight.dtype))
-        self._target.index_copy_(0, rows, counts)
+        """See `HiddenStates.arrive`."""
+        counts, weight = self._router.choose(x, _ragged(positions), None, limits)
+        self.hidden.index_copy_(0, slots, x)
+        self._start.index_copy_(0, slots, x)
+        self._weight.index_copy_(0, slots, weight.to(self._weight.dtype))
+        self._target.index_copy_(0, slots, counts)
 
-    def passed(self, rows: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
-        """See `States.passed`."""
-        self.hidden.index_copy_(0, rows, x)
-        return self._target.index_select(0, rows) > depths
+    def passed(self, slots: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+        """See `HiddenStates.passed`."""
+        self.hidden.index_copy_(0, slots, x)
+        return self._target.index_select(0, slots) > depths
 
-    def left(self, rows: Tensor) -> Tensor:
-        """See `States.left`: x0 + w * h, or x0 + h."""
-        h = self.at(rows)
+    def left(self, slots: Tensor) -> Tensor:
+        """See `HiddenStates.left`: x0 + w * h, or x0 + h."""
+        h = self.at(slots)
         if self.config.gating == "weighted":
-            h = h * self._weight.index_select(0, rows)
-        return self._start.index_select(0, rows) + h
+            h = h * self._weight.index_select(0, slots)
+        return self._start.index_select(0, slots) + h
 
     def _limits(self, chunks: Sequence[Chunk]) -> RecursionLimits:
         pairs = [
@@ -220,16 +220,20 @@ class TokenChoiceStates(HiddenStates):
             for c in chunks
             for _ in c.state_slots
         ]
-        least, most = self._ints([a for a, _ in pairs]), self._ints([b for _, b in pairs])
-        return RecursionLimits(min_recursions=least, max_recursions=most)
+        minimum, maximum = self._ints([a for a, _ in pairs]), self._ints([b for _, b in pairs])
+        return RecursionLimits(min_recursions=minimum, max_recursions=maximum)
 
 
 def make_hidden_states(
-    model: MoRModel, kernels: KernelBackend, num_rows: int, dtype: torch.dtype, device: torch.device
+    model: MoRModel,
+    kernels: KernelBackend,
+    num_state_slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> HiddenStates:
     """The states of a model's tokens."""
     config = model.config
-    hidden = torch.zeros(num_rows, config.hidden_size, dtype=dtype, device=device)
+    hidden = torch.zeros(num_state_slots, config.hidden_size, dtype=dtype, device=device)
     if model.router is None:
         return HiddenStates(config, hidden)
     # Routers compute in the engine's dtype; a copy, since the model stays its owner's.
@@ -259,7 +263,7 @@ def _listed(flags: Bool[Tensor, " n"] | None, num: int) -> list[bool]:
     return [True] * num if flags is None else flags.tolist()
 
 
-def _packing(positions: Tensor) -> RaggedBatch:
+def _ragged(positions: Tensor) -> RaggedBatch:
     """Some tokens, for routers: they look at positions only."""
     num = positions.shape[0]
     flat = torch.arange(num, device=positions.device)

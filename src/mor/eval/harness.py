@@ -20,7 +20,7 @@ _BOOTSTRAPS = 100  # for the standard error of what is not a mean
 
 
 class HFStyleTokenizer:
-    """Text into ids as `transformers` would: special tokens are recognised, a BOS comes first where
+    """Text into ids as `transformers` would: special tokens are recognized, a BOS comes first where
     the tokenizer says so."""
 
     def __init__(
@@ -193,7 +193,7 @@ def _model(scorer: Scorer, words: HFStyleTokenizer, on_progress: Callable[[int, 
                 for window in get_rolling_token_windows(
                     token_list=words.encode(request.args[0]),
                     prefix_token=words.prefix_id,
-                    max_seq_len=scorer.longest - 1,
+                    max_seq_len=scorer.max_length - 1,
                     context_len=1,
                 ):
                     context, after = make_disjoint_window(window)
@@ -205,7 +205,7 @@ def _model(scorer: Scorer, words: HFStyleTokenizer, on_progress: Callable[[int, 
             return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            asked = [_request(words, scorer.longest, *request.args) for request in requests]
+            asked = [_request(words, scorer.max_length, *request.args) for request in requests]
             return scorer.generate([prompt for prompt, _ in asked], [params for _, params in asked])
 
     return Model()
@@ -228,15 +228,17 @@ def _watched(
 
 
 def _request(
-    words: HFStyleTokenizer, longest: int, context: str, settings: Mapping[str, Any]
+    words: HFStyleTokenizer, max_length: int, context: str, settings: Mapping[str, Any]
 ) -> tuple[list[int], SamplingParams]:
     """Prompt and params of a text to be generated."""
     until = settings.get("until") or []
     stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
     max_tokens = int(settings.get("max_gen_toks", _MAX_TOKENS))
-    room = longest + 1 - max_tokens
+    room = max_length + 1 - max_tokens
     if room < 1:
-        raise RequestError(f"max_gen_toks={max_tokens} does not fit this model: {longest} at most.")
+        raise RequestError(
+            f"max_gen_toks={max_tokens} does not fit this model: {max_length} at most."
+        )
     sampled = settings.get("do_sample", False)
     try:
         params = SamplingParams(

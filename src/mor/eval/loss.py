@@ -146,7 +146,7 @@ def evaluate_text(
     sequence_length: int | None = None,
     max_windows: int | None = None,
 ) -> TextLoss:
-    """Loss on documents, tokenised as they are read.
+    """Loss on documents, tokenized as they are read.
 
     Args:
         sequence_length: T, tokens that a window predicts; None takes all that the model can.

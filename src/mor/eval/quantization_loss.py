@@ -41,9 +41,9 @@ def quantization_loss(
     Raises:
         ConfigError: the model or this machine cannot run so.
     """
-    longest = model.config.max_position_embeddings - 1  # one token is generated
-    prompts = [row[:longest] for batch in batches for row in batch.tolist()]
-    plain = EngineConfig(max_sequences=_SEQUENCES, prefix_caching=False)
+    max_length = model.config.max_position_embeddings - 1  # one token is generated
+    prompts = [row[:max_length] for batch in batches for row in batch.tolist()]
+    plain = EngineConfig(max_num_seqs=_SEQUENCES, enable_prefix_caching=False)
     both = [_read(model, prompts, config) for config in (plain, rounded)]
     scores = [[s for d in side for s in d.prompt_logprobs if s is not None] for side in both]
     predicted = max(1, len(scores[0]))

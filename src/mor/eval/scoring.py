@@ -39,13 +39,13 @@ class Score(NamedTuple):
 class Scorer(Protocol):
     """What an evaluation needs from a model."""
 
-    longest: int
+    max_length: int
     """Tokens of context and continuation together; longer ones lose the context's beginning."""
 
     def score(
         self, pairs: Sequence[LoglikelihoodRequest], done: Callable[[int], None]
     ) -> list[Score]:
-        """Score of every pair, in their order; `done` hears how many more are finished."""
+        """Score of every pair, in their order; `finish_tile` hears how many more are finished."""
         ...
 
     def generate(
@@ -55,7 +55,7 @@ class Scorer(Protocol):
         ...
 
 
-def truncate_context(pair: LoglikelihoodRequest, longest: int) -> LoglikelihoodRequest:
+def truncate_context(pair: LoglikelihoodRequest, max_length: int) -> LoglikelihoodRequest:
     """The pair with its context shortened from the left so that both fit.
 
     Raises:
@@ -64,11 +64,11 @@ def truncate_context(pair: LoglikelihoodRequest, longest: int) -> LoglikelihoodR
     context, continuation = pair
     if not context or not continuation:
         raise RequestError("a continuation cannot be scored: it or its context has no tokens.")
-    room = longest - len(continuation)
+    room = max_length - len(continuation)
     if room < 1:
         raise RequestError(
             f"a continuation of {len(continuation)} tokens does not fit this model: with at least "
-            f"one token of context it takes {longest}."
+            f"one token of context it takes {max_length}."
         )
     return LoglikelihoodRequest(context[-room:], continuation)
 
@@ -78,14 +78,14 @@ class EngineScorer:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self.longest = llm.model_config.max_position_embeddings - 1  # one more token is sampled
-        self._shared = llm.config.page_size  # a shorter context is in no cache
+        self.max_length = llm.model_config.max_position_embeddings - 1  # one more token is sampled
+        self._shared = llm.config.block_size  # a shorter context is in no cache
 
     def score(
         self, pairs: Sequence[LoglikelihoodRequest], done: Callable[[int], None]
     ) -> list[Score]:
         """See `Scorer.score`."""
-        pairs = [truncate_context(pair, self.longest) for pair in pairs]
+        pairs = [truncate_context(pair, self.max_length) for pair in pairs]
         scores: dict[int, Score] = {}
         for wave in self._waves(pairs):
             prompts = [[*pairs[i].context, *pairs[i].continuation] for i in wave]
@@ -105,7 +105,7 @@ class EngineScorer:
     def _waves(self, pairs: Sequence[LoglikelihoodRequest]) -> Iterator[list[int]]:
         """Pairs to be scored together: the first ones of some contexts, the others of those before.
 
-        Contexts are taken in the order of their tokens, so that common beginnings are neighbours.
+        Contexts are taken in the order of their tokens, so that common beginnings are neighbors.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in sorted(range(len(pairs)), key=lambda i: pairs[i]):
@@ -145,14 +145,14 @@ class TopkScorer:
 
     def __init__(self, model: MoRModel) -> None:
         self.model = model
-        self.longest = model.config.max_position_embeddings
+        self.max_length = model.config.max_position_embeddings
 
     @torch.inference_mode()
     def score(
         self, pairs: Sequence[LoglikelihoodRequest], done: Callable[[int], None]
     ) -> list[Score]:
         """See `Scorer.score`; the model reads all tokens but the last."""
-        pairs = [truncate_context(pair, self.longest) for pair in pairs]
+        pairs = [truncate_context(pair, self.max_length) for pair in pairs]
         scores: dict[int, Score] = {}
         lengths: dict[int, list[int]] = {}
         for i, pair in enumerate(pairs):

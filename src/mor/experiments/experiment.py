@@ -49,7 +49,7 @@ class PlannedRun:
         return self.config.steps * step_flops(self.config, self.model, self.config.steps)
 
     def state(self, folder: Path) -> str:
-        """`new`, `begun` or `done`.
+        """`new`, `begun` or `finish_tile`.
 
         Raises:
             ConfigError: the folder holds a run with other settings: the spec has changed.

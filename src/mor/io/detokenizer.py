@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mor.io.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_CHARACTER = 4
+_MAX_CHARACTER = 4
 """Bytes of UTF-8, hence tokens, that one character can take."""
 
 
@@ -16,7 +16,7 @@ class IncrementalDetokenizer:
         """Starts after the tokens `before`, whose text is whole."""
         self._tokenizer = tokenizer
         # Some decoders treat a first token differently, so new text is told from a difference.
-        self._context = list(before[-_LONGEST_CHARACTER:])
+        self._context = list(before[-_MAX_CHARACTER:])
         self._pending: list[int] = []
         self._known = tokenizer.decode(self._context)
 
@@ -80,5 +80,5 @@ class StopDetokenizer:
 
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that begin `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    max_length = min(len(text), len(stop) - 1)
+    return next((n for n in range(max_length, 0, -1) if text.endswith(stop[:n])), 0)

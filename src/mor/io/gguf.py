@@ -1,6 +1,6 @@
-"""GGUF files of the Llama architecture: weights dequantised, tokenizer rebuilt from the metadata.
+"""GGUF files of the Llama architecture: weights dequantized, tokenizer rebuilt from the metadata.
 
-llama.cpp rotates neighbouring numbers of a head where Hugging Face rotates its two halves, so its
+llama.cpp rotates neighboring numbers of a head where Hugging Face rotates its two halves, so its
 converter reorders the rows of the query and key projections; here they are put back.
 """
 

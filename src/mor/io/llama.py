@@ -37,7 +37,7 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "tie_word_embeddings": False,
     }
 )
-_OUTER: Mapping[str, str] = MappingProxyType(
+_UNSHARED: Mapping[str, str] = MappingProxyType(
     {
         "embed_tokens.weight": "model.embed_tokens.weight",
         "norm.weight": "model.norm.weight",
@@ -213,10 +213,14 @@ def recursive_config(
         **given,
     }
     if "num_block_layers" not in fields:
-        outer = (fields["num_prelude_layers"], fields["num_coda_layers"], fields["num_recursions"])
-        if not all(isinstance(n, int) and n >= 0 for n in outer) or not outer[2]:
+        unshared = (
+            fields["num_prelude_layers"],
+            fields["num_coda_layers"],
+            fields["num_recursions"],
+        )
+        if not all(isinstance(n, int) and n >= 0 for n in unshared) or not unshared[2]:
             return MoRConfig.from_dict(fields)  # says which of them cannot be
-        share = (donor.num_hidden_layers - outer[0] - outer[1]) / outer[2]
+        share = (donor.num_hidden_layers - unshared[0] - unshared[1]) / unshared[2]
         fields["num_block_layers"] = math.floor(share) if init == "average" else math.ceil(share)
     return MoRConfig.from_dict(fields)
 
@@ -286,4 +290,4 @@ def _built(
 
 
 def _llama_name(ours: str) -> str:
-    return _OUTER.get(ours) or f"model.layers.{ours.removeprefix('block.')}"
+    return _UNSHARED.get(ours) or f"model.layers.{ours.removeprefix('block.')}"

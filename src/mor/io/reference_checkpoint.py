@@ -244,18 +244,18 @@ def _layer_places(config: MoRConfig) -> dict[str, str]:
         if expert:
             theirs = f"model.layers.{first + slot.depth}.block.{slot.layer}."
         elif token:
-            outer = f"{first}." if first else ""
-            theirs = f"model.layers.{outer}block_list.{slot.depth}.{slot.layer}."
+            unshared = f"{first}." if first else ""
+            theirs = f"model.layers.{unshared}block_list.{slot.depth}.{slot.layer}."
         else:
             theirs = f"model.layers.{first + i}."
         places[theirs] = f"block.{slot.layer}."
     for r in range(loops if expert else 0):
         places[f"model.layers.{first + r}.mor_router."] = f"router.routers.{r}."
         places[f"model.layers.{first + r}.mlp_router."] = f"router.aux_routers.{r}."
-    outer = f"model.layers.{first}." if first else "model.layers."
+    unshared = f"model.layers.{first}." if first else "model.layers."
     if token:
-        places[f"{outer}mor_router."] = "router.router."
-        places[f"{outer}router_bias"] = "router.bias"
+        places[f"{unshared}mor_router."] = "router.router."
+        places[f"{unshared}router_bias"] = "router.bias"
     middle = loops if expert else 1 if token else len(schedule)
     for i in range(config.num_coda_layers):
         places[f"model.layers.{first + middle + i}."] = f"coda.{i}."
@@ -264,13 +264,13 @@ def _layer_places(config: MoRConfig) -> dict[str, str]:
 
 def _our_name(name: str, places: Mapping[str, str], config: MoRConfig) -> str | None:
     """Our name of a parameter; None for buffers that hold nothing learned."""
-    outer = {
+    unshared = {
         "model.embed_tokens.weight": "embed_tokens.weight",
         "model.norm.weight": "norm.weight",
         "lm_head.weight": "lm_head.weight",
     }
-    if name in outer:
-        return outer[name]
+    if name in unshared:
+        return unshared[name]
     if name.endswith("rotary_emb.inv_freq"):
         return None
     matches = [prefix for prefix in places if name.startswith(prefix)]

@@ -30,7 +30,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that adds no special tokens and recognises none in text."""
+    """A `tokenizers.Tokenizer` that adds no special tokens and recognizes none in text."""
 
     def __init__(
         self, backend: tokenizers.Tokenizer, companions: Mapping[str, str] | None = None

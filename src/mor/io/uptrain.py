@@ -36,7 +36,7 @@ def init_from_vanilla(
     """A model of `config` whose layers start from a vanilla donor's.
 
     Embedding, final norm and head are the donor's; prelude and coda start from its first and last
-    layers, the block from its middle layers as `donor_layers` says; routers start at random. With
+    layers, the block from its middle layers as `source_layers` says; routers start at random. With
     `relaxation_rank` the deltas of each depth start from the truncated singular value decomposition
     of what the block lost: the layer that it stands for there, minus the shared one.
 

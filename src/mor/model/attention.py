@@ -1,7 +1,7 @@
 """Grouped-query attention with RoPE, and who holds its keys and values.
 
-A shared layer runs several times per token, so it cannot own a cache: each call names a `Slot`
-(depth, layer), and a `KVAccess` that the caller owns decides what is stored and what is seen.
+A shared layer runs several times per token, so it cannot own a cache: each call names a `LayerKey`
+(depth, layer), and an `AttentionBackend`, which the caller owns, decides what is stored and seen.
 
 Shape letters: N packed tokens, B batch, W tokens of the longest sequence, H query heads,
 G key-value heads, D head size, E width.
@@ -51,17 +51,17 @@ class RotaryEmbedding(NamedTuple):
 class AttentionBackend(Protocol):
     """Owner of keys and values during one or many forward passes."""
 
-    def has_kv(self, slot: LayerKey) -> bool:
+    def has_kv(self, layer_key: LayerKey) -> bool:
         """Whether this slot's keys and values are there already, so only queries are needed."""
         ...
 
     def attend(
         self,
-        slot: LayerKey,
+        layer_key: LayerKey,
         q: Float[Tensor, "n h d"],
         k: Float[Tensor, "n g d"] | None,
         v: Float[Tensor, "n g d"] | None,
-        packing: RaggedBatch,
+        ragged: RaggedBatch,
     ) -> Float[Tensor, "n h d"]:
         """Store k and v (None if `has_kv`) and attend from q to what its tokens may see."""
         ...
@@ -75,9 +75,9 @@ class ForwardContext:
     rope: RotaryEmbedding
     kv: AttentionBackend
 
-    def select(self, packing: RaggedBatch, places: Int[Tensor, " m"]) -> "ForwardContext":
+    def select(self, ragged: RaggedBatch, places: Int[Tensor, " m"]) -> "ForwardContext":
         """The context of some of the tokens: those at `places`."""
-        return ForwardContext(ragged=packing, rope=self.rope.select(places), kv=self.kv)
+        return ForwardContext(ragged=ragged, rope=self.rope.select(places), kv=self.kv)
 
 
 class FullSequenceAttention:
@@ -97,28 +97,33 @@ class FullSequenceAttention:
         self._documents = documents
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (B, G, T, D) keys, values
 
-    def has_kv(self, slot: LayerKey) -> bool:
+    def has_kv(self, layer_key: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
-        return self._shared and slot.depth > 0
+        return self._shared and layer_key.depth > 0
 
     def attend(
-        self, slot: LayerKey, q: Tensor, k: Tensor | None, v: Tensor | None, packing: RaggedBatch
+        self,
+        layer_key: LayerKey,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        ragged: RaggedBatch,
     ) -> Tensor:
-        """Causal attention; see `KVAccess.attend`."""
-        queries = packing.to_padded(q)
+        """Causal attention; see `AttentionBackend.attend`."""
+        queries = ragged.to_padded(q)
         if k is None or v is None:
-            keys, values = self._kept[slot.layer]
-            where = packing.to_padded(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
-            return packing.from_padded(attend_at(queries, keys, values, where, self._documents))
-        keys, values = packing.to_padded(k), packing.to_padded(v)
-        if self._shared and slot.depth == 0:
-            self._kept[slot.layer] = keys, values
+            keys, values = self._kept[layer_key.layer]
+            where = ragged.to_padded(ragged.positions[:, None, None])[:, 0, :, 0]  # (B, W)
+            return ragged.from_padded(attend_at(queries, keys, values, where, self._documents))
+        keys, values = ragged.to_padded(k), ragged.to_padded(v)
+        if self._shared and layer_key.depth == 0:
+            self._kept[layer_key.layer] = keys, values
         if self._documents is not None:
-            return attend_inside(q, k, v, self._documents[packing.token_indices])
+            return attend_inside(q, k, v, self._documents[ragged.token_indices])
         out = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return packing.from_padded(out)
+        return ragged.from_padded(out)
 
 
 class Attention(nn.Module):
@@ -136,14 +141,14 @@ class Attention(nn.Module):
         self.o_proj = DepthLoRALinear(inner, width, rank, depths)
 
     def forward(
-        self, x: Float[Tensor, "n e"], slot: LayerKey, context: ForwardContext
+        self, x: Float[Tensor, "n e"], layer_key: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """Attention of the packed tokens to what the KV's owner lets them see in `slot`."""
         num, rope, kv = x.shape[0], context.rope, context.kv
-        q = rope.rotate(self.q_proj(x, slot.depth))
+        q = rope.rotate(self.q_proj(x, layer_key.depth))
         k = v = None
-        if not kv.has_kv(slot):
-            k = rope.rotate(self.k_proj(x, slot.depth))
-            v = self.v_proj(x, slot.depth).view(num, self.num_kv_heads, self.head_dim)
-        out = kv.attend(slot, q, k, v, context.ragged)
-        return self.o_proj(out.reshape(num, self.num_heads * self.head_dim), slot.depth)
+        if not kv.has_kv(layer_key):
+            k = rope.rotate(self.k_proj(x, layer_key.depth))
+            v = self.v_proj(x, layer_key.depth).view(num, self.num_kv_heads, self.head_dim)
+        out = kv.attend(layer_key, q, k, v, context.ragged)
+        return self.o_proj(out.reshape(num, self.num_heads * self.head_dim), layer_key.depth)

@@ -239,9 +239,9 @@ class MoRConfig:
                 continue
             elif f.type in (int, int | None):
                 from_zero = ("_id", "prelude_layers", "coda_layers", "_rank")
-                least = 0 if f.name.endswith(from_zero) else 1
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ConfigError(f"{f.name}={value!r} must be an integer >= {least}.")
+                minimum = 0 if f.name.endswith(from_zero) else 1
+                if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                    raise ConfigError(f"{f.name}={value!r} must be an integer >= {minimum}.")
             elif f.type in (float, float | None):
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if not number or not math.isfinite(value) or value < 0:

@@ -127,18 +127,18 @@ def sequence_flops(
     config: MoRConfig,
     length: int,
     *,
-    presence: Sequence[float] | None = None,
+    depth_fractions: Sequence[float] | None = None,
     causal: bool = True,
 ) -> Flops:
     """Forward FLOPs per token of whole sequences: training and prefill.
 
     Args:
         length: T, tokens per sequence.
-        presence: (R,) share of tokens at each depth; None: `presence_of(config)`.
+        presence: (R,) share of tokens at each depth; None: `depth_fractions_of(config)`.
         causal: count only keys that a query sees; False counts the full square, as torch's FLOP
             counter does.
     """
-    there = tuple(presence if presence is not None else depth_fractions_of(config))
+    there = tuple(depth_fractions if depth_fractions is not None else depth_fractions_of(config))
 
     def keys(tokens: float) -> float:
         return (tokens + 1) / 2 if causal else tokens
@@ -149,22 +149,25 @@ def sequence_flops(
 
 
 def decode_flops(
-    config: MoRConfig, context: int, *, presence: Sequence[float] | None = None
+    config: MoRConfig, context: int, *, depth_fractions: Sequence[float] | None = None
 ) -> Flops:
     """Forward FLOPs of one new token after `context` tokens, itself included."""
-    there = tuple(presence if presence is not None else depth_fractions_of(config))
+    there = tuple(depth_fractions if depth_fractions is not None else depth_fractions_of(config))
     shared = config.kv_strategy == "shared"
     return _flops(config, there, [context if shared else p * context for p in there], context)
 
 
 def _flops(
-    config: MoRConfig, presence: tuple[float, ...], seen: Sequence[float], outer_seen: float
+    config: MoRConfig,
+    depth_fractions: tuple[float, ...],
+    seen: Sequence[float],
+    unshared_seen: float,
 ) -> Flops:
     heads, kv_heads, dim = config.num_heads_and_dim
     matrices = 2 * num_layer_matrix_parameters(config)
     kv_matrices = 2 * config.hidden_size * dim * 2 * kv_heads  # k_proj and v_proj
     per_key = 2 * 2 * heads * dim  # scores and mixing
-    outer_layers = config.num_prelude_layers + config.num_coda_layers
+    unshared_layers = config.num_prelude_layers + config.num_coda_layers
     depths: list[float] = []
     routing = 0.0
     routers = 2 if config.selection_training == "aux_router" else 1
@@ -175,40 +178,40 @@ def _flops(
         router = 0
         if config.routing == "expert_choice":
             router = 2 * routers * _router_matrices(config, 1)
-            routing += router * ((presence[r - 1] if r else 1.0) - presence[r])
+            routing += router * ((depth_fractions[r - 1] if r else 1.0) - depth_fractions[r])
         elif config.routing == "token_choice" and r == 0:
             router = 2 * _router_matrices(config, config.num_recursions)
         depths.append(config.num_block_layers * layer + router)
     return Flops(
-        unshared=outer_layers * (matrices + per_key * outer_seen),
+        unshared=unshared_layers * (matrices + per_key * unshared_seen),
         depths=tuple(depths),
-        depth_fractions=presence,
+        depth_fractions=depth_fractions,
         routing=routing,
         head=2.0 * config.vocab_size * config.hidden_size,
     )
 
 
 def training_flops(
-    config: MoRConfig, length: int, presence: Sequence[float] | None = None
+    config: MoRConfig, length: int, depth_fractions: Sequence[float] | None = None
 ) -> float:
     """FLOPs of one training token in sequences of `length`: forward and backward."""
-    return 3 * sequence_flops(config, length, presence=presence).mean
+    return 3 * sequence_flops(config, length, depth_fractions=depth_fractions).mean
 
 
 def kv_bytes_per_token(
-    config: MoRConfig, *, presence: Sequence[float] | None = None, bytes_per_value: int = 2
+    config: MoRConfig, *, depth_fractions: Sequence[float] | None = None, bytes_per_value: int = 2
 ) -> float:
     """Bytes of keys and values that an average token leaves in the cache, all layers."""
     _, kv_heads, dim = config.num_heads_and_dim
-    there = presence if presence is not None else depth_fractions_of(config)
+    there = depth_fractions if depth_fractions is not None else depth_fractions_of(config)
     depths = 1.0 if config.kv_strategy == "shared" else sum(there)
-    outer_layers = config.num_prelude_layers + config.num_coda_layers
-    layers = outer_layers + config.num_block_layers * depths
+    unshared_layers = config.num_prelude_layers + config.num_coda_layers
+    layers = unshared_layers + config.num_block_layers * depths
     return layers * 2 * kv_heads * dim * bytes_per_value
 
 
 def activation_values_per_token(
-    config: MoRConfig, presence: Sequence[float] | None = None
+    config: MoRConfig, depth_fractions: Sequence[float] | None = None
 ) -> float:
     """Values that a training step keeps per token for its backward pass, head and loss aside.
 
@@ -217,6 +220,6 @@ def activation_values_per_token(
     """
     heads, kv_heads, dim = config.num_heads_and_dim
     layer = 4 * config.hidden_size + 2 * (heads + kv_heads) * dim + 2 * config.intermediate_size
-    there = presence if presence is not None else depth_fractions_of(config)
-    outer_layers = config.num_prelude_layers + config.num_coda_layers
-    return (outer_layers + config.num_block_layers * sum(there)) * layer
+    there = depth_fractions if depth_fractions is not None else depth_fractions_of(config)
+    unshared_layers = config.num_prelude_layers + config.num_coda_layers
+    return (unshared_layers + config.num_block_layers * sum(there)) * layer

@@ -23,7 +23,7 @@ class DepthLoRALinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, rank: int = 0, depths: int = 0) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.delta_down: nn.Parameter | None = None
-        """(R, rank, in): A of each depth; `reset_deltas` draws them."""
+        """(R, rank, in): A of each depth; `reset_loras` draws them."""
         self.delta_up: nn.Parameter | None = None
         """(R, out, rank): B of each depth; 0 at the start."""
         if rank:

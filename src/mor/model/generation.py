@@ -27,7 +27,7 @@ from mor.model.transformer import MoRModel
 class RaggedKVCache:
     """Keys and values by (depth, layer) and sequence; each depth holds only its own tokens.
 
-    Implements `KVAccess`. With `kv_strategy='shared'` only depth 0 stores, and serves all depths.
+    Implements `AttentionBackend`. With `kv_strategy='shared'` only depth 0 stores, for all depths.
     """
 
     def __init__(self, config: MoRConfig, num_sequences: int) -> None:
@@ -43,29 +43,34 @@ class RaggedKVCache:
         """Tokens of a sequence that are held at a depth (UNSHARED: in prelude and coda)."""
         sizes = [
             len(kept[2])
-            for (slot, seq), kept in self._kept.items()
-            if slot.depth == depth and seq == sequence
+            for (layer_key, seq), kept in self._kept.items()
+            if layer_key.depth == depth and seq == sequence
         ]
         return max(sizes, default=0)
 
-    def has_kv(self, slot: LayerKey) -> bool:
+    def has_kv(self, layer_key: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
-        return self._shared and slot.depth > 0
+        return self._shared and layer_key.depth > 0
 
     def attend(
-        self, slot: LayerKey, q: Tensor, k: Tensor | None, v: Tensor | None, packing: RaggedBatch
+        self,
+        layer_key: LayerKey,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        ragged: RaggedBatch,
     ) -> Tensor:
         """Append k and v, then let each query see the entries up to its own position."""
         out = torch.empty_like(q)
-        rows = packing.sequence_ids
+        rows = ragged.sequence_ids
         for row, sequence in enumerate(self._sequences):
             mine = (rows == row).nonzero().squeeze(1)
             if len(mine) == 0:
                 continue
-            where = packing.positions[mine]
+            where = ragged.positions[mine]
             if k is not None and v is not None:
-                self._append(slot, sequence, k[mine], v[mine], where)
-            home = LayerKey(0, slot.layer) if self.has_kv(slot) else slot
+                self._append(layer_key, sequence, k[mine], v[mine], where)
+            home = LayerKey(0, layer_key.layer) if self.has_kv(layer_key) else layer_key
             keys, values, times = self._kept[home, sequence]
             seen = times[None, :] <= where[:, None]  # (new, entries)
             out[mine] = F.scaled_dot_product_attention(
@@ -77,11 +82,13 @@ class RaggedKVCache:
             )[0].transpose(0, 1)
         return out
 
-    def _append(self, slot: LayerKey, sequence: int, k: Tensor, v: Tensor, where: Tensor) -> None:
-        if (slot, sequence) in self._kept:
-            old = self._kept[slot, sequence]
+    def _append(
+        self, layer_key: LayerKey, sequence: int, k: Tensor, v: Tensor, where: Tensor
+    ) -> None:
+        if (layer_key, sequence) in self._kept:
+            old = self._kept[layer_key, sequence]
             k, v, where = (torch.cat(pair) for pair in zip(old, (k, v, where), strict=True))
-        self._kept[slot, sequence] = k, v, where
+        self._kept[layer_key, sequence] = k, v, where
 
 
 def ragged_packing(
@@ -233,9 +240,9 @@ def _step(
     """
     device = model.embed_tokens.weight.device
     lengths = [len(row.feed) for row in rows]
-    packing = ragged_packing([row.start for row in rows], lengths, device)
+    ragged = ragged_packing([row.start for row in rows], lengths, device)
     cache.begin(numbers)
-    context = model.context(packing, cache)
+    context = model.context(ragged, cache)
     ids = torch.tensor([t for row in rows for t in row.feed], device=device)
     x = model.run_prelude(model.embed_tokens(ids), context)
     limits = _limits(model.config, rows, device)
@@ -251,12 +258,12 @@ def _limits(
     config: MoRConfig, rows: Sequence[_Sequence], device: torch.device
 ) -> RecursionLimits | None:
     """What the requests say about each new token's recursions; None if nothing."""
-    most_of_all = config.num_recursions
-    ranges = [row.params.recursion_range(most_of_all) for row in rows for _ in row.feed]
-    if config.sharing == "sequence" or all(limit == (0, most_of_all) for limit in ranges):
+    max_of_all = config.num_recursions
+    ranges = [row.params.recursion_range(max_of_all) for row in rows for _ in row.feed]
+    if config.sharing == "sequence" or all(limit == (0, max_of_all) for limit in ranges):
         return None
-    least, most = torch.tensor(ranges, device=device).unbind(1)
-    return RecursionLimits(min_recursions=least, max_recursions=most)
+    minimum, maximum = torch.tensor(ranges, device=device).unbind(1)
+    return RecursionLimits(min_recursions=minimum, max_recursions=maximum)
 
 
 def _advance(

@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n e"]:
-        """Normalise the last axis."""
+        """Normalize the last axis."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -55,10 +55,10 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config, rank)
 
     def forward(
-        self, x: Float[Tensor, "n e"], slot: LayerKey, context: ForwardContext
+        self, x: Float[Tensor, "n e"], layer_key: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """One application of the layer to the packed tokens, its keys and values kept in `slot`."""
         # The sums' arrays come first: what the parts need for a while then leaves no holes between
         # arrays that stay, which glibc cannot fill with one of the same size.
-        x = x.clone().add_(self.self_attn(self.input_layernorm(x), slot, context))
-        return x.clone().add_(self.mlp(self.post_attention_layernorm(x), slot.depth))
+        x = x.clone().add_(self.self_attn(self.input_layernorm(x), layer_key, context))
+        return x.clone().add_(self.mlp(self.post_attention_layernorm(x), layer_key.depth))

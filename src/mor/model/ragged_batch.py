@@ -1,4 +1,4 @@
-"""`Packing`: which tokens of a batch are present, so that only they are computed.
+"""`RaggedBatch`: which tokens of a batch are present, so that only they are computed.
 
 Dropped tokens leave no holes: hidden states travel as (N, E), all present tokens of all sequences
 one after another, each sequence in time order. Since order in time is kept, attention inside a
@@ -33,7 +33,13 @@ class RaggedBatch:
     def full(cls, batch: int, time: int, device: torch.device) -> "RaggedBatch":
         """Every token of a (B, T) batch."""
         flat = torch.arange(batch * time, device=device)
-        return cls(flat=flat, positions=flat % max(time, 1), batch=batch, width=time, pad=None)
+        return cls(
+            token_indices=flat,
+            positions=flat % max(time, 1),
+            batch=batch,
+            width=time,
+            padded_indices=None,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -110,6 +116,6 @@ class RaggedBatch:
         return x.view(self.batch, self.width, *x.shape[1:]).transpose(1, 2)
 
     def from_padded(self, x: Shaped[Tensor, "b h w d"]) -> Shaped[Tensor, "n h d"]:
-        """The inverse of `to_rows`."""
+        """The inverse of `to_padded`."""
         rows = x.transpose(1, 2).reshape(self.batch * self.width, x.shape[1], x.shape[3])
         return rows if self.padded_indices is None else rows.index_select(0, self.padded_indices)

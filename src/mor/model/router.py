@@ -112,7 +112,7 @@ class RoutingOutput:
 class RecursionLimits:
     """How many passes of the block a user wants each token to take, whatever the router says.
 
-    Indexed like the hidden states of all tokens: by `Packing.flat`.
+    Indexed like the hidden states of all tokens: by `RaggedBatch.token_indices`.
     """
 
     min_recursions: Int[Tensor, " n"]
@@ -136,20 +136,20 @@ def _upcast(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def num_selected(fraction: float, packing: RaggedBatch) -> int | Int[Tensor, " b"]:
+def num_selected(fraction: float, ragged: RaggedBatch) -> int | Int[Tensor, " b"]:
     """k_r: that fraction of a sequence's tokens; (B,) if the sequences differ in length."""
-    if packing.padded_indices is None:
-        return max(1, int(fraction * packing.width))
-    return (fraction * packing.lengths.double()).long().clamp(min=1)
+    if ragged.padded_indices is None:
+        return max(1, int(fraction * ragged.width))
+    return (fraction * ragged.lengths.double()).long().clamp(min=1)
 
 
 def _among_best(
-    score: Float[Tensor, " n"], packing: RaggedBatch, num: Int[Tensor, " b"]
+    score: Float[Tensor, " n"], ragged: RaggedBatch, num: Int[Tensor, " b"]
 ) -> Bool[Tensor, " n"]:
     """Whether a token is among the `num` best of its sequence."""
     order = score.argsort(descending=True)
-    order = order[packing.sequence_ids[order].argsort(stable=True)]  # by sequence, its best first
-    rows, lengths = packing.sequence_ids[order], packing.lengths
+    order = order[ragged.sequence_ids[order].argsort(stable=True)]  # by sequence, its best first
+    rows, lengths = ragged.sequence_ids[order], ragged.lengths
     rank = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[rows]
     return torch.empty_like(order, dtype=torch.bool).index_copy(0, order, rank < num[rows])
 
@@ -182,18 +182,18 @@ class ExpertChoiceRouter(nn.Module):
         return self.config.thresholds[depth]
 
     def logits(
-        self, depth: int, x: Float[Tensor, "n e"], packing: RaggedBatch
+        self, depth: int, x: Float[Tensor, "n e"], ragged: RaggedBatch
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """(N,) logits of the gate, and of the causal decision (the same without `aux_router`)."""
         scaled = x / self.config.router_temperature if self.config.router_temperature != 1 else x
-        main = _upcast(self.routers[depth](scaled, packing.positions))[:, 0]
+        main = _upcast(self.routers[depth](scaled, ragged.positions))[:, 0]
         if not self.aux_routers:
             return main, main
         # Detached: the second router learns to imitate the selection and shapes nothing else.
-        return main, _upcast(self.aux_routers[depth](x.detach(), packing.positions))[:, 0]
+        return main, _upcast(self.aux_routers[depth](x.detach(), ragged.positions))[:, 0]
 
     def logits_at(
-        self, depths: Int[Tensor, " n"], x: Float[Tensor, "n e"], packing: RaggedBatch
+        self, depths: Int[Tensor, " n"], x: Float[Tensor, "n e"], ragged: RaggedBatch
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """`logits` for tokens at different depths: one product where all routers are linear."""
         linear = [r.proj.weight for r in self.routers if isinstance(r, LinearRouter)]
@@ -204,7 +204,7 @@ class ExpertChoiceRouter(nn.Module):
             main = _upcast(F.linear(scaled, torch.cat(linear))).gather(1, depths[:, None])[:, 0]
             return main, main
         # Every router judges all: which token is whose stays on the device.
-        judged = [self.logits(r, x, packing) for r in range(self.config.num_recursions)]
+        judged = [self.logits(r, x, ragged) for r in range(self.config.num_recursions)]
         main, decision = (torch.stack(each, 1) for each in zip(*judged, strict=True))
         return main.gather(1, depths[:, None])[:, 0], decision.gather(1, depths[:, None])[:, 0]
 
@@ -212,7 +212,7 @@ class ExpertChoiceRouter(nn.Module):
         self,
         depth: int,
         x: Float[Tensor, "n e"],
-        packing: RaggedBatch,
+        ragged: RaggedBatch,
         selection: Selection,
         num_selected: int | Int[Tensor, " b"],
         record: RoutingOutput,
@@ -226,31 +226,31 @@ class ExpertChoiceRouter(nn.Module):
             record: gets the losses and the selection.
             limits: under `threshold`, who goes on or stops at this depth whatever its logit.
         """
-        main, decision = self.logits(depth, x, packing)
+        main, decision = self.logits(depth, x, ragged)
         gate = self.gate(main)
         if selection == "threshold":
             record.decisions.append(decision.detach())
             goes_on = decision.detach() >= self.threshold(depth)
             if limits is not None:
-                least, most = (
-                    limits.min_recursions[packing.token_indices],
-                    limits.max_recursions[packing.token_indices],
+                minimum, maximum = (
+                    limits.min_recursions[ragged.token_indices],
+                    limits.max_recursions[ragged.token_indices],
                 )
-                goes_on = (goes_on | (depth < least)) & (depth < most)
-            chosen, places = packing.select(goes_on)
+                goes_on = (goes_on | (depth < minimum)) & (depth < maximum)
+            chosen, places = ragged.select(goes_on)
         else:
             assert limits is None, "topk sends a fixed number of tokens to each depth"
             if isinstance(num_selected, int):
-                rows = gate.detach().view(packing.batch, packing.width)
-                num_selected = min(num_selected, packing.width)
+                rows = gate.detach().view(ragged.batch, ragged.width)
+                num_selected = min(num_selected, ragged.width)
                 index = rows.topk(num_selected, dim=1, sorted=False).indices.sort(dim=1).values
-                chosen, places = packing.select_per_sequence(index)
+                chosen, places = ragged.select_per_sequence(index)
                 record.selected.append(chosen.positions.view(chosen.batch, chosen.width))
             else:
-                chosen, places = packing.select(_among_best(gate.detach(), packing, num_selected))
+                chosen, places = ragged.select(_among_best(gate.detach(), ragged, num_selected))
             self._record(depth, main, decision, places, record)
-        if places.shape[0] == packing.num_tokens:
-            return Selected(ragged=packing, indices=None, gate=gate[:, None])
+        if places.shape[0] == ragged.num_tokens:
+            return Selected(ragged=ragged, indices=None, gate=gate[:, None])
         return Selected(ragged=chosen, indices=places, gate=gate[places][:, None])
 
     def _record(
@@ -287,7 +287,7 @@ class TokenChoiceRouter(nn.Module):
     def choose(
         self,
         x: Float[Tensor, "n e"],
-        packing: RaggedBatch,
+        ragged: RaggedBatch,
         record: RoutingOutput | None,
         limits: RecursionLimits | None = None,
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 1"]]:
@@ -298,7 +298,7 @@ class TokenChoiceRouter(nn.Module):
         """
         config = self.config
         assert config.router_alpha is not None
-        logits = _upcast(self.router(x / config.router_temperature, packing.positions))
+        logits = _upcast(self.router(x / config.router_temperature, ragged.positions))
         softmax = config.router_activation == "softmax"
         squashed = logits.softmax(-1) if softmax else logits.sigmoid()
         probs = config.router_alpha * squashed

@@ -105,10 +105,10 @@ class SamplingParams:
     prompt_logprobs_from: int = 1
     """The first position that `prompt_logprobs` is about: None before it. What comes before may be
     taken from the prefix cache."""
-    recursions: int | None = None
-    """Every token, those of the prompt too, takes exactly so many passes of the block."""
+    min_recursions: int | None = None
+    """Every token, those of the prompt too, takes at least so many passes of the block."""
     max_recursions: int | None = None
-    """No token takes more passes of the block."""
+    """No token takes more passes of the block. The same as `min_recursions`: all take so many."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -150,10 +150,15 @@ class SamplingParams:
                 or (self.prompt_logprobs and self.prompt_logprobs_from > 1),
                 "at least 1, and goes with prompt_logprobs",
             ),
-            "recursions": (self.recursions is None or self.recursions >= 1, "at least 1"),
+            "min_recursions": (
+                self.min_recursions is None or self.min_recursions >= 1,
+                "at least 1",
+            ),
             "max_recursions": (
-                self.max_recursions is None or self.max_recursions >= (self.recursions or 1),
-                f"at least recursions={self.recursions}" if self.recursions else "at least 1",
+                self.max_recursions is None or self.max_recursions >= (self.min_recursions or 1),
+                f"at least min_recursions={self.min_recursions}"
+                if self.min_recursions
+                else "at least 1",
             ),
         }
         for name, (good, range_) in checks.items():
@@ -181,8 +186,8 @@ class SamplingParams:
         return sorted(self.end_ids(eos_token_id)) if num_tokens < self.min_tokens else ()
 
     def recursion_range(self, num_recursions: int) -> tuple[int, int]:
-        """(least, most) passes of each token in a model with R recursions; (0, R) is no limit."""
-        return self.recursions or 0, self.recursions or self.max_recursions or num_recursions
+        """(min, max) passes of each token in a model with R recursions; (0, R) is no limit."""
+        return self.min_recursions or 0, self.max_recursions or num_recursions
 
 
 @dataclass(kw_only=True)
@@ -262,7 +267,7 @@ def check_request(
 
 
 def _check_recursions(config: MoRConfig, params: SamplingParams, name: str) -> None:
-    for asked in ("recursions", "max_recursions"):
+    for asked in ("min_recursions", "max_recursions"):
         value = getattr(params, asked)
         if value is None or value == config.num_recursions:
             continue

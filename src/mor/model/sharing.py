@@ -77,7 +77,7 @@ def source_layers(
         return [(i,) for i in _evenly_spaced(first, last - 1, num_block_layers)]
     stands_for = original_layers(sharing, num_block_layers, num_recursions, first, last)
     return [
-        tuple(donor for slot, donor in stands_for.items() if slot.layer == i)
+        tuple(donor for layer_key, donor in stands_for.items() if layer_key.layer == i)
         for i in range(num_block_layers)
     ]
 

@@ -50,7 +50,7 @@ class MoROutput:
     With `labels`, position 0 counts but is not predicted, as in the reference implementation.
     """
     total_loss: Float[Tensor, ""] | None
-    """`loss` plus each auxiliary loss times its coefficient: what training minimises."""
+    """`loss` plus each auxiliary loss times its coefficient: what training minimizes."""
     aux_losses: dict[str, Tensor]
     """Unscaled: `sampling_loss`, `balancing_loss`, `router_z_loss`, as far as they apply."""
     recursion_counts: Int[Tensor, "b t"]
@@ -115,12 +115,12 @@ class MoRModel(nn.Module):
 
     # -- stages ---------------------------------------------------------------------------------
 
-    def context(self, packing: RaggedBatch, kv: AttentionBackend) -> ForwardContext:
+    def context(self, ragged: RaggedBatch, kv: AttentionBackend) -> ForwardContext:
         """The context of the tokens in `packing`, with their rotation angles."""
         _, _, head_dim = self.config.num_heads_and_dim
         dtype = self.embed_tokens.weight.dtype
-        rope = RotaryEmbedding.at(packing.positions, head_dim, self.config.rope_theta, dtype)
-        return ForwardContext(ragged=packing, rope=rope, kv=kv)
+        rope = RotaryEmbedding.at(ragged.positions, head_dim, self.config.rope_theta, dtype)
+        return ForwardContext(ragged=ragged, rope=rope, kv=kv)
 
     def run_prelude(self, x: Float[Tensor, "n e"], context: ForwardContext) -> Float[Tensor, "n e"]:
         """The unshared first layers."""
@@ -184,8 +184,10 @@ class MoRModel(nn.Module):
             for depth in range(config.num_recursions):
                 x = self.run_block(x, depth, context)
             return x, counts
-        for slot in block_schedule(config.sharing, config.num_block_layers, config.num_recursions):
-            x = self.block[slot.layer](x, slot, context)
+        for layer_key in block_schedule(
+            config.sharing, config.num_block_layers, config.num_recursions
+        ):
+            x = self.block[layer_key.layer](x, layer_key, context)
         return x, counts
 
     def _expert_choice(
@@ -243,11 +245,11 @@ class MoRModel(nn.Module):
         for depth in range(self.config.num_recursions):
             if depth > 0:
                 goes_on = counts[context.ragged.token_indices] > depth
-                packing, places = context.ragged.select(goes_on)
-                if packing.num_tokens == 0:
+                ragged, places = context.ragged.select(goes_on)
+                if ragged.num_tokens == 0:
                     break
                 present = present.index_select(0, places)
-                context = context.select(packing, places)
+                context = context.select(ragged, places)
             present = self.run_block(present, depth, context)
             whole = context.ragged.num_tokens == h.shape[0]
             h = present if whole else h.index_copy(0, context.ragged.token_indices, present)
@@ -275,9 +277,9 @@ class MoRModel(nn.Module):
                 f"a sequence of {time} tokens does not fit this model: it takes 1 to "
                 f"max_position_embeddings={self.config.max_position_embeddings}."
             )
-        packing = RaggedBatch.full(batch, time, input_ids.device)
+        ragged = RaggedBatch.full(batch, time, input_ids.device)
         documents = None if document_end is None else number_documents(input_ids, document_end)
-        context = self.context(packing, FullSequenceAttention(self.config, documents))
+        context = self.context(ragged, FullSequenceAttention(self.config, documents))
         x = self.run_prelude(self.embed_tokens(input_ids.reshape(-1)), context)
         x, counts, record = self.run_recursions(x, context, selection, capacities)
         return self.run_coda(x, context), counts, record

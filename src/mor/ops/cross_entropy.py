@@ -52,9 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # d nll / d logits = softmax - one-hot, and nothing for ignored tokens. The logits are
             # passed over as few times as possible: one exponential serves loss and gradient.
             index = targets[rows].clamp(min=0)[:, None]
-            most = logits.amax(dim=1, keepdim=True)
-            picked = logits.gather(1, index) - most
-            grads = logits.sub_(most).exp_()
+            maximum = logits.amax(dim=1, keepdim=True)
+            picked = logits.gather(1, index) - maximum
+            grads = logits.sub_(maximum).exp_()
             sums_exp = grads.sum(dim=1, keepdim=True)
             nll = (sums_exp.log() - picked)[:, 0]
             total += nll.masked_fill(targets[rows] == IGNORE, 0).sum()

@@ -1,6 +1,6 @@
 """What paged attention works on: the pool of KV cells, and the lanes of one pass over the layers.
 
-A *cell* holds S key-value slots of one layer. A page is a row of neighbouring cells, one for each
+A *cell* holds S key-value slots of one layer. A page is a row of neighboring cells, one for each
 layer of a stack, so a page table names the cell of a stack's first layer and layer `i` adds `i`.
 That keeps one pool for stacks of different heights (the block; prelude and coda together).
 

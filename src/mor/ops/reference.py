@@ -15,10 +15,10 @@ from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 
 
 def rotate(
-    x: Float[Tensor, "n h d"], rotations: RopeTable, lanes: AttentionMetadata
+    x: Float[Tensor, "n h d"], rotations: RopeTable, metadata: AttentionMetadata
 ) -> Float[Tensor, "n h d"]:
     """RoPE at each lane's position; first and second half of a head form the pairs (Llama)."""
-    where = lanes.positions[: x.shape[0]].long()
+    where = metadata.positions[: x.shape[0]].long()
     cos, sin = rotations.cos[where][:, None].to(x.dtype), rotations.sin[where][:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -29,29 +29,29 @@ def store(
     v: Float[Tensor, "w g d"],
     kv: PagedKV,
     layer: int,
-    lanes: AttentionMetadata,
+    metadata: AttentionMetadata,
 ) -> None:
     """Put the writing lanes' rotated keys and values into their slots."""
-    stores = lanes.slot_cells >= 0
-    cells, slots = lanes.slot_cells[stores].long() + layer, lanes.slot_offsets[stores].long()
+    stores = metadata.slot_cells >= 0
+    cells, slots = metadata.slot_cells[stores].long() + layer, metadata.slot_offsets[stores].long()
     kv.k[cells, :, :, slots] = k[stores].to(kv.k.dtype)
     kv.v[cells, :, slots] = v[stores].to(kv.v.dtype)
 
 
 def attend(
-    q: Float[Tensor, "n h d"], kv: PagedKV, layer: int, lanes: AttentionMetadata
+    q: Float[Tensor, "n h d"], kv: PagedKV, layer: int, metadata: AttentionMetadata
 ) -> Float[Tensor, "n h d"]:
-    """Attention of every lane to the first `kv_len` entries of its run's table.
+    """Attention of every lane to the first `context_lens` entries of its run's table.
 
     Where all lanes of a run see none, they get zeros.
     """
     out = torch.zeros_like(q)
-    bounds, size = lanes.query_start_loc.tolist(), kv.k.shape[3]
+    bounds, size = metadata.query_start_loc.tolist(), kv.k.shape[3]
     for run, (first, last) in enumerate(itertools.pairwise(bounds)):
-        seen = lanes.context_lens[first:last].long()
+        seen = metadata.context_lens[first:last].long()
         if not (reach := int(seen.max())):
             continue
-        cells = lanes.page_tables[run, : -(-reach // size)].long() + layer
+        cells = metadata.page_tables[run, : -(-reach // size)].long() + layer
         keys = kv.k[cells].permute(1, 0, 3, 2).flatten(1, 2)[:, :reach]  # (G, entries, D)
         values = kv.v[cells].permute(1, 0, 2, 3).flatten(1, 2)[:, :reach]
         mask = torch.arange(reach, device=q.device)[None] < seen[:, None]

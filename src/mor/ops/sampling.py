@@ -42,7 +42,7 @@ def score(
     logits: Float[Tensor, "n v"],
     tokens: Int[Tensor, " n"],
     num_top: int,
-    most: int,
+    maximum: int,
     best: tuple[list[int], list[float]] | None = None,
 ) -> tuple[list[float], list[dict[int, float]]]:
     """Log-probabilities of given tokens, and `num_top` of the likeliest ones in their places.
@@ -61,7 +61,7 @@ def score(
     logprobs = upcast(logits).log_softmax(-1)
     columns = [logprobs.gather(1, tokens[:, None])]
     if num_top:
-        likeliest = logprobs.topk(min(most, logits.shape[1]))
+        likeliest = logprobs.topk(min(maximum, logits.shape[1]))
         columns += [likeliest.indices, likeliest.values]
     table = torch.cat([column.double() for column in columns], dim=1).tolist()
     return [line[0] for line in table], [top_logprobs(line[1:], num_top) for line in table]
@@ -128,17 +128,17 @@ def sample(
         uniforms: each row's random number in [0, 1).
     """
     weights = scores.sub_(scores.gather(1, best)).div_(draws.temperature).exp_()
-    least = torch.zeros_like(draws.temperature)  # each row's smallest weight that is kept
+    minimum = torch.zeros_like(draws.temperature)  # each row's smallest weight that is kept
     if draws.top_k is not None:
-        some, ks, most = draws.top_k
-        least[some] = weights[some].topk(most).values.gather(1, ks - 1)
+        some, ks, maximum = draws.top_k
+        minimum[some] = weights[some].topk(maximum).values.gather(1, ks - 1)
     if draws.top_p is not None:
         some, shares = draws.top_p
         left = weights[some]
-        left = torch.where(left < least[some], 0.0, left)
-        least[some] = torch.maximum(least[some], _nucleus(left, shares))
+        left = torch.where(left < minimum[some], 0.0, left)
+        minimum[some] = torch.maximum(minimum[some], _nucleus(left, shares))
     if draws.cuts:  # min_p: a share of the likeliest token's weight, which is 1
-        weights = torch.where(weights < torch.maximum(least, draws.min_p), 0.0, weights)
+        weights = torch.where(weights < torch.maximum(minimum, draws.min_p), 0.0, weights)
     sums = weights.cumsum(-1)
     reached = uniforms * sums[:, -1:]
     drawn = torch.searchsorted(sums, reached, right=True).clamp_(max=sums.shape[1] - 1)

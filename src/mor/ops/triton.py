@@ -11,53 +11,24 @@ Shape letters as in `paged`; E is the width of a row, I that of a gate.
 from __future__ import annotations  # for signatures of kernels where there is no Triton
 
 import math
-from collections.abc import Callable
 from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mor.errors import MissingExtraError
 from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
+from mor.ops.triton_launch import jit, launch, power_of_two
 
 try:
-    import triton
     import triton.language as tl
     from triton.language import constexpr, tensor
 except ImportError:
-    _FOUND = False
-else:
-    _FOUND = True
+    pass
 
 _MAX_ROWS = 64  # rows (lanes x query heads of one key-value head) of a program of `attend`
 _TILE_BYTES = 16384  # keys that such a program holds at once
 _SPLIT_ENTRIES = 128  # entries that are worth a program of their own
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    """triton.jit where there is Triton; without it a kernel is never launched.
-
-    Kernels are also marked `no_type_check`: the tests' hook would wrap them, and Triton needs the
-    bare function. The names are of numbers that change from call to call: nothing shall be
-    compiled anew because one of them happens to be 1 or a multiple of 16.
-    """
-    changing = ("layer", "num_lanes", "num_runs", "num_writing", "table_width")
-    return triton.jit(do_not_specialize=changing)(kernel) if _FOUND else kernel
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
-    """Run `kernel` on the device of `like`; no grid, no launch."""
-    if not _FOUND:
-        raise MissingExtraError("triton", "gpu")
-    if math.prod(grid):
-        with torch.cuda.device_of(like):
-            kernel[grid](*args, **options)
-
-
-def _power(number: int) -> int:
-    """The least power of two that is not smaller than `number`."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -65,7 +36,7 @@ def _packed(x: Tensor) -> Tensor:
     return x if not len(x) or x[0].is_contiguous() else x.contiguous()
 
 
-@_jit
+@jit
 @no_type_check
 def _turned(x: tensor, cos: tensor, sin: tensor, inside: tensor, half: constexpr) -> Any:
     """The rotated first and second halves, fp32, of heads whose first halves x points to."""
@@ -74,11 +45,11 @@ def _turned(x: tensor, cos: tensor, sin: tensor, inside: tensor, half: constexpr
     return first * cos - second * sin, second * cos + first * sin
 
 
-@_jit
+@jit
 @no_type_check
 def _place(
     q: tensor, out: tensor, k: tensor, v: tensor, cos: tensor, sin: tensor, positions: tensor,
-    k_cells: tensor, v_cells: tensor, write_cell: tensor, write_slot: tensor, layer: tensor,
+    k_cells: tensor, v_cells: tensor, slot_cells: tensor, slot_offsets: tensor, layer: tensor,
     num_writing: tensor, q_lane: tensor, k_lane: tensor, v_lane: tensor, turns: constexpr,
     heads: constexpr, kv_heads: constexpr, half: constexpr, size: constexpr,
     block_h: constexpr, block_g: constexpr, block_half: constexpr,
@@ -100,8 +71,8 @@ def _place(
         tl.store(there + half, second, mask=inside)
     if lane >= num_writing:
         return
-    cell = tl.load(write_cell + lane).to(tl.int64)
-    slot = tl.load(write_slot + lane)
+    cell = tl.load(slot_cells + lane).to(tl.int64)
+    slot = tl.load(slot_offsets + lane)
     g = tl.arange(0, block_g)[:, None]
     inside = (g < kv_heads) & (d < half) & (cell >= 0)
     key, value = k + lane * k_lane + g * dim + d, v + lane * v_lane + g * dim + d
@@ -119,7 +90,7 @@ def _place(
     tl.store(there + half, tl.load(value + half, mask=inside, other=0.0), mask=inside)
 
 
-@_jit
+@jit
 @no_type_check
 def _tile_lanes(
     program: tensor, runs: tensor, num_lanes: tensor, num_runs: tensor, tile: constexpr
@@ -150,7 +121,7 @@ def _tile_lanes(
     return low, first, end
 
 
-@_jit
+@jit
 @no_type_check
 def _scan(
     queries: tensor, k: tensor, v: tensor, table: tensor, layer: tensor, kv_head: tensor,
@@ -187,10 +158,10 @@ def _scan(
     return peak, total, mixed
 
 
-@_jit
+@jit
 @no_type_check
 def _attend(
-    q: tensor, k: tensor, v: tensor, out: tensor, sums: tensor, kv_len: tensor, runs: tensor,
+    q: tensor, k: tensor, v: tensor, out: tensor, sums: tensor, context_lens: tensor, runs: tensor,
     tables: tensor, scale: tensor, layer: tensor, num_lanes: tensor, num_runs: tensor,
     table_width: tensor, q_lane: tensor, heads: constexpr, kv_heads: constexpr, dim: constexpr,
     size: constexpr, aligned: constexpr, tile: constexpr, splits: constexpr,
@@ -205,7 +176,7 @@ def _attend(
     row, d = tl.arange(0, block_m), tl.arange(0, block_d)
     lane = (first + row // group).to(tl.int64)
     used = (row < tile * group) & (lane < end)
-    seen = tl.load(kv_len + lane, mask=used, other=0)
+    seen = tl.load(context_lens + lane, mask=used, other=0)
     reach = tl.max(seen, 0)
     span = tl.cdiv(tl.cdiv(reach, splits), block_n) * block_n
     inside = used[:, None] & (d < dim)[None]
@@ -224,7 +195,7 @@ def _attend(
         tl.store(sums + place, peak + tl.log2(total), mask=used)
 
 
-@_jit
+@jit
 @no_type_check
 def _merge(
     parts: tensor, sums: tensor, out: tensor, num_lanes: tensor,
@@ -241,7 +212,7 @@ def _merge(
     tl.store(out + place * dim + d, mixed, mask=d < dim)
 
 
-@_jit
+@jit
 @no_type_check
 def _rms_norm(
     x: tensor, weight: tensor, out: tensor, eps: tensor, x_row: tensor,
@@ -256,7 +227,7 @@ def _rms_norm(
     tl.store(out + row * width + e, values * scale * weights, mask=e < width)
 
 
-@_jit
+@jit
 @no_type_check
 def _silu_mul(
     x: tensor, out: tensor, x_row: tensor, width: constexpr, block: constexpr
@@ -270,15 +241,15 @@ def _silu_mul(
 
 
 def rotate(
-    x: Float[Tensor, "n h d"], rotations: RopeTable, lanes: AttentionMetadata
+    x: Float[Tensor, "n h d"], rotations: RopeTable, metadata: AttentionMetadata
 ) -> Float[Tensor, "n h d"]:
     """RoPE at each lane's position, computed in fp32: `reference.rotate`."""
     (num, heads, dim), x, out = x.shape, _packed(x), x.new_empty(x.shape)
-    _launch(
+    launch(
         _place, (num,), x,
-        x, out, x, x, rotations.cos, rotations.sin, lanes.positions,
-        x, x, lanes.slot_cells, lanes.slot_offsets, 0, 0, x.stride(0), 0, 0, True,
-        heads, 0, dim // 2, 1, _power(heads), 1, _power(dim // 2),
+        x, out, x, x, rotations.cos, rotations.sin, metadata.positions,
+        x, x, metadata.slot_cells, metadata.slot_offsets, 0, 0, x.stride(0), 0, 0, True,
+        heads, 0, dim // 2, 1, power_of_two(heads), 1, power_of_two(dim // 2),
     )  # fmt: skip
     return out
 
@@ -288,21 +259,21 @@ def store(
     v: Float[Tensor, "w g d"],
     kv: PagedKV,
     layer: int,
-    lanes: AttentionMetadata,
+    metadata: AttentionMetadata,
 ) -> None:
     """Put the writing lanes' rotated keys and values into their slots: `reference.store`.
 
-    A lane whose `write_cell` is negative writes nothing, so a graph's padding can be among the W.
+    A lane whose `slot_cells` is negative writes nothing, so a graph's padding can be among the W.
     """
-    _write(k[:, :0], k, v, None, kv, layer, lanes)
+    _write(k[:, :0], k, v, None, kv, layer, metadata)
 
 
 def rotate_and_store(
     q: Float[Tensor, "n h d"], k: Float[Tensor, "w g d"], v: Float[Tensor, "w g d"],
-    rotations: RopeTable, kv: PagedKV, layer: int, lanes: AttentionMetadata,
+    rotations: RopeTable, kv: PagedKV, layer: int, metadata: AttentionMetadata,
 ) -> Float[Tensor, "n h d"]:  # fmt: skip
     """`rotate` q and k, `store` k and v, in one kernel; returns q rotated."""
-    return _write(q, k, v, rotations, kv, layer, lanes)
+    return _write(q, k, v, rotations, kv, layer, metadata)
 
 
 def _write(
@@ -312,18 +283,20 @@ def _write(
     turn: RopeTable | None,
     kv: PagedKV,
     layer: int,
-    lanes: AttentionMetadata,
+    metadata: AttentionMetadata,
 ) -> Tensor:
     """Both of them: (W, 0, D) queries and no rotations where only `store` is meant."""
     (num, heads, dim), (writing, kv_heads, _) = q.shape, k.shape
     assert kv.k.is_contiguous() and kv.v.is_contiguous()  # noqa: PT018
     q, k, v, out = _packed(q), _packed(k), _packed(v), q.new_empty(q.shape)
     cos, sin = (turn.cos, turn.sin) if turn is not None else (k, k)
-    _launch(
+    launch(
         _place, (num,), k,
-        q, out, k, v, cos, sin, lanes.positions, kv.k, kv.v, lanes.slot_cells, lanes.slot_offsets,
+        q, out, k, v, cos, sin, metadata.positions,
+        kv.k, kv.v, metadata.slot_cells, metadata.slot_offsets,
         layer, writing, q.stride(0), k.stride(0), v.stride(0), turn is not None,
-        heads, kv_heads, dim // 2, kv.k.shape[3], _power(heads), _power(kv_heads), _power(dim // 2),
+        heads, kv_heads, dim // 2, kv.k.shape[3],
+        power_of_two(heads), power_of_two(kv_heads), power_of_two(dim // 2),
     )  # fmt: skip
     return out
 
@@ -332,37 +305,39 @@ def attend(
     q: Float[Tensor, "n h d"],
     kv: PagedKV,
     layer: int,
-    lanes: AttentionMetadata,
+    metadata: AttentionMetadata,
     *,
-    max_run: int | None = None,
+    max_query_len: int | None = None,
     splits: int | None = None,
 ) -> Float[Tensor, "n h d"]:
-    """Paged flash attention of every lane to the first `kv_len` entries of its run's table.
+    """Paged flash attention of every lane to the first `context_lens` entries of its run's table.
 
     `reference.attend`, and more: a lane that sees no entry gets zeros, a run may have no lanes, and
-    lanes behind the last run are padding, whose kv_len must be 0.
+    lanes behind the last run are padding, whose context_lens must be 0.
 
     A program takes a tile of lanes of one run with all query heads of one key-value head, so that
     these share what is read; where programs are few, as in decode, several of them share the
     entries of a tile, and a second kernel merges what they found (flash decoding).
 
     Args:
-        max_run: length of the longest run, 1 in pure decode. It sets the size of the tiles, so
-            a wrong number costs time only. None takes the mean length.
+        max_query_len: length of the longest run, 1 in pure decode. It sets the size of the tiles,
+            so a wrong number costs time only. None takes the mean length.
         splits: programs that share the entries of a tile, a power of two. None chooses by the
-            shapes N, U and P; with a given number and `max_run=1` a lane's result has the same
-            bits in whatever batch it is.
+            shapes N, U and P; with a given number and `max_query_len=1` a token's result has the
+            same bits in whatever batch it is.
     """
     (num, heads, dim), (_, kv_heads, _, size) = q.shape, kv.k.shape
-    num_runs, width = lanes.page_tables.shape
+    num_runs, width = metadata.page_tables.shape
     if not num_runs:
         return torch.zeros_like(q)
     assert kv.k.is_contiguous() and kv.v.is_contiguous()  # noqa: PT018
-    group, block_d = heads // kv_heads, max(_power(dim), 16)
-    longest = max_run if max_run is not None else -(-num // num_runs)
-    most = _MAX_ROWS if q.element_size() < 4 else 16  # fp32 is no work for tensor cores: it spills
-    block_m = max(min(_power(longest * group), most), _power(group), 16)
-    tile = 1 if longest <= 1 else block_m // group
+    group, block_d = heads // kv_heads, max(power_of_two(dim), 16)
+    max_length = max_query_len if max_query_len is not None else -(-num // num_runs)
+    maximum = (
+        _MAX_ROWS if q.element_size() < 4 else 16
+    )  # fp32 is no work for tensor cores: it spills
+    block_m = max(min(power_of_two(max_length * group), maximum), power_of_two(group), 16)
+    tile = 1 if max_length <= 1 else block_m // group
     block_n = max(min(_TILE_BYTES // (block_d * q.element_size()), 64), 16)
     tiles = num if tile == 1 else num // tile + num_runs
     splits = splits or _num_splits(tiles * kv_heads, width * size, q.device)
@@ -372,15 +347,16 @@ def attend(
         parts = q.new_empty((splits, *q.shape), dtype=torch.float32)
         sums = q.new_empty((splits, num, heads), dtype=torch.float32)
     scale = dim**-0.5 * math.log2(math.e)
-    _launch(
+    launch(
         _attend, (tiles, kv_heads, splits), q,
-        q, kv.k, kv.v, parts, sums, lanes.context_lens, lanes.query_start_loc, lanes.page_tables, scale, layer,
-        num, num_runs, lanes.page_tables.stride(0), q.stride(0),
+        q, kv.k, kv.v, parts, sums,
+        metadata.context_lens, metadata.query_start_loc, metadata.page_tables, scale, layer,
+        num, num_runs, metadata.page_tables.stride(0), q.stride(0),
         heads, kv_heads, dim, size, min(size & -size, block_n), tile, splits,
         block_m, block_n, block_d, num_warps=8 if block_m * block_d > 4096 else 4,
     )  # fmt: skip
     if splits > 1:
-        _launch(_merge, (num, heads), q, parts, sums, out, num, heads, dim, splits, block_d)
+        launch(_merge, (num, heads), q, parts, sums, out, num, heads, dim, splits, block_d)
     return out
 
 
@@ -390,7 +366,7 @@ def _num_splits(programs: int, entries: int, device: torch.device) -> int:
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = min(2 * processors // max(programs, 1), entries // _SPLIT_ENTRIES)
-    return _power(max(wanted, 1))
+    return power_of_two(max(wanted, 1))
 
 
 def rms_norm(
@@ -399,7 +375,7 @@ def rms_norm(
     """x / rms(x) * weight, computed in fp32: `reference.rms_norm`."""
     (num, width), out = x.shape, x.new_empty(x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
-    _launch(_rms_norm, (num,), x, x, weight, out, eps, x.stride(0), width, _power(width))
+    launch(_rms_norm, (num,), x, x, weight, out, eps, x.stride(0), width, power_of_two(width))
     return out
 
 
@@ -407,6 +383,6 @@ def silu_mul(gate_up: Float[Tensor, "n two_i"]) -> Float[Tensor, "n i"]:
     """silu(gate) * up, the two halves of a row, computed in fp32: `reference.silu_mul`."""
     num, width = gate_up.shape[0], gate_up.shape[1] // 2
     x = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
-    block, out = min(_power(width), 1024), x.new_empty((num, width))
-    _launch(_silu_mul, (num, -(-width // block)), x, x, out, x.stride(0), width, block)
+    block, out = min(power_of_two(width), 1024), x.new_empty((num, width))
+    launch(_silu_mul, (num, -(-width // block)), x, x, out, x.stride(0), width, block)
     return out

@@ -1,6 +1,6 @@
 """Line and bar charts as self-contained inline SVG, written without a plotting library.
 
-Colours are CSS variables with fallbacks, so that a chart follows the light or dark scheme of the
+Colors are CSS variables with fallbacks, so that a chart follows the light or dark scheme of the
 page around it and still looks right as a file of its own. All sizes are in SVG user units.
 """
 
@@ -181,8 +181,8 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if 0 < share < 0.0995 else f"{share:.0%}"
 
 
-def series_colour(index: int) -> str:
-    """The CSS colour of series `index`: a page variable with the light shade as its fallback."""
+def series_color(index: int) -> str:
+    """The CSS color of series `index`: a page variable with the light shade as its fallback."""
     index %= len(SERIES_SHADES)
     return f"var(--series-{index},{SERIES_SHADES[index].light})"
 
@@ -264,10 +264,10 @@ def _rule(x1: float, y1: float, x2: float, y2: float, strength: float) -> str:
 
 
 def _stroke(index: int, dashed: bool) -> str:
-    """Presentation of line `index`; lines that have to reuse a colour are dotted."""
+    """Presentation of line `index`; lines that have to reuse a color are dotted."""
     dots = "7 5" if dashed else "1.5 4" if index >= len(SERIES_SHADES) else "none"
     return (
-        f'style="stroke:{series_colour(index)}" fill="none" stroke-width="2" '
+        f'style="stroke:{series_color(index)}" fill="none" stroke-width="2" '
         f'stroke-linejoin="round" stroke-linecap="round" stroke-dasharray="{dots}"'
     )
 
@@ -282,7 +282,7 @@ def _legend(names: Sequence[tuple[str, bool]], width: int, *, bars: bool) -> tup
             x, y = 0.0, y + LEGEND_ROW
         if bars:
             box = f'x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" rx="2"'
-            parts.append(f'<rect {box} style="fill:{series_colour(i)}"/>')
+            parts.append(f'<rect {box} style="fill:{series_color(i)}"/>')
         else:
             parts.append(f'<path d="M{x + 1:.1f} {y - 4:.1f}h18" {_stroke(i, dashed)}/>')
         parts.append(_text(x + (18 if bars else 26), y, name))
@@ -348,9 +348,9 @@ def _last_values(ends: Sequence[Point | None], x_axis: _Axis, y_axis: _Axis) -> 
     for (y, i, x, text), height in zip(marks, heights, strict=True):
         if x < right - 6:
             parts.append(_rule(x + 6, y, right, y, 0.25).replace("/>", ' stroke-dasharray="2 3"/>'))
-        colour = series_colour(i)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
-        fill = f'style="fill:color-mix(in srgb,{colour} 75%,currentColor)" font-weight="600"'
+        color = series_color(i)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{color}"/>')
+        fill = f'style="fill:color-mix(in srgb,{color} 75%,currentColor)" font-weight="600"'
         parts.append(f'<text x="{right + 10:.1f}" y="{height + 4:.1f}" {fill}>{text}</text>')
     return "".join(parts)
 
@@ -377,7 +377,7 @@ def _bar(
         turn = f'<text transform="rotate(-90 {middle + 4:.1f} {y - 6:.1f})"'
         label = _text(middle + 4, y - 6, text).replace("<text", turn)
     hover = f"<title>{_escape(f'{name}: {text}')}</title>"
-    return f'<rect {box} rx="1.5" style="fill:{series_colour(index)}">{hover}</rect>{label}'
+    return f'<rect {box} rx="1.5" style="fill:{series_color(index)}">{hover}</rect>{label}'
 
 
 def _describe(x: str, y: str, series: Sequence[Series], ends: Sequence[Point | None]) -> str:

@@ -1,11 +1,11 @@
-"""Runs side by side: one table for people, one page with curves, depths and coloured text."""
+"""Runs side by side: one table for people, one page with curves, depths and colored text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mor.eval.depth import mean_recursions
-from mor.report.html import ColouredText, Section, Series, Table, bar_chart, line_chart, page
+from mor.report.html import ColoredText, Section, Series, Table, bar_chart, line_chart, page
 
 _SMOOTHING = 0.95  # weight of the past in the moving average of the training loss
 
@@ -96,7 +96,7 @@ def smoothed(curve: Sequence[tuple[int, float]]) -> list[float]:
 
 def report_page(
     runs: Sequence[RunSummary],
-    sample: ColouredText,
+    sample: ColoredText,
     *,
     title: str,
     subtitle: str,
@@ -134,7 +134,7 @@ def report_page(
         Section(
             heading="A sample",
             body_html=sample.html(),
-            note="A generated token's colour is the number of recursions that produced it.",
+            note="A generated token's color is the number of recursions that produced it.",
         ),
     ]
     return page(title, subtitle, sections, footer)

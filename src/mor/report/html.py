@@ -1,8 +1,8 @@
-"""Self-contained HTML reports: charts, tables and text coloured by recursion count.
+"""Self-contained HTML reports: charts, tables and text colored by recursion count.
 
 Everything here is a pure function from values to text. A page makes no request to any host (its
 content security policy forbids it), needs no script, follows the light or dark scheme of the
-reader, prints in the light one, and shows depth by underlines and numbers as well as by colour.
+reader, prints in the light one, and shows depth by underlines and numbers as well as by color.
 """
 
 import re
@@ -20,10 +20,10 @@ from mor.report.palette import (
     shade_index,
 )
 
-__all__ = ["ColouredText", "Section", "Series", "Table", "bar_chart", "line_chart", "page", "tabs"]
+__all__ = ["ColoredText", "Section", "Series", "Table", "bar_chart", "line_chart", "page", "tabs"]
 
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}<>~]?\d")
-_MOST_TABS = 6
+_MAX_TABS = 6
 _BLANKS = ("", "-", "\N{EN DASH}", "\N{EM DASH}", "n/a")
 
 
@@ -69,7 +69,7 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColouredText:
+class ColoredText:
     """Token texts with the recursion count (1..num_recursions) of each.
 
     The first `prompt_tokens` pieces are the prompt: they are shown paler, up to a vertical bar,
@@ -134,7 +134,7 @@ def tabs(name: str, panels: Sequence[tuple[str, str]]) -> str:
 
     No script: the style sheet follows a group of radio buttons called `name`. On paper all show.
     """
-    assert 0 < len(panels) <= _MOST_TABS, len(panels)
+    assert 0 < len(panels) <= _MAX_TABS, len(panels)
     labels = "".join(
         f'<label><input type="radio" name="{escape(name)}"{"" if i else " checked"}>'
         f" {escape(label)}</label>"
@@ -185,7 +185,7 @@ def _scheme() -> str:
     )
     shown = ",".join(
         f".tabs:has(label:nth-of-type({i}) :checked)>div:nth-of-type({i})"
-        for i in range(1, _MOST_TABS + 1)
+        for i in range(1, _MAX_TABS + 1)
     )
     screen = f"@media screen{{.tabs>div{{display:none}}{shown}{{display:block}}}}"
     chosen = f"@supports selector(:has(*)){{{screen}}}"

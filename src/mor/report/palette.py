@@ -1,7 +1,7 @@
-"""Colours that charts, coloured token text and the terminal share.
+"""Colors that charts, colored token text and the terminal share.
 
 Both ramps were chosen by measurement: in simulated protanopia, deuteranopia and tritanopia any two
-neighbouring shades of three recursions differ by at least 0.1 in OKLab, lightness is monotonic in
+neighboring shades of three recursions differ by at least 0.1 in OKLab, lightness is monotonic in
 depth (so the order survives in greyscale), and text on every shade has a contrast of at least 4.5.
 """
 
@@ -12,7 +12,7 @@ MAX_RECURSIONS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ColorPair:
-    """One colour in its variant for a light page and its variant for a dark page, as #rrggbb."""
+    """One color in its variant for a light page and its variant for a dark page, as #rrggbb."""
 
     light: str
     dark: str
@@ -34,7 +34,7 @@ DEPTH_SHADES: tuple[ColorPair, ...] = (
     ColorPair(light="#59bae3", dark="#006b98"),
     ColorPair(light="#64a6e9", dark="#316cb5"),
 )
-"""Token backgrounds from few recursions (nearly the page's own colour) to many."""
+"""Token backgrounds from few recursions (nearly the page's own color) to many."""
 
 SERIES_SHADES: tuple[ColorPair, ...] = (
     ColorPair(light="#1558b0", dark="#5b9df9"),

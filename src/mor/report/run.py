@@ -70,7 +70,7 @@ class Run:
         final = next(reversed(self.evaluations), {})
         seconds = sum(row["step_s"] for row in self.rows)
         histogram = final.get("depth_histogram")
-        utilisation = [row["mfu"] for row in self.rows if row.get("mfu")]
+        utilization = [row["mfu"] for row in self.rows if row.get("mfu")]
         return {
             "steps": last["step"],
             "tokens": last["tokens"],
@@ -85,6 +85,6 @@ class Run:
             "mean_recursions": mean_recursions(histogram) if histogram else None,
             "step_seconds": seconds,
             "tokens_per_s": last["tokens"] / seconds,
-            "mfu": statistics.median(utilisation) if utilisation else None,
+            "mfu": statistics.median(utilization) if utilization else None,
             "memory_bytes": last.get("memory_bytes"),
         }

@@ -35,7 +35,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "router_accuracy": ("router accuracy", "{:.1%}".format),
         "dead_share": ("dead positions", "{:.1%}".format),
         "tokens_per_s": ("tokens/s", "{:,.0f}".format),
-        "mfu": ("model FLOPs utilisation", "{:.1%}".format),
+        "mfu": ("model FLOPs utilization", "{:.1%}".format),
         "memory_bytes": ("memory", lambda v: f"{v / 2**20:,.0f} MiB"),
     }
 )
@@ -88,7 +88,7 @@ def run_report(runs: Sequence[Run], footer: str) -> str:
         Section(heading="Validation", body_html=_validation(runs), note=_VALIDATION_NOTE),
         Section(heading="Depth and routers", body_html=_routing(runs), note=_ROUTING_NOTE),
         Section(heading="Speed and memory", body_html=_speed(runs), note=_SPEED_NOTE),
-        Section(heading="Optimisation", body_html=_optimisation(runs)),
+        Section(heading="Optimization", body_html=_optimization(runs)),
         Section(heading="Commands", body_html=_commands(runs), note=_COMMANDS_NOTE),
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} training runs"
@@ -109,7 +109,7 @@ _ROUTING_NOTE = (
     "both rules agree. Dead: positions that the deepest recursion never selects."
 )
 _SPEED_NOTE = (
-    "Of the optimizer steps alone, moving averages. Utilisation: the cost model's FLOPs per second "
+    "Of the optimizer steps alone, moving averages. Utilization: the cost model's FLOPs per second "
     "over the rate of a large matrix product. Memory: the most in use so far."
 )
 _COMMANDS_NOTE = "Each config.yaml holds all settings of its run; the command repeats it beside it."
@@ -164,7 +164,7 @@ def _validation(runs: Sequence[Run]) -> str:
 
 
 def _evaluated(runs: Sequence[Run], key: str, only: Sequence[Run] | None = None) -> list[Series]:
-    """A line per run, so that a run has one colour on the page; those left out are empty."""
+    """A line per run, so that a run has one color on the page; those left out are empty."""
     series = []
     for run in runs:
         kept = run.evaluations if only is None or run in only else []
@@ -188,11 +188,12 @@ def _routing(runs: Sequence[Run]) -> str:
     deep = [run for run in runs if run.model.num_recursions > 1 and run.evaluations]
     charts = []
     if deep:
-        most = max(run.model.num_recursions for run in deep)
-        counts = range(1, most + 1)
+        maximum = max(run.model.num_recursions for run in deep)
+        counts = range(1, maximum + 1)
         finals = [(run.name, run.evaluations[-1]["depth_histogram"]) for run in deep]
         bars = [
-            (name, [*shares[1:], *[math.nan] * (most + 1 - len(shares))]) for name, shares in finals
+            (name, [*shares[1:], *[math.nan] * (maximum + 1 - len(shares))])
+            for name, shares in finals
         ]
         title = "Share of validation tokens by recursion count, at the end"
         charts.append(bar_chart(title, [str(c) for c in counts], bars, x_label="recursion count"))
@@ -226,13 +227,13 @@ def _speed(runs: Sequence[Run]) -> str:
     charts = [line_chart("Tokens per second", "tokens", "tokens/s", pace)]
     if all("mfu" in row for run in runs for row in run.rows):
         mfu = [_thin(run.name, _tokens(run), _smooth(run, "mfu")) for run in runs]
-        charts.append(line_chart("Model FLOPs utilisation", "tokens", "share of the peak", mfu))
+        charts.append(line_chart("Model FLOPs utilization", "tokens", "share of the peak", mfu))
     memory = [_column(run, "memory_bytes", 1 / 2**20) for run in runs]
     charts.append(line_chart("Memory", "tokens", "MiB", memory))
     return "".join(charts)
 
 
-def _optimisation(runs: Sequence[Run]) -> str:
+def _optimization(runs: Sequence[Run]) -> str:
     norm = [_thin(run.name, _tokens(run), _smooth(run, "grad_norm")) for run in runs]
     rate = [_column(run, "lr") for run in runs]
     return line_chart("Gradient norm before clipping", "tokens", "", norm) + line_chart(

@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 _log = logging.getLogger("mor.serve")
 
-_MOST_FAILURES = 3
+_MAX_FAILURES = 3
 """Ticks in a row that may fail before the engine is given up."""
-_LONGEST_RETRY = 60  # seconds
+_MAX_RETRY = 60  # seconds
 
 
 class AsyncEngine:
@@ -45,7 +45,7 @@ class AsyncEngine:
         self._llm = llm
         self._metrics = metrics
         self._seconds = seconds
-        self._most = llm.config.max_sequences + max_waiting
+        self._most = llm.config.max_num_seqs + max_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._request_streams: dict[
             str, RequestStream
@@ -100,8 +100,8 @@ class AsyncEngine:
                 "fewer prompts at once, or ask for fewer completions (n).",
             )
         if self._active + num_sequences > self._most:
-            rounds = self._active / self._llm.config.max_sequences
-            seconds = min(max(1, round(rounds * self._metrics.mean_seconds)), _LONGEST_RETRY)
+            rounds = self._active / self._llm.config.max_num_seqs
+            seconds = min(max(1, round(rounds * self._metrics.mean_seconds)), _MAX_RETRY)
             raise HTTPError(
                 429,
                 f"{self._active} completions are under way or waiting, {self._most} are allowed: "
@@ -201,7 +201,7 @@ class AsyncEngine:
         """Give up what is under way. The message stays out of the log: it may quote a prompt."""
         trace = "".join(traceback.format_tb(error.__traceback__))
         _log.error("a tick failed with %s at\n%s", type(error).__name__, trace)
-        if failures >= _MOST_FAILURES:
+        if failures >= _MAX_FAILURES:
             self._is_broken = self._is_stopping = True
         for name in self._metrics.names:
             self._llm.abort(name)

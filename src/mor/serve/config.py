@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from mor.errors import ConfigError
 
-_AT_LEAST = (("max_waiting", 0), ("max_body_bytes", 1024), ("max_model_len", 2))
+_AT_MIN = (("max_waiting", 0), ("max_body_bytes", 1024), ("max_model_len", 2))
 _SECONDS = ("request_timeout", "body_timeout", "send_timeout", "drain_timeout")
 
 
@@ -44,10 +44,10 @@ class ServeConfig:
                 raise ConfigError("an API key must be printable ASCII text, and not empty.")
             if key != key.strip():
                 raise ConfigError("an API key must not begin or end with a blank.")
-        for name, least in _AT_LEAST:
+        for name, minimum in _AT_MIN:
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}.")
+            if value is not None and value < minimum:
+                raise ConfigError(f"{name}={value} must be at least {minimum}.")
         for name in _SECONDS:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)} must be a time in seconds.")

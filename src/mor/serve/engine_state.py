@@ -43,7 +43,7 @@ class EngineState:
             waiting=len(llm.scheduler.waiting),
             tokens_by_depth=list(llm.stats.depth_histogram),
             pages_by_depth=[_distinct(tables) for tables in depths],
-            pages_outer=_distinct(
+            pages_unshared=_distinct(
                 [s.unshared_table for s in running if s.unshared_table is not None]
             ),
             pages_cached=len(cached - held),

@@ -14,7 +14,7 @@ _TYPES = (  # by status, as OpenAI names them
     (404, "not_found_error"),
     (429, "rate_limit_error"),
 )
-_LONGEST_MESSAGE = 1000
+_MAX_MESSAGE = 1000
 
 
 class HTTPError(Exception):
@@ -73,7 +73,7 @@ def json_response(
 
 def truncate(text: str) -> str:
     """At most a thousand characters of it."""
-    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}.."
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}.."
 
 
 def from_engine_error(error: MorError) -> HTTPError:

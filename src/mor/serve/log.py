@@ -14,7 +14,7 @@ from mor.serve.errors import HTTPError
 _log = logging.getLogger("mor.serve")
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a client's choice
-_LONGEST_PATH = 200
+_MAX_PATH = 200
 
 
 class RequestLog:
@@ -57,6 +57,6 @@ class RequestLog:
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
             _log.info(
                 "%s %s %s %s %.0f ms",
-                *(name, scope["method"], path[:_LONGEST_PATH], status or "-"),
+                *(name, scope["method"], path[:_MAX_PATH], status or "-"),
                 1000 * (time.monotonic() - began),
             )

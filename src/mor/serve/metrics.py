@@ -27,7 +27,7 @@ class _Timing:
     """When things happened to one engine request."""
 
     arrived: float
-    num_prompt: int
+    num_prompt_tokens: int
     started: float | None = None
     first: float | None = None
     last: dict[int, float] = field(default_factory=dict)
@@ -108,9 +108,9 @@ class Metrics:
         total, number = self._durations
         return total / number if number else 1.0
 
-    def record_arrival(self, name: str, num_prompt: int) -> None:
+    def record_arrival(self, name: str, num_prompt_tokens: int) -> None:
         """The engine has accepted a request."""
-        timing = _Timing(arrived=time.monotonic(), num_prompt=num_prompt)
+        timing = _Timing(arrived=time.monotonic(), num_prompt_tokens=num_prompt_tokens)
         self._timings[name] = self._queued[name] = timing
 
     def record_step(self, llm: LLM, events: list[TokenOutput]) -> None:
@@ -134,10 +134,10 @@ class Metrics:
             timing.first = now
             self._ttft.observe(now - timing.arrived)
             self._prefill.observe(now - (timing.started or now))
-            self._prompt.inc(timing.num_prompt)
-            self._prompts.observe(timing.num_prompt)
+            self._prompt.inc(timing.num_prompt_tokens)
+            self._prompts.observe(timing.num_prompt_tokens)
         if event.prompt is not None:
-            self._queries.inc(timing.num_prompt)
+            self._queries.inc(timing.num_prompt_tokens)
             self._hits.inc(event.prompt.num_cached_tokens)
         elif event.index in timing.last:
             self._itl.observe(now - timing.last[event.index])
@@ -183,7 +183,7 @@ class Metrics:
             self._running.set(state.running)
             self._waiting.set(state.waiting)
             self._usage.set(state.pages_used / state.pages_total)
-            held = {"outer": state.pages_unshared, **dict(enumerate(state.pages_by_depth))}
+            held = {"unshared": state.pages_unshared, **dict(enumerate(state.pages_by_depth))}
             for depth, pages in held.items():
                 labelled = self._kv_bytes.labels(**self._labels, depth=str(depth))
                 labelled.set(pages * state.page_bytes)

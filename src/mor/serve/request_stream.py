@@ -1,4 +1,4 @@
-"""`Ticket`: what one client's request is to the engine, and the tokens that came for it."""
+"""`RequestStream`: what one client's request is to the engine, and the tokens that came for it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence

@@ -1,4 +1,4 @@
-"""`Service`: one model, served; what all routes share."""
+"""`ServedModel`: one model, served; what all routes share."""
 
 import time
 
@@ -112,13 +112,15 @@ class ServedModel:
         Raises:
             HTTPError: 400, a value is out of range or the prompt does not fit.
         """
-        longest = max(map(len, prompts))
-        most = max(1, self.max_model_len - longest) if max_tokens is None else max(1, max_tokens)
-        if longest + most > self.max_model_len:
-            raise context_length_error(longest, most, self.max_model_len)
+        max_length = max(map(len, prompts))
+        maximum = (
+            max(1, self.max_model_len - max_length) if max_tokens is None else max(1, max_tokens)
+        )
+        if max_length + maximum > self.max_model_len:
+            raise context_length_error(max_length, maximum, self.max_model_len)
         try:
             return SamplingParams(
-                max_tokens=most,
+                max_tokens=maximum,
                 min_tokens=request.min_tokens,
                 temperature=request.temperature,
                 top_k=max(0, request.top_k),
@@ -134,7 +136,7 @@ class ServedModel:
                 ignore_eos=request.ignore_eos,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
-                recursions=request.num_recursions,
+                min_recursions=request.min_recursions,
                 max_recursions=request.max_recursions,
             )
         except RequestError as error:
@@ -178,7 +180,7 @@ class ServedModel:
             num_recursions=self.model.num_recursions,
             tokens_by_depth=state.tokens_by_depth,
             kv_pages_by_depth=state.pages_by_depth,
-            kv_pages_outer=state.pages_unshared,
+            kv_pages_unshared=state.pages_unshared,
             kv_pages_cached=state.pages_cached,
             kv_pages_used=state.pages_used,
             kv_pages_total=state.pages_total,

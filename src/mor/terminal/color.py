@@ -1,8 +1,8 @@
-"""Text coloured by recursion count for the terminal, in the colours of the HTML reports.
+"""Text colored by recursion count for the terminal, in the colors of the HTML reports.
 
 Foreground and background are always set together, so that the text is readable on light and on
 dark terminals. Tokens of one recursion stay plain. Underline, bold
-and italics carry the same order as the colours, for readers and terminals without them.
+and italics carry the same order as the colors, for readers and terminals without them.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rich.text import Text
 from mor.report.palette import DEPTH_SHADES, LIGHT_INK, shade_index
 
 
-def coloured_text(pieces: Sequence[str], counts: Sequence[int], num_recursions: int) -> Text:
+def colored_text(pieces: Sequence[str], counts: Sequence[int], num_recursions: int) -> Text:
     """The pieces joined, each styled by its recursion count (1..num_recursions).
 
     Control characters other than newline and tab become visible pictures, because a terminal
@@ -36,7 +36,7 @@ def depth_legend(num_recursions: int) -> Text:
 
 
 def _style(count: int, num_recursions: int) -> Style:
-    """Colour from the shared ramp; underline, bold and italic are the bits of count - 1."""
+    """Color from the shared ramp; underline, bold and italic are the bits of count - 1."""
     shade = DEPTH_SHADES[shade_index(count, num_recursions)].light
     plain = count == 1
     cues = count - 1

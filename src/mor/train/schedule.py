@@ -19,11 +19,11 @@ def step_flops(config: TrainConfig, model: MoRConfig, step: int) -> float:
     Expert choice is counted with the tokens that it selects at this step, capacity warm-up
     included; token choice as if its router were balanced.
     """
-    length, presence = config.sequence_length, None
+    length, depth_fractions = config.sequence_length, None
     capacities = capacities_at_step(model, config, step)
     if capacities is not None:
-        presence = tuple(max(1, int(c * length)) / length for c in capacities)
-    return config.tokens_per_step * training_flops(model, length, presence)
+        depth_fractions = tuple(max(1, int(c * length)) / length for c in capacities)
+    return config.tokens_per_step * training_flops(model, length, depth_fractions)
 
 
 def resolve_steps(config: TrainConfig, model: MoRConfig) -> TrainConfig:

@@ -18,7 +18,7 @@ from mor.train.schedule import step_flops
 from mor.train.throughput import gemm_peak, peak_memory
 
 _WINDOW = 100  # latest losses that a new one is compared with
-_LEAST = 20  # losses before the rule may speak
+_MIN = 20  # losses before the rule may speak
 _FLOOR = 0.05  # nats: a spread that large batches fall short of, and that harms nobody
 
 
@@ -68,7 +68,7 @@ class Watch:
         self._losses.append(loss)
 
     def _limit(self) -> float:
-        if not self.config.spike_threshold or len(self._losses) < _LEAST:
+        if not self.config.spike_threshold or len(self._losses) < _MIN:
             return math.inf
         middle = statistics.median(self._losses)
         spread = 1.4826 * statistics.median(abs(loss - middle) for loss in self._losses)
@@ -80,7 +80,7 @@ class Watch:
         config = self.config
         return f"{back}; try a lower lr (now {config.lr:g}) or clip (now {config.clip:g})"
 
-    def count(self, step: int, presence: Sequence[float] | None = None) -> float:
+    def count(self, step: int, depth_fractions: Sequence[float] | None = None) -> float:
         """FLOPs of the run, those of optimizer step `step` (from 0) included.
 
         Args:
@@ -88,8 +88,8 @@ class Watch:
         """
         config = self.config
         self._step_flops = step_flops(config, self.model, step)
-        if presence is not None:
-            per_token = training_flops(self.model, config.sequence_length, presence)
+        if depth_fractions is not None:
+            per_token = training_flops(self.model, config.sequence_length, depth_fractions)
             self._step_flops = per_token * config.tokens_per_step
         self._flops += self._step_flops
         return self._flops
@@ -97,7 +97,7 @@ class Watch:
     def pace(self, step_s: float) -> dict[str, float]:
         """`mfu` of the step counted last, and `memory_bytes`, the most that was in use so far.
 
-        Model FLOPs utilisation is the cost model's FLOPs per second over the rate of a large matrix
+        Model FLOPs utilization is the cost model's FLOPs per second over the rate of a large matrix
         product in the run's precision, which is measured at the first call. Memory is the
         allocator's on a GPU and the process's resident set elsewhere, which earlier runs of the
         same process may have raised.

@@ -245,10 +245,10 @@ class Trainer:
             self.world.raise_on_rank0(error)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        presence = None
+        depth_fractions = None
         if isinstance(model.router, TokenChoiceRouter):
             assert shares is not None
-            presence = depth_fractions_of(model.config, shares.tolist())
+            depth_fractions = depth_fractions_of(model.config, shares.tolist())
             if model.config.balancing == "loss_free":
                 model.router.update_bias(shares, balancing)
         self.step += 1
@@ -258,7 +258,7 @@ class Trainer:
             "tokens": self.step * config.tokens_per_step,
             "lr": rate,
             "grad_norm": float(norm),
-            "flops": self._watch.count(self.step - 1, presence),
+            "flops": self._watch.count(self.step - 1, depth_fractions),
             **{name: float(value) for name, value in means.items()},
         }
 

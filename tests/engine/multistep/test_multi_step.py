@@ -45,9 +45,9 @@ def watched(llm: LLM) -> Generator[list[tuple[int, int]]]:
     flight, found = llm.multi_step._decoder, []
     run = flight.run
 
-    def noting(chunks: Sequence[Chunk], ticks: int) -> Any:
-        found.append((len(chunks), ticks))
-        return run(chunks, ticks)
+    def noting(chunks: Sequence[Chunk], steps: int) -> Any:
+        found.append((len(chunks), steps))
+        return run(chunks, steps)
 
     flight.run = noting  # type: ignore[method-assign]
     yield found
@@ -58,7 +58,7 @@ def watched(llm: LLM) -> Generator[list[tuple[int, int]]]:
 def test_equals_the_reference_generator(kind: str) -> None:
     """Greedy and drawn tokens, those that end early, limits of recursions and of length."""
     number = KINDS.index(kind)  # the engine's state machine draws both at random
-    burst, page_size = (2, 3, 8, 5, 13)[number % 5], (1, 4, 16, 3)[number % 4]
+    num_scheduler_steps, block_size = (2, 3, 8, 5, 13)[number % 5], (1, 4, 16, 3)[number % 4]
     has_depths = kind not in ("vanilla", "sequence")
     asked: list[dict[str, Any]] = [
         {},
@@ -73,20 +73,22 @@ def test_equals_the_reference_generator(kind: str) -> None:
         SamplingParams(max_tokens=length, seed=length, **fields)
         for length, fields in zip(lengths, asked, strict=True)
     ]
-    llm = engine_of(kind, burst=burst, page_size=page_size)
+    llm = engine_of(kind, num_scheduler_steps=num_scheduler_steps, block_size=block_size)
     with watched(llm) as bursts:
-        check_equals_oracle(llm, shared_model(kind), prompts_with_shared_starts(burst, 6), params)
-    assert max(ticks for _, ticks in bursts) == burst
+        check_equals_oracle(
+            llm, shared_model(kind), prompts_with_shared_starts(num_scheduler_steps, 6), params
+        )
+    assert max(steps for _, steps in bursts) == num_scheduler_steps
     check_empty(llm)
 
 
 def test_most_decode_ticks_are_in_bursts() -> None:
-    llm = engine_of(burst=8)
+    llm = engine_of(num_scheduler_steps=8)
     with watched(llm) as bursts:
         done = llm.generate([[1, 2, 3], [4, 5], [6]], SamplingParams(max_tokens=24))
     assert [len(one.token_ids) for one in done] == [24] * 3
-    assert {lanes for lanes, _ in bursts} <= {1, 2, 3}
-    assert sum(ticks for _, ticks in bursts) > 0.8 * llm.stats.steps
+    assert {metadata for metadata, _ in bursts} <= {1, 2, 3}
+    assert sum(steps for _, steps in bursts) > 0.8 * llm.stats.steps
     passes = sum(c for one in done for c in (*one.prompt_recursion_counts, *one.recursion_counts))
     # the first token's count is among those of the prompt; what came after the end is not counted
     assert llm.stats.block_tokens == passes - sum(one.recursion_counts[0] for one in done)
@@ -101,15 +103,15 @@ def test_most_decode_ticks_are_in_bursts() -> None:
     ],
 )
 def test_what_needs_the_host_at_every_token(params: dict[str, Any], why: str) -> None:
-    llm = engine_of(burst=4)
+    llm = engine_of(num_scheduler_steps=4)
     asked = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, **params)]
     with watched(llm) as bursts:
         check_equals_oracle(llm, shared_model("expert"), [[1, 2], [3, 4]], asked)
-    assert all(lanes == 1 for lanes, _ in bursts), why
+    assert all(metadata == 1 for metadata, _ in bursts), why
 
 
 def test_whoever_waits_is_let_in_before_the_next_burst() -> None:
-    llm = engine_of(burst=4, max_sequences=2)
+    llm = engine_of(num_scheduler_steps=4, max_num_seqs=2)
     with watched(llm) as bursts:
         llm.add_request([1, 2], SamplingParams(max_tokens=40))
         while not bursts:
@@ -131,17 +133,22 @@ def test_whoever_waits_is_let_in_before_the_next_burst() -> None:
 
 def test_with_short_memory_ticks_go_one_by_one() -> None:
     model = shared_model("expert")
-    page = LLM(model, EngineConfig(page_size=2, kv_memory=2**20)).cache.page_bytes
-    llm = engine_of(burst=16, page_size=2, kv_memory=40 * page, prefix_caching=False)
+    page = LLM(model, EngineConfig(block_size=2, kv_cache_memory_bytes=2**20)).cache.page_bytes
+    llm = engine_of(
+        num_scheduler_steps=16,
+        block_size=2,
+        kv_cache_memory_bytes=40 * page,
+        enable_prefix_caching=False,
+    )
     asked = [SamplingParams(max_tokens=9)] * 4
     with watched(llm) as bursts:
         check_equals_oracle(llm, model, [[n, n + 1, n + 2] for n in range(4)], asked)
-    assert not [lanes for lanes, _ in bursts if lanes == 4]
+    assert not [metadata for metadata, _ in bursts if metadata == 4]
     check_empty(llm)
 
 
 def test_a_stop_text_ends_a_sequence_in_the_middle_of_a_burst() -> None:
-    llm = engine_of(burst=8, prefix_caching=False)
+    llm = engine_of(num_scheduler_steps=8, enable_prefix_caching=False)
     (whole,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=20))
     stop = whole.token_ids[9]
     first = whole.token_ids.index(stop)
@@ -154,12 +161,12 @@ def test_a_stop_text_ends_a_sequence_in_the_middle_of_a_burst() -> None:
 def test_an_interrupted_burst_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
     (want,) = engine_of().generate([[5, 6, 7]], params)
-    llm = engine_of(burst=8)
+    llm = engine_of(num_scheduler_steps=8)
     llm.add_request([5, 6, 7], params)
     event, left = llm._event, [11]
 
-    def interrupted(track: Any) -> Any:
-        found = event(track)
+    def interrupted(sequence: Any) -> Any:
+        found = event(sequence)
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
@@ -196,26 +203,26 @@ def test_bursts_that_cannot_be(kind: str, fields: dict[str, Any], words: str) ->
     wide = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     model = tiny_model(kind, **wide)
     with pytest.raises(ConfigError, match=f"burst=2 does not go with {words}.*leave it out"):
-        LLM(model, EngineConfig(kv_memory=2**20, num_scheduler_steps=2, **fields))
+        LLM(model, EngineConfig(kv_cache_memory_bytes=2**20, num_scheduler_steps=2, **fields))
     assert (
         LLM(
-            model, EngineConfig(kv_memory=2**20, num_scheduler_steps=1, **fields)
+            model, EngineConfig(kv_cache_memory_bytes=2**20, num_scheduler_steps=1, **fields)
         ).backend.num_scheduler_steps
         == 1
     )
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels", "burst"),
+    ("device", "kernels", "num_scheduler_steps"),
     [("cuda", "triton", 8), ("cuda", "reference", 1), ("cpu", "reference", 1)],
 )
 def test_the_default_is_a_burst_where_it_can_be_recorded(
-    device: str, kernels: str, burst: int
+    device: str, kernels: str, num_scheduler_steps: int
 ) -> None:
     found = _resolve_num_scheduler_steps(
         shared_model("expert"), EngineConfig(), torch.device(device), kernels
     )
-    assert found == burst
+    assert found == num_scheduler_steps
 
 
 class OnTheDevice(TorchDispatchMode):
@@ -236,12 +243,12 @@ def test_a_tick_stays_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
     The truth of attention and of storing does look; Triton's kernels are tested elsewhere.
     """
-    monkeypatch.setattr(reference, "attend", lambda q, kv, layer, lanes: torch.zeros_like(q))
+    monkeypatch.setattr(reference, "attend", lambda q, kv, layer, metadata: torch.zeros_like(q))
     monkeypatch.setattr(reference, "store", lambda *_: None)
     config, device = tiny_config(kind), torch.device("meta")
     with device:
         model = MoRModel(config).bfloat16()
-    settings = EngineConfig(kv_memory=2**20)
+    settings = EngineConfig(kv_cache_memory_bytes=2**20)
     cache = KVCache(config, settings, torch.bfloat16, device)
     kernels = TorchKernels(config, reference, cache.kv, torch.bfloat16)
     runner = ModelRunner(model, settings, cache, kernels, 16)
@@ -299,7 +306,7 @@ def test_a_sampler_for_many_ticks_is_the_sampler() -> None:
 
 
 def test_flights_keep_their_memory() -> None:
-    llm = engine_of(burst=2)
+    llm = engine_of(num_scheduler_steps=2)
     assert llm.multi_step is not None
     llm.generate([[1], [2], [3]], SamplingParams(max_tokens=8))
     flight = llm.multi_step._decoder

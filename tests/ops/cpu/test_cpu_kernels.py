@@ -19,6 +19,7 @@ from numba import njit
 from torch import Tensor
 
 from mor.ops import reference
+from mor.ops.cpu import gemm
 from mor.ops.cpu import kernels as cpu
 from mor.ops.cpu.cpu_features import has_int8_dot, has_wide_registers
 from mor.ops.cpu.packed_weights import PackedLinear, Storage
@@ -26,9 +27,9 @@ from mor.ops.cpu.simd_rows import exp_row
 from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 
 KINDS: dict[Storage, int] = {
-    "float32": cpu.FLOAT32,
-    "bfloat16": cpu.BFLOAT16,
-    "int8": cpu.INT8,
+    "float32": gemm.FLOAT32,
+    "bfloat16": gemm.BFLOAT16,
+    "int8": gemm.INT8,
 }
 EPS = 2.0**-23
 
@@ -210,7 +211,7 @@ def paged(
     What no lane sees is large, so that a look at it shows.
     """
     source = torch.Generator().manual_seed(sum(a * 7 + b for a, b in runs))
-    entries = [before + lanes * (2 if gaps else 1) for before, lanes in runs]
+    entries = [before + metadata * (2 if gaps else 1) for before, metadata in runs]
     num_pages = [-(-e // page) for e in entries]
     pages = torch.randperm(sum(num_pages) + 3, generator=source)
     cells = len(pages) * height
@@ -219,24 +220,24 @@ def paged(
         v=torch.full((cells, groups, page, size), 1e6),
     )
     tables = torch.zeros(len(runs), max(num_pages), dtype=torch.int32)
-    kv_len, at = [], 0
-    for number, ((before, lanes), e) in enumerate(zip(runs, entries, strict=True)):
+    context_lens, at = [], 0
+    for number, ((before, metadata), e) in enumerate(zip(runs, entries, strict=True)):
         own = pages[at : at + num_pages[number]].int() * height
         at += num_pages[number]
         tables[number, : len(own)] = own
-        seen = [before + (2 if gaps else 1) * (lane + 1) for lane in range(lanes)]
-        kv_len += seen
+        seen = [before + (2 if gaps else 1) * (lane + 1) for lane in range(metadata)]
+        context_lens += seen
         for entry in range(seen[-1]):
             for layer in range(height):
                 cell = int(own[entry // page]) + layer
                 kv.k[cell, :, :, entry % page] = torch.randn(groups, size, generator=source)
                 kv.v[cell, :, entry % page] = torch.randn(groups, size, generator=source)
         assert seen[-1] <= e
-    bounds = torch.tensor([0, *(lanes for _, lanes in runs)]).cumsum(0)
+    bounds = torch.tensor([0, *(metadata for _, metadata in runs)]).cumsum(0)
     none = torch.zeros(0, dtype=torch.int32)
     lanes_ = AttentionMetadata(
-        positions=torch.tensor(kv_len, dtype=torch.int32) - 1,
-        context_lens=torch.tensor(kv_len, dtype=torch.int32),
+        positions=torch.tensor(context_lens, dtype=torch.int32) - 1,
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
         query_start_loc=bounds.int(),
         page_tables=tables,
         slot_cells=none,
@@ -259,8 +260,8 @@ CASES: dict[str, list[Run]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_attend(case: str, groups: int, per_group: int, num_threads: int) -> None:
     size, page = (32, 16) if per_group % 2 else (16, 32)
-    kv, lanes = paged(CASES[case], groups=groups, size=size, page=page, gaps=per_group == 2)
-    num = len(lanes.context_lens)
+    kv, metadata = paged(CASES[case], groups=groups, size=size, page=page, gaps=per_group == 2)
+    num = len(metadata.context_lens)
     q = drawn(num, num, groups * per_group, size) * (6 if per_group == 3 else 1)  # sharp, too
     exact = PagedKV(k=kv.k.double(), v=kv.v.double())
     for layer in (0, 1):
@@ -268,27 +269,27 @@ def test_attend(case: str, groups: int, per_group: int, num_threads: int) -> Non
         cpu.attend(
             *(threads(num_threads), q.flatten(1).numpy(), (kv.k.numpy(), kv.v.numpy()), layer),
             *(
-                lanes.query_start_loc.numpy(),
-                lanes.page_tables.numpy(),
-                lanes.context_lens.numpy(),
+                metadata.query_start_loc.numpy(),
+                metadata.page_tables.numpy(),
+                metadata.context_lens.numpy(),
                 out.numpy(),
             ),
         )
-        want = reference.attend(q.double(), exact, layer, lanes).flatten(1)
+        want = reference.attend(q.double(), exact, layer, metadata).flatten(1)
         assert (out - want).abs().max() < (2e-5 if per_group == 3 else 3e-6)
 
 
 def test_attend_follows_the_definition() -> None:
     """The reference itself, one lane at a time."""
-    kv, lanes = paged(CASES["mixed"], groups=2, size=16, page=16)
-    q = drawn(0, len(lanes.context_lens), 4, 16).double()
+    kv, metadata = paged(CASES["mixed"], groups=2, size=16, page=16)
+    q = drawn(0, len(metadata.context_lens), 4, 16).double()
     exact = PagedKV(k=kv.k.double(), v=kv.v.double())
-    got = reference.attend(q, exact, 1, lanes)
-    bounds = lanes.query_start_loc.tolist()
+    got = reference.attend(q, exact, 1, metadata)
+    bounds = metadata.query_start_loc.tolist()
     for run, first in enumerate(bounds[:-1]):
         for lane in range(first, bounds[run + 1]):
-            places = [divmod(entry, 16) for entry in range(int(lanes.context_lens[lane]))]
-            cells = [(int(lanes.page_tables[run, page]) + 1, slot) for page, slot in places]
+            places = [divmod(entry, 16) for entry in range(int(metadata.context_lens[lane]))]
+            cells = [(int(metadata.page_tables[run, page]) + 1, slot) for page, slot in places]
             for head in range(4):
                 k = torch.stack([exact.k[cell, head // 2, :, slot] for cell, slot in cells])
                 v = torch.stack([exact.v[cell, head // 2, slot] for cell, slot in cells])
@@ -304,7 +305,7 @@ def test_rotate_and_store(writing: int, groups: int, heads: int) -> None:
     rotations = RopeTable(cos=angles.cos(), sin=angles.sin())
     places = torch.randperm(5 * page, generator=source)[:writing]
     positions = torch.randint(0, 50, (num,), generator=source, dtype=torch.int32)
-    lanes = AttentionMetadata(
+    metadata = AttentionMetadata(
         positions=positions,
         context_lens=positions + 1,
         query_start_loc=torch.tensor([0, num], dtype=torch.int32),
@@ -315,15 +316,15 @@ def test_rotate_and_store(writing: int, groups: int, heads: int) -> None:
     kv = PagedKV(k=drawn(1, 10, groups, size, page), v=drawn(2, 10, groups, page, size))
     exact = PagedKV(k=kv.k.double(), v=kv.v.double())
     q, both = drawn(3, num, heads * size), drawn(4, num, 2 * groups * size)
-    want_q = reference.rotate(q.view(num, heads, size).double(), rotations, lanes)
+    want_q = reference.rotate(q.view(num, heads, size).double(), rotations, metadata)
     new = both[:writing].view(writing, 2, groups, size).double()
-    k = reference.rotate(new[:, 0], rotations, lanes)
-    reference.store(k, new[:, 1], exact, layer, lanes)
+    k = reference.rotate(new[:, 0], rotations, metadata)
+    reference.store(k, new[:, 1], exact, layer, metadata)
     cpu.rotate_and_store(
         *(threads(2), q.numpy(), both.numpy(), num),
         *((rotations.cos.numpy(), rotations.sin.numpy()), positions.numpy()),
         *((kv.k.numpy(), kv.v.numpy()), layer),
-        (lanes.slot_cells.numpy(), lanes.slot_offsets.numpy()),
+        (metadata.slot_cells.numpy(), metadata.slot_offsets.numpy()),
     )
     assert torch.allclose(q.double(), want_q.flatten(1), rtol=0, atol=1e-6)
     assert torch.allclose(kv.k.double(), exact.k, rtol=0, atol=1e-6)
@@ -335,7 +336,7 @@ def test_rotate_and_store(writing: int, groups: int, heads: int) -> None:
 def test_rotation_turns_pairs_of_halves() -> None:
     """RoPE as Llama has it: (x1, x2) turned by the angle of its position."""
     rotations = RopeTable(cos=torch.tensor([[0.6]]), sin=torch.tensor([[0.8]]))
-    lanes = AttentionMetadata(
+    metadata = AttentionMetadata(
         positions=torch.zeros(1, dtype=torch.int32),
         context_lens=torch.ones(1, dtype=torch.int32),
         query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
@@ -343,7 +344,7 @@ def test_rotation_turns_pairs_of_halves() -> None:
         slot_cells=torch.zeros(0, dtype=torch.int32),
         slot_offsets=torch.zeros(0, dtype=torch.int32),
     )
-    turned = reference.rotate(torch.tensor([[[1.0, 2.0]]]), rotations, lanes)
+    turned = reference.rotate(torch.tensor([[[1.0, 2.0]]]), rotations, metadata)
     assert torch.allclose(turned, torch.tensor([[[0.6 - 1.6, 1.2 + 0.8]]]))
     assert math.isclose(float(F.normalize(turned, dim=-1).norm()), 1, rel_tol=1e-6)
 

@@ -109,13 +109,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"min_tokens": 12, "stop_token_ids": [5, 6, 7, 8]},
     {"max_recursions": 1},
     {"max_recursions": 2},
-    {"num_recursions": 3},
-    {"num_recursions": 1},
+    {"min_recursions": 3},
+    {"min_recursions": 2, "max_recursions": 2},
 ]
 EXTRA = frozenset(
     (
         *("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids"),
-        *("max_recursions", "num_recursions"),
+        *("max_recursions", "min_recursions"),
     )
 )
 
@@ -128,7 +128,7 @@ def test_options_reach_the_engine(
     extra = {k: v for k, v in fields.items() if k in EXTRA}
     body = {**GREEDY, **plain, "prompt": "the cat sat"}
     (choice,) = client.completions.create(**body, extra_body=extra).choices
-    named = {"recursions" if k == "num_recursions" else k: v for k, v in fields.items()}
+    named = dict(fields)
     if named.get("top_k") == -1:
         named["top_k"] = 0
     (want,) = reference(engine, "the cat sat", **named)
@@ -142,12 +142,12 @@ def test_recursion_limits_show_in_counts_and_flops(client: openai.OpenAI) -> Non
     def ask(**extra: int) -> Any:
         return client.completions.create(**body, extra_body=extra)
 
-    full, least = ask(num_recursions=3), ask(num_recursions=1)
+    full, minimum = ask(min_recursions=3), ask(max_recursions=1, min_recursions=1)
     assert set(full.choices[0].recursion_counts) == {3}
-    assert set(least.choices[0].recursion_counts) == {1}
+    assert set(minimum.choices[0].recursion_counts) == {1}
     assert full.usage.flops_saved == 0
     assert full.usage.mean_recursions == 3
-    assert least.usage.flops_saved > ask(max_recursions=2).usage.flops_saved > 0
+    assert minimum.usage.flops_saved > ask(max_recursions=2).usage.flops_saved > 0
 
 
 def test_a_stop_text_ends_the_answer(client: openai.OpenAI, engine: LLM) -> None:

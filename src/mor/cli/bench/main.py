@@ -92,7 +92,10 @@ def _add_engine_options(p: Parser) -> None:
     p.add_argument("--dtype", default=None, help="of the weights: float32 or bfloat16")
     p.add_argument("--quantization", default=None, help="int8")
     p.add_argument(
-        "--burst", type=int, default=None, help="decode ticks in a row on a GPU; 1: one by one"
+        "--num-scheduler-steps",
+        type=int,
+        default=None,
+        help="decode ticks in a row on a GPU; 1: one by one",
     )
 
 
@@ -181,7 +184,7 @@ def _plan(options: Any, sequences: int) -> Any:
         seconds=options.seconds,
         dtype=options.dtype,
         quantization=options.quantization,
-        burst=options.burst,
+        num_scheduler_steps=options.num_scheduler_steps,
     )
 
 
@@ -203,7 +206,7 @@ def _throughput(options: Any) -> tuple[dict[str, Any], Tables]:
         return {"against": "transformers", "results": found}, [_ratio_table("sequences", found)]
     if options.against == "float32":
         found = [
-            {"model": r, "sequences": p.sequences, **baselines.quantised(p, r, p.sequences)}
+            {"model": r, "sequences": p.sequences, **baselines.quantized(p, r, p.sequences)}
             for p in plans
             for r in (1, *p.recursions)
         ]

@@ -143,14 +143,14 @@ def _against_offline(args: Sequence[str]) -> int:
                 f"{found['http_tokens_per_s']:.1f}",
                 f"{found['offline_tokens_per_s']:.1f}",
                 f"cost {found['http_cost']:.1%}",
-                f"{serve_offline.MOST_COST:.0%}",
+                f"{serve_offline.MAX_COST:.0%}",
             ),
             (
                 "ms to the first token, idle",
                 f"{found['ttft_ms']:.2f}",
                 f"{found['prefill_ms']:.2f}",
                 f"{found['ttft_ratio']:.3f} x",
-                f"{serve_offline.MOST_WAIT:g} x",
+                f"{serve_offline.MAX_WAIT:g} x",
             ),
         ]
         print_table(console(), ("", "HTTP", "engine alone", "median of pairs", "bar"), rows)

@@ -16,9 +16,9 @@ from mor.ops.paged import AttentionMetadata
 _BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
-def padded_batch_size(lanes: int) -> int:
+def padded_batch_size(metadata: int) -> int:
     """The size that so many lanes are filled up to."""
-    return next((bucket for bucket in _BUCKETS if bucket >= lanes), -(-lanes // 256) * 256)
+    return next((bucket for bucket in _BUCKETS if bucket >= metadata), -(-metadata // 256) * 256)
 
 
 def eager(stack: LayerStack) -> LayerStack:
@@ -76,7 +76,7 @@ class CUDAGraphLayerStack:
         stack: operations that launch by shapes alone, never by values (`mor.ops.triton`).
         width: E.
         table_width: cells of the longest page table.
-        stream: see `Recorded`; without, the padded buffers run as they are.
+        stream: see `CUDAGraphFunction`; without, the padded buffers run as they are.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class CUDAGraphLayerStack:
         self._stream = stream
         self._buckets: dict[int, _Bucket] = {}
 
-    def run(self, x: Float[Tensor, "n e"], lanes: AttentionMetadata) -> Float[Tensor, "n e"]:
-        """See `Stack.run`. Prefill, and more lanes than the largest bucket, run unrecorded."""
+    def run(self, x: Float[Tensor, "n e"], metadata: AttentionMetadata) -> Float[Tensor, "n e"]:
+        """See `LayerStack.run`. Prefill, and more lanes than the largest bucket, run unrecorded."""
         num = x.shape[0]
-        if lanes.max_query_len > 1 or num > _BUCKETS[-1]:
-            return self.stack.run(x, lanes)
+        if metadata.max_query_len > 1 or num > _BUCKETS[-1]:
+            return self.stack.run(x, metadata)
         size = padded_batch_size(num)
         if size not in self._buckets:
             self._buckets[size] = _Bucket(
@@ -112,7 +112,7 @@ class CUDAGraphLayerStack:
                 self._device,
                 self._stream,
             )
-        return self._buckets[size].run(x, lanes)
+        return self._buckets[size].run(x, metadata)
 
 
 class _Bucket:
@@ -132,7 +132,7 @@ class _Bucket:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self._x = torch.zeros(size, width, dtype=dtype, device=device)
-        self._lanes = AttentionMetadata(
+        self._metadata = AttentionMetadata(
             positions=ints(size),
             context_lens=ints(size),
             query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=device),
@@ -141,20 +141,24 @@ class _Bucket:
             slot_offsets=ints(size),
             max_query_len=1,
         )
-        self._run = CUDAGraphFunction(lambda: stack.run(self._x, self._lanes), stream)
+        self._run = CUDAGraphFunction(lambda: stack.run(self._x, self._metadata), stream)
 
-    def run(self, x: Tensor, lanes: AttentionMetadata) -> Tensor:
+    def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Copy in, replay, and hand out the lanes that are real."""
-        self._fill(x, lanes)
+        self._fill(x, metadata)
         return self._run()[: x.shape[0]].clone()
 
-    def _fill(self, x: Tensor, lanes: AttentionMetadata) -> None:
-        num, writing, columns = x.shape[0], lanes.slot_cells.shape[0], lanes.page_tables.shape[1]
+    def _fill(self, x: Tensor, metadata: AttentionMetadata) -> None:
+        num, writing, columns = (
+            x.shape[0],
+            metadata.slot_cells.shape[0],
+            metadata.page_tables.shape[1],
+        )
         self._x[:num] = x
-        self._lanes.positions[:num] = lanes.positions
-        self._lanes.context_lens.zero_()
-        self._lanes.context_lens[:num] = lanes.context_lens
-        self._lanes.page_tables[:num, :columns] = lanes.page_tables
-        self._lanes.slot_cells.fill_(-1)  # nobody's: lanes that only read, and empty ones
-        self._lanes.slot_cells[:writing] = lanes.slot_cells
-        self._lanes.slot_offsets[:writing] = lanes.slot_offsets
+        self._metadata.positions[:num] = metadata.positions
+        self._metadata.context_lens.zero_()
+        self._metadata.context_lens[:num] = metadata.context_lens
+        self._metadata.page_tables[:num, :columns] = metadata.page_tables
+        self._metadata.slot_cells.fill_(-1)  # nobody's: lanes that only read, and empty ones
+        self._metadata.slot_cells[:writing] = metadata.slot_cells
+        self._metadata.slot_offsets[:writing] = metadata.slot_offsets

@@ -46,23 +46,23 @@ class DeviceDecoder:
         runner: the model's stages.
         most: passes that a token can take.
         ticks: K at most.
-        stream: see `Recorded`.
+        stream: see `CUDAGraphFunction`.
     """
 
     def __init__(
-        self, runner: ModelRunner, most: int, ticks: int, stream: torch.cuda.Stream | None = None
+        self, runner: ModelRunner, maximum: int, steps: int, stream: torch.cuda.Stream | None = None
     ) -> None:
-        self._runner, self._most, self._ticks, self._stream = runner, most, ticks, stream
+        self._runner, self._most, self._ticks, self._stream = runner, maximum, steps, stream
         self._buckets: dict[int, _Bucket] = {}
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], ticks: int) -> DecodeOutput:
+    def run(self, chunks: Sequence[Chunk], steps: int) -> DecodeOutput:
         """Run ticks from the state that these chunks are in, a sequence's only token each."""
         began = time.perf_counter()
         size = padded_batch_size(len(chunks))
         if size not in self._buckets:
             self._buckets[size] = _Bucket(self._runner, size, self._most, self._ticks, self._stream)
-        landed = self._buckets[size].run(chunks, ticks)
+        landed = self._buckets[size].run(chunks, steps)
         self._runner.compute_seconds += time.perf_counter() - began
         return landed
 
@@ -74,14 +74,14 @@ class _Bucket:
         self,
         runner: ModelRunner,
         size: int,
-        most: int,
-        ticks: int,
+        maximum: int,
+        steps: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
-        self._runner, self._passes, self._device = runner, most, runner.device
+        self._runner, self._passes, self._device = runner, maximum, runner.device
         self._shared = runner.model_config.kv_strategy == "shared"
-        self._page = runner.cache.block.page_size
-        num_tables = 1 if self._shared else most
+        self._page = runner.cache.block.block_size
+        num_tables = 1 if self._shared else maximum
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=self._device)
@@ -102,24 +102,24 @@ class _Bucket:
         """In each of the block's tables: where the next one goes."""
         self._tables = ints(size, 1 + num_tables, runner.cache.table_width).int()
         """The first is that of the unshared layers."""
-        self._uniforms = torch.zeros(size, ticks, dtype=torch.float64, device=self._device)
-        self._lanes = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+        self._uniforms = torch.zeros(size, steps, dtype=torch.float64, device=self._device)
+        self._query_start_loc = torch.arange(size + 1, dtype=torch.int32, device=self._device)
         self._spare = torch.full_like(self._state_slot, len(runner.states.hidden) - 1)
         self._exit_graph = CUDAGraphFunction(self._exit_half, stream)
         self._advance_graph = CUDAGraphFunction(self._advance_half, stream)
         self._step(DeviceSampler([], runner.model_config.vocab_size, self._device))  # records both
 
-    def run(self, chunks: Sequence[Chunk], ticks: int) -> DecodeOutput:
-        """See `Flight.run`. The log is read once, at the end."""
-        self._load(chunks, ticks)
+    def run(self, chunks: Sequence[Chunk], steps: int) -> DecodeOutput:
+        """See `DeviceDecoder.run`. The log is read once, at the end."""
+        self._load(chunks, steps)
         params = [chunk.sequence.params for chunk in chunks]
         sampler = DeviceSampler(params, self._runner.model_config.vocab_size, self._device)
-        log = torch.stack([self._step(sampler) for _ in range(ticks)])
+        log = torch.stack([self._step(sampler) for _ in range(steps)])
         num = len(chunks)
         present, depth = torch.stack((self._active.long(), self._depth))[:, :num].tolist()
         return DecodeOutput(log=log[:, :num].tolist(), active=present, depth=depth)
 
-    def _load(self, chunks: Sequence[Chunk], ticks: int) -> None:
+    def _load(self, chunks: Sequence[Chunk], steps: int) -> None:
         """Put the sequences' state into the fixed memory."""
         num = len(chunks)
         tables = np.zeros((num, *self._tables.shape[1:]), np.int32)
@@ -129,26 +129,26 @@ class _Bucket:
                 if table is not None:
                     tables[lane, place, : len(table.cells)] = table.cells
         self._tables[:num] = torch.from_numpy(tables).to(self._device)
-        tracks = [chunk.sequence for chunk in chunks]
-        self._fill(self._token, [t.token_ids[-1] for t in tracks])
-        self._fill(self._position, [len(t.token_ids) - 1 for t in tracks])
+        sequences = [chunk.sequence for chunk in chunks]
+        self._fill(self._token, [t.token_ids[-1] for t in sequences])
+        self._fill(self._position, [len(t.token_ids) - 1 for t in sequences])
         self._fill(self._state_slot, [c.state_slots[0] for c in chunks])
         self._fill(self._depth, [c.depth for c in chunks])
         for memory in (self._active, self._remaining, self._emitted):
             memory.zero_()  # of lanes behind the last, too: they must not go on
         self._fill(self._active, [bool(c.active) for c in chunks])
-        self._fill(self._remaining, [t.num_remaining for t in tracks])
-        self._fill(self._min_recursions, [t.min_recursions for t in tracks])
-        self._fill(self._max_recursions, [t.max_recursions for t in tracks])
-        self._fill(self._entries, [[d.num_entries for d in t.depth_tables] for t in tracks])
-        drawn = [[t.uniform(ahead) for ahead in range(ticks)] for t in tracks]
-        self._fill(self._uniforms[:, :ticks], drawn)
+        self._fill(self._remaining, [t.num_remaining for t in sequences])
+        self._fill(self._min_recursions, [t.min_recursions for t in sequences])
+        self._fill(self._max_recursions, [t.max_recursions for t in sequences])
+        self._fill(self._entries, [[d.num_entries for d in t.depth_tables] for t in sequences])
+        drawn = [[t.uniform(ahead) for ahead in range(steps)] for t in sequences]
+        self._fill(self._uniforms[:, :steps], drawn)
 
     def _fill(self, memory: Tensor, values: Sequence[object]) -> None:
         memory[: len(values)] = torch.tensor(values, dtype=memory.dtype, device=self._device)
 
     def _step(self, sampler: DeviceSampler) -> Float[Tensor, "b 4"]:
-        """One tick; its lines of the log (`Landed.log`). Nothing here may wait for the device."""
+        """One step; its lines of `DecodeOutput.log`. Nothing here may wait for the device."""
         logits = self._exit_graph()
         tokens, logprobs = sampler(logits, self._uniforms.gather(1, self._emitted[:, None])[:, 0])
         self._sampled.copy_(tokens)
@@ -212,7 +212,7 @@ class _Bucket:
             table, writes = self._depth.clamp(max=self._entries.shape[1] - 1), present
             entry = self._entries.gather(1, table[:, None])[:, 0]
             self._entries.scatter_add_(1, table[:, None], present[:, None].long())
-        cells = self._tables[self._lanes[:-1].long(), table + 1]
+        cells = self._tables[self._query_start_loc[:-1].long(), table + 1]
         return self._metadata(cells, entry, present, writes)
 
     def _metadata(
@@ -227,7 +227,7 @@ class _Bucket:
         return AttentionMetadata(
             positions=self._position.int(),
             context_lens=torch.where(sees, entry + 1, 0).int(),
-            query_start_loc=self._lanes,
+            query_start_loc=self._query_start_loc,
             page_tables=tables,
             slot_cells=torch.where(writes, cell, -1).int(),
             slot_offsets=(entry % self._page).int(),

@@ -18,13 +18,13 @@ class MultiStepScheduler:
     """Runs `ticks` decode ticks at a time, when there is nothing else to do."""
 
     def __init__(
-        self, scheduler: Scheduler, flight: DeviceDecoder, stats: EngineStats, ticks: int
+        self, scheduler: Scheduler, flight: DeviceDecoder, stats: EngineStats, steps: int
     ) -> None:
         self._scheduler, self._decoder, self._stats, self._num_steps = (
             scheduler,
             flight,
             stats,
-            ticks,
+            steps,
         )
 
     def schedule(self) -> list[Chunk]:
@@ -35,7 +35,7 @@ class MultiStepScheduler:
         """
         scheduler = self._scheduler
         running = scheduler.running
-        if scheduler.waiting and len(running) < scheduler.config.max_sequences:
+        if scheduler.waiting and len(running) < scheduler.config.max_num_seqs:
             return []
         if not all(
             len(s.token_ids) == s.num_computed_tokens + 1 == s.num_scheduled_tokens for s in running
@@ -60,10 +60,10 @@ class MultiStepScheduler:
         """
         sequences = [chunk.sequence for chunk in chunks]
         self._scheduler.take_all_chunks()
-        longest = max(s.num_remaining for s in sequences) * (
+        max_length = max(s.num_remaining for s in sequences) * (
             self._scheduler.recursion_spec.max_passes + 1
         )
-        landed = self._decoder.run(chunks, min(self._num_steps, longest))
+        landed = self._decoder.run(chunks, min(self._num_steps, max_length))
         for lines in landed.log:
             self._scheduler.step_index += 1
             for sequence, (sampled, token, logprob, passes) in zip(sequences, lines, strict=True):
@@ -99,14 +99,14 @@ class MultiStepScheduler:
         return chunk
 
 
-def _entries(sequence: SequenceState, ticks: int) -> list[tuple[PageTable, int]]:
+def _entries(sequence: SequenceState, steps: int) -> list[tuple[PageTable, int]]:
     """Its tables, and the entries that each may get at most.
 
     The token in flight and its successors pass the block; only the successors enter prelude and
     coda, and the last token that is sampled does neither.
     """
     left = sequence.num_remaining
-    outer = (
-        [] if sequence.unshared_table is None else [(sequence.unshared_table, min(ticks, left - 1))]
+    unshared = (
+        [] if sequence.unshared_table is None else [(sequence.unshared_table, min(steps, left - 1))]
     )
-    return [*outer, *((table, min(ticks, left)) for table in sequence.depth_tables)]
+    return [*unshared, *((table, min(steps, left)) for table in sequence.depth_tables)]

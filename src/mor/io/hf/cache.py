@@ -18,9 +18,9 @@ _GROWTH = 64
 class MoRCache(Cache):
     """Keys and values of every (depth, layer); each sequence holds only the tokens that were there.
 
-    Implements `KVAccess`. A slot's tensors are (B, S, G, D), each row filled from the left; with
-    `kv_strategy='shared'` only depth 0 stores, and serves all depths. Gradients do not flow
-    through a cache.
+    Implements `AttentionBackend`. A layer key's tensors are (B, S, G, D), each row filled from the
+    left; with `kv_strategy='shared'` only depth 0 stores, and serves all depths. Gradients do
+    not flow through a cache.
 
     Shape letters: B batch, T time, W tokens of the longest row, S entries, G key-value heads,
     D head size.
@@ -44,38 +44,45 @@ class MoRCache(Cache):
 
     # -- the model's side -------------------------------------------------------------------------
 
-    def has_kv(self, slot: LayerKey) -> bool:
+    def has_kv(self, layer_key: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
-        return self.config.kv_strategy == "shared" and slot.depth > 0
+        return self.config.kv_strategy == "shared" and layer_key.depth > 0
 
     def attend(
-        self, slot: LayerKey, q: Tensor, k: Tensor | None, v: Tensor | None, packing: RaggedBatch
+        self,
+        layer_key: LayerKey,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        ragged: RaggedBatch,
     ) -> Tensor:
         """Append k and v, then let each query see the entries up to its own position."""
         if k is not None and v is not None:
-            self._append(slot, k.detach(), v.detach(), packing)
+            self._append(layer_key, k.detach(), v.detach(), ragged)
         if self._whole is not None:  # nothing was there before: plainly causal
-            return self._whole.attend(slot, q, k, v, packing)
-        keys, values, held = self._kept[LayerKey(0, slot.layer) if self.has_kv(slot) else slot]
-        where = packing.to_padded(packing.positions[:, None, None])[:, 0, :, 0]  # (B, W)
+            return self._whole.attend(layer_key, q, k, v, ragged)
+        keys, values, held = self._kept[
+            LayerKey(0, layer_key.layer) if self.has_kv(layer_key) else layer_key
+        ]
+        where = ragged.to_padded(ragged.positions[:, None, None])[:, 0, :, 0]  # (B, W)
         seen = held[:, None, None, :] <= where[:, None, :, None]
         seen[..., 0] = True  # true for every token; gives the padding of short rows a finite answer
         out = F.scaled_dot_product_attention(
-            packing.to_padded(q),
+            ragged.to_padded(q),
             keys.transpose(1, 2),
             values.transpose(1, 2),
             attn_mask=seen,
             enable_gqa=q.shape[1] != keys.shape[2],
         )
-        return packing.from_padded(out)
+        return ragged.from_padded(out)
 
-    def _append(self, slot: LayerKey, k: Tensor, v: Tensor, packing: RaggedBatch) -> None:
-        if slot not in self._kept:
-            empty = k.new_empty(packing.batch, 0, *k.shape[1:])
-            nowhere = packing.positions.new_empty(packing.batch, 0)
-            self._kept[slot] = empty, empty, nowhere
-        rows, (keys, values, held) = packing.sequence_ids, self._kept[slot]
-        new = torch.bincount(rows, minlength=packing.batch)
+    def _append(self, layer_key: LayerKey, k: Tensor, v: Tensor, ragged: RaggedBatch) -> None:
+        if layer_key not in self._kept:
+            empty = k.new_empty(ragged.batch, 0, *k.shape[1:])
+            nowhere = ragged.positions.new_empty(ragged.batch, 0)
+            self._kept[layer_key] = empty, empty, nowhere
+        rows, (keys, values, held) = ragged.sequence_ids, self._kept[layer_key]
+        new = torch.bincount(rows, minlength=ragged.batch)
         within = torch.arange(len(rows), device=rows.device) - (new.cumsum(0) - new)[rows]
         filled = (held != _NOWHERE).sum(1)
         missing = int((filled + new).max()) - held.shape[1]
@@ -86,7 +93,11 @@ class MoRCache(Cache):
         at = rows, filled[rows] + within
         # Out of place where a backward pass may still want what was there.
         put = torch.Tensor.index_put if torch.is_grad_enabled() else torch.Tensor.index_put_
-        self._kept[slot] = put(keys, at, k), put(values, at, v), put(held, at, packing.positions)
+        self._kept[layer_key] = (
+            put(keys, at, k),
+            put(values, at, v),
+            put(held, at, ragged.positions),
+        )
 
     def advance(self, positions: Int[Tensor, "b t"], counts: Int[Tensor, "b t"]) -> None:
         """Note the tokens of a finished forward pass."""
@@ -122,9 +133,9 @@ class MoRCache(Cache):
         """Row i becomes what row `beam_idx[i]` was."""
         if self.positions is None or self.recursion_counts is None:
             return
-        for slot, kept in self._kept.items():
+        for layer_key, kept in self._kept.items():
             keys, values, held = (x.index_select(0, beam_idx.to(x.device)) for x in kept)
-            self._kept[slot] = keys, values, held
+            self._kept[layer_key] = keys, values, held
         self.positions = self.positions.index_select(0, beam_idx)
         self.recursion_counts = self.recursion_counts.index_select(0, beam_idx)
 
@@ -146,5 +157,5 @@ class MoRCache(Cache):
         self.positions = self.positions[:, :left]
         self.recursion_counts = self.recursion_counts[:, :left]
         last = self.positions.max(1, keepdim=True).values
-        for slot, (keys, values, held) in self._kept.items():
-            self._kept[slot] = keys, values, held.masked_fill(held > last, _NOWHERE)
+        for layer_key, (keys, values, held) in self._kept.items():
+            self._kept[layer_key] = keys, values, held.masked_fill(held > last, _NOWHERE)

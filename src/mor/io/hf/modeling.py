@@ -32,7 +32,7 @@ from mor.model.transformer import MoRModel, shift_labels
 from mor.ops.cross_entropy import IGNORE
 
 _DECODING = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
-_RECURSION_KWARGS = ("num_recursions", "max_recursions")
+_RECURSION_KWARGS = ("min_recursions", "max_recursions")
 
 
 @dataclass
@@ -59,13 +59,13 @@ class CheckpointedLayer(Layer):
     gradient_checkpointing = False
 
     def forward(
-        self, x: Float[Tensor, "n e"], slot: LayerKey, context: ForwardContext
+        self, x: Float[Tensor, "n e"], layer_key: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """See `Layer`."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # Never the re-entrant kind: keys and values that depths share reach it by closure.
-            return checkpoint(super().forward, x, slot, context, use_reentrant=False)
-        return super().forward(x, slot, context)
+            return checkpoint(super().forward, x, layer_key, context, use_reentrant=False)
+        return super().forward(x, layer_key, context)
 
 
 class CheckpointableModel(MoRModel):
@@ -78,7 +78,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     """Vanilla, recursive and Mixture-of-Recursions language models (arXiv 2507.10524).
 
     In training expert choice selects by `topk` of each sequence, otherwise by the causal
-    `threshold` rule. `generate` takes `num_recursions` and `max_recursions`, too.
+    `threshold` rule. `generate` takes `min_recursions` and `max_recursions`, too.
     """
 
     config_class = MoRPretrainedConfig
@@ -129,7 +129,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-        num_recursions: int | None = None,
+        min_recursions: int | None = None,
         max_recursions: int | None = None,
         selection: Selection | None = None,
     ) -> Any:
@@ -142,7 +142,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             labels: the ids themselves, shifted in here; -100 and padding do not count.
             logits_to_keep: logits of so many last tokens only, or of these places; 0 is all.
             num_items_in_batch: what the summed loss is divided by; None: predicted tokens.
-            num_recursions, max_recursions: passes that every token takes, or takes at most.
+            min_recursions, max_recursions: passes that every token takes at least, and at most.
             selection: of expert choice; None: `topk` in training, otherwise `threshold`.
 
         Raises:
@@ -159,7 +159,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         selection = selection or ("topk" if self.training and cache is None else "threshold")
         if selection == "topk" and cache is not None and cache.get_seq_length():
             raise RequestError("selection='topk' needs whole sequences: give no past_key_values.")
-        limits = self._limits(num_recursions, max_recursions, selection, tokens.ragged)
+        limits = self._limits(min_recursions, max_recursions, selection, tokens.ragged)
         x = tokens.packed(given)
         x = self.model.embed_tokens(x) if inputs_embeds is None else x
         hidden, counts, losses, states = self._run(
@@ -187,14 +187,14 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _limits(
         self,
-        num_recursions: int | None,
+        min_recursions: int | None,
         max_recursions: int | None,
         selection: Selection,
-        packing: RaggedBatch,
+        ragged: RaggedBatch,
     ) -> RecursionLimits | None:
         """What the caller says about each token's recursions; None if nothing."""
         config = self.model.config
-        for name, value in zip(_RECURSION_KWARGS, (num_recursions, max_recursions), strict=True):
+        for name, value in zip(_RECURSION_KWARGS, (min_recursions, max_recursions), strict=True):
             if value is not None and not 1 <= value <= config.num_recursions:
                 raise RequestError(
                     f"{name}={value} must lie in 1..{config.num_recursions}: the model has "
@@ -205,20 +205,20 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{name}={value} needs sharing='cycle': with 'sequence' a token cannot leave "
                     f"after a pass, so only num_recursions={config.num_recursions} works."
                 )
-        if num_recursions and max_recursions and max_recursions < num_recursions:
+        if min_recursions and max_recursions and max_recursions < min_recursions:
             raise RequestError(
-                f"max_recursions={max_recursions} must be at least num_recursions={num_recursions}."
+                f"max_recursions={max_recursions} must be at least min_recursions={min_recursions}."
             )
-        least, most = num_recursions or 0, num_recursions or max_recursions or config.num_recursions
-        if (least, most) == (0, config.num_recursions) or config.sharing == "sequence":
+        minimum, maximum = min_recursions or 0, max_recursions or config.num_recursions
+        if (minimum, maximum) == (0, config.num_recursions) or config.sharing == "sequence":
             return None
         if selection == "topk" and isinstance(self.model.router, ExpertChoiceRouter):
             raise RequestError(
-                "num_recursions and max_recursions need selection='threshold': 'topk' sends a "
+                "min_recursions and max_recursions need selection='threshold': 'topk' sends a "
                 "fixed share of the tokens to each depth."
             )
-        every = torch.ones_like(packing.token_indices)
-        return RecursionLimits(min_recursions=least * every, max_recursions=most * every)
+        every = torch.ones_like(ragged.token_indices)
+        return RecursionLimits(min_recursions=minimum * every, max_recursions=maximum * every)
 
     def _run(
         self,
@@ -258,7 +258,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         num_items: int | Tensor | None,
         losses: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """What training minimises, or the language-model loss alone; and the routers' part."""
+        """What training minimizes, or the language-model loss alone; and the routers' part."""
         targets = shift_labels(labels.masked_fill(~present, IGNORE)).masked_fill(~present, IGNORE)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         summed = F.cross_entropy(
@@ -276,7 +276,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     # -- generate ---------------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See `GenerationMixin`; takes `num_recursions` and `max_recursions`, too.
+        """See `GenerationMixin`; takes `min_recursions` and `max_recursions`, too.
 
         With `return_dict_in_generate` the result has `recursion_counts`, (B, tokens - 1): passes
         of each position of the sequences; the last token has not been through the model. (Not for
@@ -344,13 +344,13 @@ class _HiddenStateHook:
             *block_schedule(config.sharing, config.num_block_layers, config.num_recursions),
             *(LayerKey(UNSHARED, before + i) for i in range(after)),
         )
-        self._order = {slot: number for number, slot in enumerate(slots)}
+        self._order = {layer_key: number for number, layer_key in enumerate(slots)}
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
         """Note the tokens that are present and their states."""
-        x, slot, context = args
-        self._inputs[self._order[slot]] = context.packing.flat, x
+        x, layer_key, context = args
+        self._inputs[self._order[layer_key]] = context.ragged.flat, x
 
     def states(self, after_block: Float[Tensor, "n e"]) -> Iterator[Tensor]:
         """(N, E) before each layer; who is not there has the state that it left the block with."""

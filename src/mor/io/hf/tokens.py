@@ -1,4 +1,4 @@
-"""`Tokens`: which tokens of a batch are no padding, and where they stand.
+"""`PaddedTokens`: which tokens of a batch are no padding, and where they stand.
 
 Only these are computed: padding takes no part in routing, attention or losses, so a padded batch
 gives what its sequences give one by one.
@@ -66,8 +66,8 @@ class PaddedTokens:
         if not kept.num_tokens:
             raise RequestError("attention_mask lets no token through: it is 0 everywhere.")
         flat = torch.arange(kept.num_tokens, device=device)
-        packing = replace(kept, flat=flat, positions=positions[present])
-        return cls(present=present, positions=positions.masked_fill(~present, -1), packing=packing)
+        ragged = replace(kept, token_indices=flat, positions=positions[present])
+        return cls(present=present, positions=positions.masked_fill(~present, -1), ragged=ragged)
 
     def check(self, config: MoRConfig) -> None:
         """Check the positions.

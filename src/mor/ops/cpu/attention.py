@@ -38,7 +38,7 @@ def _score(queries, rows, cells, layer, group, table, start, stop, scores):
     """scores[:rows] = queries @ keys start..stop, in whole panels."""
     _, groups, size, slots = cells[0].shape
     keys, values, cell_bytes = cells[0].ctypes.data, cells[1].ctypes.data, 4 * size * slots
-    width, most, together = 4 * _KEY_BLOCK, microkernel_rows(), microkernel_panels()
+    width, maximum, together = 4 * _KEY_BLOCK, microkernel_rows(), microkernel_panels()
     for at in range(start, stop, together * PANEL):
         at2 = at + (together - 1) * PANEL
         at2 = at2 if at2 < stop else at
@@ -54,8 +54,8 @@ def _score(queries, rows, cells, layer, group, table, start, stop, scores):
             ahead = _cell(values, cell_bytes, 4 * size, groups, group, table, layer, slots, after)
             after = min(after + PANEL, stop - 1)
             ahead2 = _cell(values, cell_bytes, 4 * size, groups, group, table, layer, slots, after)
-        for i in range(0, rows, most):
-            r, x = min(most, rows - i), queries.ctypes.data + 4 * size * i
+        for i in range(0, rows, maximum):
+            r, x = min(maximum, rows - i), queries.ctypes.data + 4 * size * i
             line = scores.ctypes.data + 4 * (i * _KEY_BLOCK - start)
             w, next_w, out = (here, here2), (ahead, ahead2), (line + 4 * at, line + 4 * at2)
             gemm_microkernel(
@@ -65,10 +65,10 @@ def _score(queries, rows, cells, layer, group, table, start, stop, scores):
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
 @no_type_check
-def _soften(scores, rows, filled, start, kv_len, first, per_group, tops, totals, sums):
+def _soften(scores, rows, filled, start, context_lens, first, per_group, tops, totals, sums):
     """Scores into weights, in the light of all keys so far; earlier sums are scaled to match."""
     for i in range(rows):
-        seen = min(max(kv_len[first + i // per_group] - start, 0), filled)
+        seen = min(max(context_lens[first + i // per_group] - start, 0), filled)
         if seen == 0:
             for j in range(filled):
                 scores[i, j] = 0
@@ -94,7 +94,12 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
     """sums[:rows] += weights @ values start..stop, in whole panels."""
     _, groups, slots, size = cells[1].shape
     keys, values, cell_bytes = cells[0].ctypes.data, cells[1].ctypes.data, 4 * size * slots
-    row, width, most, together = 4 * size, 4 * _KEY_BLOCK, microkernel_rows(), microkernel_panels()
+    row, width, maximum, together = (
+        4 * size,
+        4 * _KEY_BLOCK,
+        microkernel_rows(),
+        microkernel_panels(),
+    )
     for at in range(start, stop, PANEL):
         here = _cell(values, cell_bytes, row, groups, group, table, layer, slots, at)
         after = at + _AHEAD
@@ -108,8 +113,8 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
         for d in range(0, size, together * PANEL):
             d2 = d + (together - 1) * PANEL
             d2 = d2 if d2 < size else d
-            for i in range(0, rows, most):
-                r = min(most, rows - i)
+            for i in range(0, rows, maximum):
+                r = min(maximum, rows - i)
                 x = scores.ctypes.data + 4 * (i * _KEY_BLOCK + at - start)
                 line = sums.ctypes.data + 4 * i * size
                 w, next_w = (here + 4 * d, here + 4 * d2), (ahead + 4 * d, ahead + 4 * d2)
@@ -121,17 +126,17 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
 @no_type_check
-def _tile(q, cells, layer, first, last, group, table, kv_len, out, scratch):
+def _tile(q, cells, layer, first, last, group, table, context_lens, out, scratch):
     """Attention of lanes first..last of one run, for the query heads of one key-value head."""
     _, groups, size, _ = cells[0].shape
     per_group = q.shape[1] // size // groups
-    rows, most = (last - first) * per_group, _LANE_TILE * per_group
-    queries = scratch[: most * size].reshape(most, size)
-    sums = scratch[most * size : 2 * most * size].reshape(most, size)
-    rest = scratch[2 * most * size :]
-    scores = rest[: most * _KEY_BLOCK].reshape(most, _KEY_BLOCK)
-    tops = rest[most * _KEY_BLOCK : most * (_KEY_BLOCK + 1)]
-    totals = rest[most * (_KEY_BLOCK + 1) : most * (_KEY_BLOCK + 2)]
+    rows, maximum = (last - first) * per_group, _LANE_TILE * per_group
+    queries = scratch[: maximum * size].reshape(maximum, size)
+    sums = scratch[maximum * size : 2 * maximum * size].reshape(maximum, size)
+    rest = scratch[2 * maximum * size :]
+    scores = rest[: maximum * _KEY_BLOCK].reshape(maximum, _KEY_BLOCK)
+    tops = rest[maximum * _KEY_BLOCK : maximum * (_KEY_BLOCK + 1)]
+    totals = rest[maximum * (_KEY_BLOCK + 1) : maximum * (_KEY_BLOCK + 2)]
     scale = np.float32(1 / math.sqrt(size))
     for i in range(rows):
         lane, head = first + i // per_group, group * per_group + i % per_group
@@ -139,12 +144,12 @@ def _tile(q, cells, layer, first, last, group, table, kv_len, out, scratch):
             queries[i, d] = q[lane, head * size + d] * scale
             sums[i, d] = 0
         tops[i], totals[i] = np.float32(_HIDDEN), 0
-    reach = kv_len[last - 1]
+    reach = context_lens[last - 1]
     for start in range(0, reach, _KEY_BLOCK):
         stop = min(reach, start + _KEY_BLOCK)
         filled = (stop - start + PANEL - 1) // PANEL * PANEL
         _score(queries, rows, cells, layer, group, table, start, stop, scores)
-        _soften(scores, rows, filled, start, kv_len, first, per_group, tops, totals, sums)
+        _soften(scores, rows, filled, start, context_lens, first, per_group, tops, totals, sums)
         _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums)
     for i in range(rows):
         lane, head = first + i // per_group, group * per_group + i % per_group
@@ -182,14 +187,14 @@ def scratch_for(width, v_cells):
 @no_type_check
 def _attend(counters, step, q, cells, layer, tiles, out, scratch):
     """One thread's part: a piece is a tile, one key-value head after another."""
-    tile_runs, tile_starts, runs, tables, kv_len = tiles
+    tile_runs, tile_starts, runs, tables, context_lens = tiles
     groups, pieces = cells[1].shape[1], tile_runs.shape[0]
     piece = next_tile(counters, step)
     while piece < pieces:
         u, first = tile_runs[piece], tile_starts[piece]
         last = min(first + _LANE_TILE, runs[u + 1])
         for group in range(groups):
-            _tile(q, cells, layer, first, last, group, tables[u], kv_len, out, scratch)
+            _tile(q, cells, layer, first, last, group, tables[u], context_lens, out, scratch)
         finish_tile(counters, step)
         piece = next_tile(counters, step)
     wait_for_tiles(counters, step, pieces)

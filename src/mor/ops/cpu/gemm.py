@@ -35,15 +35,15 @@ def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, o_bytes, xs, ws):
     per_step = int8_steps() if kind == INT8 else 1
     steps = (k + per_step - 1) // per_step
     w_bytes = PANEL * (per_step if kind == INT8 else 4 if kind == FLOAT32 else 2)
-    panel, most, together = steps * w_bytes, microkernel_rows(), microkernel_panels()
-    height = max(1, _CACHED_INPUTS // x_bytes // most) * most
+    panel, maximum, together = steps * w_bytes, microkernel_rows(), microkernel_panels()
+    height = max(1, _CACHED_INPUTS // x_bytes // maximum) * maximum
     cut = steps  # of a panel that passes all rows before the next one comes
     if together == 1 and kind != INT8:  # a panel by itself, and sums that may be split
         cuts = (steps + _CUT - 1) // _CUT
         cut = (steps + cuts - 1) // cuts
     for top in range(0, m, height):
         count = min(height, m - top)
-        blocks = (count + most - 1) // most  # of equal size: one of two rows runs slowly
+        blocks = (count + maximum - 1) // maximum  # of equal size: one of two rows runs slowly
         for p in range(low, high, together):
             p2 = min(p + together, high) - 1
             d = (ws + 8 * PANEL * p, ws + 8 * PANEL * p2)
@@ -73,7 +73,7 @@ def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, o_bytes, xs, ws):
 
 @njit(nogil=True, cache=True, fastmath=set(_SAFE))
 @no_type_check
-def _quantise(counters, step, x, m, levels, xq, xs):
+def _quantize(counters, step, x, m, levels, xq, xs):
     """Rows of x as integers of at most `levels` either way, and the scale of each row.
 
     xq holds bytes: unsigned ones with 128 for 0, or int16, as the products of int8 take them.
@@ -140,7 +140,7 @@ def _project(counters, step, threads, kind, x, m, weight, out, add, rounded):
     """Two steps: inputs rounded if the weights are int8, and the product."""
     xq, xs = rounded
     if kind == INT8:
-        _quantise(counters, step, x, m, weight[2], xq, xs)
+        _quantize(counters, step, x, m, weight[2], xq, xs)
     _linear(counters, step + 1, threads, kind, x, m, weight, out, add, xq, xs)
 
 

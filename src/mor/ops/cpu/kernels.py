@@ -13,9 +13,6 @@ import numpy as np
 from numba import njit, prange, set_num_threads
 
 from mor.ops.cpu.attention import _attend, scratch_for, tiles_of
-from mor.ops.cpu.gemm import BFLOAT16 as BFLOAT16
-from mor.ops.cpu.gemm import FLOAT32 as FLOAT32
-from mor.ops.cpu.gemm import INT8 as INT8
 from mor.ops.cpu.gemm import _add_deltas, _linear, _project
 from mor.ops.cpu.microkernel import SIMD_WIDTH, cycles
 from mor.ops.cpu.simd_rows import exp_sum_row, max_row, silu_mul_row, sum_row
@@ -101,10 +98,10 @@ def _rotate_and_store(counters, step, q, kv, n, w, angles, positions, cells, lay
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def _layers(threads, me, counters, x, n, kind, layers, cells, lanes, angles, room, clock):
+def _layers(threads, me, counters, x, n, kind, layers, cells, metadata, angles, room, clock):
     """One thread's part of `run_layers`; thread 0 keeps the clock."""
     homes, writes, weights, norms, eps, deltas, widths = layers
-    positions, kv_len, runs, tables, cell_of, slot_of, groups = lanes
+    positions, context_lens, runs, tables, cell_of, slot_of, groups = metadata
     y, q, kv, mixed, gate_up, inner, xq, xs, thin = room
     first, apart = _STEPS * weights.shape[0], deltas.shape[2]  # steps of deltas come after all
     places, rounded = (cell_of, slot_of), (xq, xs)
@@ -128,7 +125,7 @@ def _layers(threads, me, counters, x, n, kind, layers, cells, lanes, angles, roo
         t1 = cycles()
         _rotate_and_store(counters, step + 4, q, kv, n, w, angles, positions, cells, at, places)
         t2 = cycles()
-        tiles = (tile_runs, tile_starts, runs, tables, kv_len)
+        tiles = (tile_runs, tile_starts, runs, tables, context_lens)
         _attend(counters, step + 5, q, cells, at, tiles, mixed, scratch)
         t3 = cycles()
         _project(counters, step + 6, threads, kind, mixed, n, a[2], x, 1, rounded)
@@ -162,7 +159,7 @@ def _layers(threads, me, counters, x, n, kind, layers, cells, lanes, angles, roo
 
 @njit(parallel=True, nogil=True, cache=True)
 @no_type_check
-def run_layers(threads, x, n, kind, layers, cells, lanes, angles, room, clock):
+def run_layers(threads, x, n, kind, layers, cells, metadata, angles, room, clock):
     """All layers of a stack on x[:n] in place.
 
     Args:
@@ -179,7 +176,7 @@ def run_layers(threads, x, n, kind, layers, cells, lanes, angles, room, clock):
     counters = new_counters((_STEPS + 5 * layers[5].shape[2]) * layers[2].shape[0])
     for t in prange(threads):
         _layers(
-            threads, np.int64(t), counters, x, n, kind, layers, cells, lanes, angles, room, clock
+            threads, np.int64(t), counters, x, n, kind, layers, cells, metadata, angles, room, clock
         )
 
 
@@ -264,12 +261,12 @@ def rotate_and_store(threads, q, kv, n, angles, positions, cells, layer, places)
 
 @njit(parallel=True, nogil=True, cache=True)
 @no_type_check
-def attend(threads, q, cells, layer, runs, tables, kv_len, out):
+def attend(threads, q, cells, layer, runs, tables, context_lens, out):
     """Attention of every lane to what its run's table holds; q and out are (N, H * D)."""
     counters = new_counters(1)
     for _ in prange(threads):
         tile_runs, tile_starts = tiles_of(runs)
-        tiles = (tile_runs, tile_starts, runs, tables, kv_len)
+        tiles = (tile_runs, tile_starts, runs, tables, context_lens)
         _attend(counters, 0, q, cells, layer, tiles, out, scratch_for(q.shape[1], cells[1]))
 
 

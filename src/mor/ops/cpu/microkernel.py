@@ -4,7 +4,7 @@ Numba turns Python loops into good scalar code, but keeps no block of sums in ve
 These intrinsics write that inner loop as LLVM code with explicit vectors; LLVM then picks the
 processor's own instructions (AVX2, AVX-512, NEON). `mor bench ops` measures what it gains.
 
-A register block is `max_rows()` rows of one or two panels, as `panels_at_once()` says: 6 x 1 where
+A register block is `microkernel_rows()` rows of `microkernel_panels()` panels: 6 x 1 where
 registers hold 8 numbers (12 sums, 2 weights and 1 input fill 15 of AVX2's 16), 14 x 2 where they
 hold 16 (28 sums, 2 weights and 1 input fill 31 of AVX-512's 32).
 
@@ -88,7 +88,7 @@ class VectorBuilder:
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
 
     def weights(self, address: Any, kind: WeightDType) -> Any:
-        """One vector of weights: LANES columns, for int8 of two neighbouring k."""
+        """One vector of weights: LANES columns, for int8 of two neighboring k."""
         if kind == "float32":
             return self.load(address, self.floats)
         if kind == "bfloat16":  # the upper half of a float32
@@ -214,7 +214,7 @@ def microkernel_panels(typing):
 @intrinsic
 @no_type_check
 def int8_steps(typing):
-    """Neighbouring k of a step with int8 weights: 4 where bytes are multiplied, else 2."""
+    """Neighboring k of a step with int8 weights: 4 where bytes are multiplied, else 2."""
     count = 4 if has_int8_dot() else 2
     return types.int64(), lambda *_: ir.Constant(ir.IntType(64), count)
 
@@ -227,9 +227,9 @@ def gemm_microkernel(
     """out[rows, PANEL] = x @ w, or += if `add`, for one panel or two.
 
     Args:
-        kind: literal `Weights`: of w. int8 weights meet unsigned bytes, four k to a step, or
+        kind: literal `WeightDType`: of w. int8 weights meet unsigned bytes, four k to a step, or
             int16, two k to a step.
-        rows: 1..max_rows().
+        rows: 1..microkernel_rows().
         add: 0 or 1.
         x, row_bytes: inputs, and bytes from one row to the next.
         w, w_bytes: weights of one step, of the first and the second panel, and bytes from one
@@ -263,7 +263,7 @@ def gemm_microkernel(
 
 
 def _block_function(module: Any, kind: WeightDType) -> Any:
-    """`block` of one kind of weights as a function of its own.
+    """`gemm_microkernel` of one kind of weights as a function of its own.
 
     Never inlined: it is called from many places, and to compile it once takes seconds.
     """
@@ -276,11 +276,11 @@ def _block_function(module: Any, kind: WeightDType) -> Any:
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     rows, add, x, row_bytes, w, w2, w_bytes, ahead, ahead2, steps, *rest = function.args
     out, out2, out_bytes, xs, ws, ws2 = rest
-    most, _ = _shape()
-    variants = [builder.append_basic_block(f"rows{i + 1}") for i in range(most)]
+    maximum, _ = _shape()
+    variants = [builder.append_basic_block(f"rows{i + 1}") for i in range(maximum)]
     switch = builder.switch(rows, variants[-1])
     for i, variant in enumerate(variants):
-        if i + 1 < most:
+        if i + 1 < maximum:
             switch.add_case(ir.Constant(ir.IntType(64), i + 1), variant)
         builder.position_at_end(variant)
         code = VectorBuilder(builder)

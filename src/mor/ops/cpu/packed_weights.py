@@ -21,7 +21,7 @@ _LARGEST_INT32 = 2**31 - 1
 class PackedLinear:
     """A linear layer's weight (N, K) in panels: (N / PANEL, K, PANEL), N filled up with zeros.
 
-    int8: values in -127..127, one scale per output, some neighbouring k side by side: 4 where the
+    int8: values in -127..127, one scale per output, some neighboring k side by side: 4 where the
     processor multiplies bytes, else 2. Inputs are then rounded to `levels` steps either way: to
     bytes, or to as many (12 bits) as keep an int32 sum from running over, since products with
     16-bit inputs cost no more than with 8-bit ones.
@@ -37,7 +37,7 @@ class PackedLinear:
         self.scales = torch.zeros(0)
         """int8: for each panel its (PANEL,) scales, and as int32 what its sums begin with."""
         if storage == "int8":
-            scales, rounded = quantise(full)
+            scales, rounded = quantize(full)
             together = 4 if has_int8_dot() else 2
             start = torch.zeros_like(rounded[:, 0], dtype=torch.int32)
             if together == 4:
@@ -69,7 +69,7 @@ class PackedLoRA:
             self.packed += [PackedLinear(down, "float32"), PackedLinear(filled, "float32")]
 
 
-def quantise(weight: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " n"], Int[Tensor, "n k"]]:
+def quantize(weight: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " n"], Int[Tensor, "n k"]]:
     """(N,) scales and int8 values, symmetric, one scale per output channel."""
     scales = weight.abs().amax(1) / 127
     safe = torch.where(scales > 0, scales, torch.ones_like(scales))

@@ -1,7 +1,7 @@
 """Threads that work through the same list of steps, sharing each step's pieces.
 
 A parallel region for every operation costs 5 microseconds, ten times a layer, and each region ends
-when its last thread does: beside a busy neighbour every one of them waits for a time slice. Here
+when its last thread does: beside a busy neighbor every one of them waits for a time slice. Here
 one region spans all layers. Threads claim pieces of a step as they come, and a step is over when
 its pieces are done, not when all threads have come by: who was put to sleep holds nobody up.
 

@@ -8,7 +8,7 @@ from mor.model.sampling import Completion
 from mor.serve.openai.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from mor.serve.text.prompt_processor import PromptProcessor
 
-_LEAST = -9999.0
+_MIN = -9999.0
 """JSON knows no infinity, nor what is no number."""
 
 
@@ -49,11 +49,11 @@ class CompletionScores:
             named: dict[str, float] = {}
             for other, value in {**top, token: score}.items():
                 # The likelier of two that are written alike.
-                named.setdefault(text(other), max(_LEAST, value))
+                named.setdefault(text(other), max(_MIN, value))
             likeliest.append(named)
         return CompletionLogprobs(
             tokens=list(map(text, ids)),
-            token_logprobs=[None if s is None else max(_LEAST, s) for s in scores],
+            token_logprobs=[None if s is None else max(_MIN, s) for s in scores],
             top_logprobs=likeliest,
             text_offset=offsets,
         )
@@ -74,9 +74,7 @@ def chat_logprobs(codec: PromptProcessor, events: Sequence[TokenOutput]) -> Chat
 
     def of(token: int, score: float) -> TopLogprob:
         data = codec.token_bytes(token)
-        return TopLogprob(
-            token=codec.token_text(token), logprob=max(_LEAST, score), bytes=list(data)
-        )
+        return TopLogprob(token=codec.token_text(token), logprob=max(_MIN, score), bytes=list(data))
 
     return ChatLogprobs(
         content=[

@@ -63,8 +63,8 @@ class SamplingRequest(RequestModel):
     """Nothing ends the request before so many tokens."""
     max_recursions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """No token takes more passes of the block."""
-    num_recursions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    """Every token takes exactly so many passes."""
+    min_recursions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Every token takes at least so many passes; with the same `max_recursions` exactly so many."""
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "SamplingRequest":
@@ -359,7 +359,7 @@ class DepthsResponse(ResponseModel):
     """Tokens generated so far by their recursion count, from 0 to num_recursions."""
     kv_pages_by_depth: list[int]
     """Pages that running requests hold at each depth of the block."""
-    kv_pages_outer: int
+    kv_pages_unshared: int
     """Pages that they hold for the layers around the block."""
     kv_pages_cached: int
     """Further pages, which only the prefix cache holds."""

@@ -37,5 +37,5 @@ def _flops(config: MoRConfig, counts: Sequence[int]) -> float:
     """Forward FLOPs of a sequence whose tokens took so many recursions."""
     numbers = Counter(counts)
     histogram = [numbers[count] for count in range(config.num_recursions + 1)]
-    presence = depth_fractions_of(config, histogram)
-    return len(counts) * sequence_flops(config, len(counts), presence=presence).mean
+    depth_fractions = depth_fractions_of(config, histogram)
+    return len(counts) * sequence_flops(config, len(counts), depth_fractions=depth_fractions).mean

@@ -80,7 +80,7 @@ function plan() {
   const adaptive = limit < most ? { ...request, max_recursions: limit } : request;
   const runs = [{ title: most > 1 ? "Adaptive" : "Text", note, request: adaptive }];
   if ($("compare").checked && most > 1) {
-    const full = { ...request, num_recursions: most };
+    const full = { ...request, min_recursions: most, max_recursions: most };
     runs.push({ title: "Full depth", note: `all ${most} recursions for every token`, request: full });
   }
   return runs;
@@ -204,7 +204,7 @@ function meet(state) {
 
 function showServer(state) {
   const total = state.kv_pages_total;
-  const held = [...state.kv_pages_by_depth, state.kv_pages_outer, state.kv_pages_cached];
+  const held = [...state.kv_pages_by_depth, state.kv_pages_unshared, state.kv_pages_cached];
   const used = held.reduce((sum, n) => sum + n, 0);
   const largest = Math.max(1, ...held);
   showFigures($("server-figures"), [

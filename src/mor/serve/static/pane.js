@@ -1,4 +1,4 @@
-// One run on the page: its tokens in colour, figures, and the histogram of depths.
+// One run on the page: its tokens in color, figures, and the histogram of depths.
 
 const LAST_SHADE = 7;
 const STICKY = 40; // pixels from the bottom within which new text scrolls into view

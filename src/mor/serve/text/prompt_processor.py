@@ -24,7 +24,7 @@ class PromptProcessor:
         self._max_model_len = max_model_len
         ids = range(tokenizer.vocab_size if tokenizer is not None else 0)
         self._bytes = [tokenizer.token_bytes(i) for i in ids] if tokenizer is not None else []
-        self._longest = max(map(len, self._bytes), default=0)  # bytes of a token
+        self._max_length = max(map(len, self._bytes), default=0)  # bytes of a token
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -99,9 +99,9 @@ class PromptProcessor:
 
     def _check_length(self, text: str) -> None:
         """Refuse a text that cannot fit, before time is spent on it."""
-        least = len(text) // max(1, self._longest)
-        if self._longest and least > self._max_model_len:
-            raise context_length_error(f"at least {least}", 0, self._max_model_len)
+        minimum = len(text) // max(1, self._max_length)
+        if self._max_length and minimum > self._max_model_len:
+            raise context_length_error(f"at least {minimum}", 0, self._max_model_len)
 
 
 def context_length_error(prompt: int | str, max_tokens: int, limit: int) -> HTTPError:

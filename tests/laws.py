@@ -145,7 +145,7 @@ def import_circles(sources: Sequence[Source]) -> list[str]:
             module
             for _, target in imports(source)
             for module in (target, target.rpartition(".")[0])
-            if module in package and module != name and package[module].path[-11:] != "__init__.py"
+            if module in package and package[module].path[-11:] != "__init__.py"
         }
         for name, source in package.items()
     }

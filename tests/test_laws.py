@@ -90,7 +90,7 @@ BROKEN = (
     (laws.config_changes, "src/mor/io/config.py", "@dataclass\nclass C: pass", "frozen dataclass"),
     (
         laws.config_changes,
-        "src/mor/yaml_config.py",
+        "src/mor/io/config.py",
         "@dataclass(slots=True)\nclass C: pass",
         "frozen",
     ),
@@ -127,7 +127,7 @@ SOUND = (
     (laws.mutable_globals, "src/mor/a.py", "X = frozenset([1])\nclass A:\n  def f(self): y = []"),
     (
         laws.config_changes,
-        "src/mor/yaml_config.py",
+        "src/mor/io/config.py",
         "@dataclass(frozen=True, slots=True)\nclass C: pass",
     ),
     (laws.torch_free_bookkeeping, "src/mor/engine/model_runner.py", "import torch"),

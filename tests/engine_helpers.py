@@ -67,7 +67,7 @@ def params(draw: st.DrawFn, num_recursions: int = 1, max_tokens: int = 8) -> Sam
         "ignore_eos": st.just(True),
         "n": st.integers(2, 3),
         "max_recursions": st.integers(1, num_recursions),
-        "recursions": st.integers(1, num_recursions),
+        "min_recursions": st.integers(1, num_recursions),
     }
     if draw(st.booleans()):  # what comes before may be taken from the prefix cache
         fields |= {"prompt_logprobs": True, "prompt_logprobs_from": draw(st.integers(1, 40))}
@@ -80,8 +80,9 @@ def params(draw: st.DrawFn, num_recursions: int = 1, max_tokens: int = 8) -> Sam
         }
     for name in draw(st.sets(st.sampled_from(sorted(choices)), max_size=5)):
         fields[name] = draw(choices[name])
-    if "recursions" in fields:
-        fields.pop("max_recursions", None)
+    if "min_recursions" in fields and "max_recursions" in fields:
+        both = sorted((fields["min_recursions"], fields["max_recursions"]))
+        fields["min_recursions"], fields["max_recursions"] = both
     return SamplingParams(**fields)
 
 

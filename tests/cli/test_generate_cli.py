@@ -189,7 +189,9 @@ def test_depths_on_a_terminal_are_colors(
         assert cue not in plain
 
 
-@pytest.mark.parametrize("options", [("--min-recursions", 2), ("--max-recursions", 2)])
+@pytest.mark.parametrize(
+    "options", [("--min-recursions", 2, "--max-recursions", 2), ("--max-recursions", 2)]
+)
 def test_colors_of_the_prompt_keep_to_the_limit(
     mor: Mor, scattered: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
 ) -> None:

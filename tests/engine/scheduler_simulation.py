@@ -91,7 +91,7 @@ class Simulation:
             params=SamplingParams(max_tokens=max_tokens),
             token_ids=list(prompt),
             num_prompt_tokens=len(prompt),
-            **{"minimum": 0, "maximum": self.recursions, **fields},
+            **{"min_recursions": 0, "max_recursions": self.recursions, **fields},
             stop_token_ids=frozenset(),
             rng=random.Random(order),
             unshared_table=PageTable(self.layout, self.pool),

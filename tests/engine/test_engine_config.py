@@ -28,7 +28,7 @@ from tiny import KINDS, tiny_config, tiny_model
         ),
         ({"chunked_prefill_size": -1}, "chunked_prefill_size=-1 must be an integer >= 1"),
         ({"min_exit_tokens": 65}, "min_exit_tokens=65 .* max_num_seqs=64: make it smaller"),
-        ({"num_scheduler_steps": 0}, "burst=0 must be an integer >= 1"),
+        ({"num_scheduler_steps": 0}, "num_scheduler_steps=0 must be an integer >= 1"),
         ({"max_exit_wait_steps": -1}, "max_exit_wait_steps=-1 must be an integer >= 0"),
         ({"num_threads": 0}, "num_threads=0 must be an integer >= 1"),
         ({"batching": "depths"}, "batching='depths' is not a choice: did you mean 'depth'"),
@@ -51,8 +51,8 @@ def test_settings_make_the_round_trip() -> None:
     config = EngineConfig(block_size=32, dtype="bfloat16", enable_prefix_caching=False)
     assert EngineConfig.from_dict(config.to_dict()) == config
     assert EngineConfig.from_dict({}) == EngineConfig()
-    with pytest.raises(ConfigError, match="'page_sise' is unknown: did you mean 'block_size'"):
-        EngineConfig.from_dict({"page_sise": 1})
+    with pytest.raises(ConfigError, match="'block_sise' is unknown: did you mean 'block_size'"):
+        EngineConfig.from_dict({"block_sise": 1})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_kv_memory_is_kept_and_used(kind: str) -> None:
 
 def test_too_little_or_too_much_memory_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"kv_cache_memory_bytes=9000 bytes hold 1 pages .*147456: raise it"
+        ConfigError, match=r"kv_cache_memory_bytes=9000 hold 1 pages .*147456: raise it"
     ):
         cache_of("expert", EngineConfig(kv_cache_memory_bytes=9000))
     with pytest.raises(CapacityError, match="lower kv_cache_memory_bytes"):

@@ -100,7 +100,11 @@ def check_kind(kind: str, setting: str) -> None:
 def test_recursion_limits_equal_the_oracle(kind: str) -> None:
     model = shared_model(kind)
     maximum = model.config.num_recursions
-    limits = [{}, *({"recursions": r} for r in range(1, maximum + 1)), {"max_recursions": 1}]
+    limits = [
+        {},
+        *({"min_recursions": r, "max_recursions": r} for r in range(1, maximum + 1)),
+        {"max_recursions": 1},
+    ]
     asked = [SamplingParams(max_tokens=5, **fields) for fields in [*limits, *limits]]
     prompts = [[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, n // len(limits)] for n in range(len(asked))]
     llm = LLM(model, EngineConfig(block_size=4, max_num_seqs=7, kv_cache_memory_bytes=2**22))
@@ -117,7 +121,7 @@ def test_any_model_in_any_engine_equals_the_oracle(config: MoRConfig, data: st.D
     prompts = prompts_with_shared_starts(data.draw(st.integers(0, 99)), num, 24)
     maximum = 1 if config.sharing == "sequence" else config.num_recursions
     asked = [
-        replace(p, recursions=None, max_recursions=None) if config.sharing == "sequence" else p
+        replace(p, min_recursions=None, max_recursions=None) if config.sharing == "sequence" else p
         for p in (data.draw(params(maximum)) for _ in range(num))
     ]
     fields = data.draw(engine_settings())

@@ -64,7 +64,7 @@ class EngineMachine(RuleBasedStateMachine):
         for request in requests:
             self.drive.add(*request)
 
-    @precondition(lambda self: self.drive.llm.has_unfinished)
+    @precondition(lambda self: self.drive.llm.has_unfinished_requests)
     @rule(times=st.integers(1, 9))
     def step(self, times: int) -> None:
         for _ in range(times):

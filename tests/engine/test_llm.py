@@ -117,9 +117,9 @@ def test_abort_gives_what_there_is() -> None:
     check_empty(llm)
 
 
-@pytest.mark.parametrize("phase", ["enter", "advance", "finish"])
+@pytest.mark.parametrize("phase", ["run_prelude", "run_block", "run_coda"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_tick_loses_nothing(
+def test_an_interrupted_step_loses_nothing(
     monkeypatch: pytest.MonkeyPatch, phase: str, error: type[BaseException]
 ) -> None:
     llm = engine_of()
@@ -154,7 +154,7 @@ def test_an_interrupted_tick_loses_nothing(
     check_empty(llm)
 
 
-@pytest.mark.parametrize("phase", ["enter", "advance", "finish"])
+@pytest.mark.parametrize("phase", ["run_prelude", "run_block", "run_coda"])
 def test_an_interrupted_generate_frees_everything(
     monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:

@@ -136,7 +136,12 @@ def test_every_request_comes_to_its_end(
     for step in range(20):
         for prompt, tokens, limit, arrival in requests:
             if arrival == step:
-                sim.add(prompt, tokens, minimum=limit, maximum=limit or fields["recursions"])
+                sim.add(
+                    prompt,
+                    tokens,
+                    min_recursions=limit,
+                    max_recursions=limit or fields["recursions"],
+                )
         sim.step()
     sim.run()
     for sequence in sim.sequences:

@@ -47,13 +47,13 @@ def check_limits(model: MoRModel, name: str, value: int) -> None:
     for done in generate(model, PROMPTS, params):
         check_equals_recompute(model, done, params)
         counts = done.prompt_recursion_counts + done.recursion_counts
-        if name == "recursions":
-            assert set(counts) == {value}
+        if name == "min_recursions":
+            assert min(counts) >= value
         else:
             assert max(counts) <= value
 
 
-@pytest.mark.parametrize("name", ["recursions", "max_recursions"])
+@pytest.mark.parametrize("name", ["min_recursions", "max_recursions"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_keeps_to_the_limit(kind: str, name: str) -> None:
     for value in possible(tiny_config(kind)):
@@ -62,14 +62,14 @@ def test_every_kind_keeps_to_the_limit(kind: str, name: str) -> None:
 
 @given(config=configs(), seed=st.integers(0, 99), data=st.data())
 def test_any_model_keeps_to_the_limit(config: MoRConfig, seed: int, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(["recursions", "max_recursions"]))
+    name = data.draw(st.sampled_from(["min_recursions", "max_recursions"]))
     check_limits(build(config, seed), name, data.draw(st.sampled_from(possible(config))))
 
 
 @pytest.mark.parametrize("kind", ["expert", "expert_bare", "expert_shared", "token", "recursive"])
 def test_neighbours_with_other_limits_change_nothing(kind: str) -> None:
     model = tiny_model(kind)
-    params = [asked("recursions", 2), asked("max_recursions", 1), SamplingParams(max_tokens=5)]
+    params = [asked("min_recursions", 2), asked("max_recursions", 1), SamplingParams(max_tokens=5)]
     for prompt, p, done in zip(PROMPTS, params, generate(model, PROMPTS, params), strict=True):
         (alone,) = generate(model, [prompt], p)
         assert done.logprobs == pytest.approx(alone.logprobs, abs=1e-9)

@@ -74,7 +74,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt_logprobs": 1}, "true or false"),
     ({"prompt_logprobs_from": 2}, "goes with prompt_logprobs"),
     ({"prompt_logprobs_from": 0, "prompt_logprobs": True}, "at least 1"),
-    ({"recursions": 0}, "at least 1"),
+    ({"min_recursions": 0}, "at least 1"),
     ({"max_recursions": 0}, "at least 1"),
     ({"max_recursions": 1, "min_recursions": 2}, "at least min_recursions=2"),
 ]
@@ -222,7 +222,7 @@ def test_recursion_range() -> None:
     assert SamplingParams().recursion_range(3) == (0, 3)
     assert SamplingParams(min_recursions=2, max_recursions=2).recursion_range(3) == (2, 2)
     assert SamplingParams(max_recursions=2).recursion_range(3) == (0, 2)
-    assert SamplingParams(min_recursions=1, max_recursions=2).recursion_range(3) == (1, 1)
+    assert SamplingParams(min_recursions=1, max_recursions=2).recursion_range(3) == (1, 2)
 
 
 def test_likeliest_are_in_order_and_the_lower_id_goes_first() -> None:

@@ -344,7 +344,7 @@ def test_launches_depend_on_shapes_only(
     max_query_len: int | None, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids: list[tuple[int, ...]] = []
-    monkeypatch.setattr(kernels, "_launch", lambda _, grid, *rest, **options: grids.append(grid))
+    monkeypatch.setattr(kernels, "launch", lambda _, grid, *rest, **options: grids.append(grid))
     monkeypatch.setitem(globals(), "DEVICE", "cpu")
     batch = make([(2, 8)] * 10, spare=20)
 
@@ -416,6 +416,7 @@ def test_kernels_compile_without_a_gpu(
 
 def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mor.ops.triton_launch")
     module = runpy.run_path(str(kernels.__file__))
     with pytest.raises(MissingExtraError, match=r"triton is not installed.*\[gpu\]"):
         module["silu_mul"](torch.zeros(1, 2))

@@ -139,7 +139,7 @@ def test_a_tick_that_fails_is_a_500_and_the_next_request_works(
 ) -> None:
     async def work(bridge: AsyncEngine) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.runner, "advance", fail)
+            patch.setattr(engine.runner, "run_block", fail)
             ticket = await bridge.submit([[1]], LONG)
             assert (await status(collect(bridge, ticket))).status == 500
         ticket = await bridge.submit([[1]], SHORT)
@@ -171,5 +171,5 @@ def test_an_engine_that_fails_for_good_is_given_up(
     def fail(plan: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(engine.runner, "advance", fail)
+    monkeypatch.setattr(engine.runner, "run_block", fail)
     bridged(engine, work)

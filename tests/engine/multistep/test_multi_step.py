@@ -66,7 +66,7 @@ def test_equals_the_reference_generator(kind: str) -> None:
         {"temperature": 1.2, "top_p": 0.8, "stop_token_ids": [*range(20)]},
         {"max_recursions": 1} if has_depths else {"temperature": 0.7, "min_p": 0.1},
         {"logprobs": 0, "temperature": 0.5, "stop_token_ids": [*range(9)]},
-        {"recursions": 2} if has_depths else {"ignore_eos": True},
+        {"min_recursions": 2} if has_depths else {"ignore_eos": True},
     ]
     lengths = (9, 1, 13, 6, 11, 8)
     params = [

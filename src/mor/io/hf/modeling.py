@@ -350,7 +350,7 @@ class _HiddenStateHook:
     def __call__(self, layer: nn.Module, args: Any) -> None:
         """Note the tokens that are present and their states."""
         x, layer_key, context = args
-        self._inputs[self._order[layer_key]] = context.ragged.flat, x
+        self._inputs[self._order[layer_key]] = context.ragged.token_indices, x
 
     def states(self, after_block: Float[Tensor, "n e"]) -> Iterator[Tensor]:
         """(N, E) before each layer; who is not there has the state that it left the block with."""

@@ -25,8 +25,9 @@ class KVCache:
     ) -> None:
         _, kv_heads, head_dim = model.num_heads_and_dim
         block = model.num_block_layers
-        if model.sharing == "sequence" and model.kv_strategy == "recursion_wise":
-            block *= model.num_recursions  # all depths of a token run in one pass
+        kv_depths = model.kv_policy.num_kv_depths(model.num_recursions)
+        if model.sharing == "sequence":
+            block *= kv_depths  # all depths of a token run in one pass
         unshared = model.num_prelude_layers + model.num_coda_layers
         self.layers_per_page = height = max(block, unshared)
         self.block = self._layout(config, block)
@@ -55,9 +56,8 @@ class KVCache:
 
     def max_pages(self, model: MoRConfig, tokens: int) -> int:
         """Pages of a sequence whose tokens all take every recursion."""
-        passes = model.num_recursions
-        if model.sharing == "sequence" or model.kv_strategy == "shared":
-            passes = 1
+        kv_depths = model.kv_policy.num_kv_depths(model.num_recursions)
+        passes = 1 if model.sharing == "sequence" else kv_depths
         unshared = self.unshared.pages_for(tokens) if self.unshared is not None else 0
         return unshared + passes * self.block.pages_for(tokens)
 

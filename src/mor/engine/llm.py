@@ -295,7 +295,7 @@ class LLM:
     ) -> SequenceState:
         config = self.model_config
         minimum, maximum = params.recursion_range(config.num_recursions)
-        passes = 1 if config.kv_strategy == "shared" else self.scheduler.recursion_spec.max_passes
+        num_tables = config.kv_policy.num_kv_depths(self.scheduler.recursion_spec.max_passes)
         unshared, block = self.cache.unshared, self.cache.block
         return SequenceState(
             request_id=name,
@@ -309,7 +309,7 @@ class LLM:
             stop_token_ids=params.end_ids(self.eos_token_id, *self.end_token_ids),
             rng=params.random_numbers(index),
             unshared_table=PageTable(unshared, self.pool) if unshared is not None else None,
-            depth_tables=[PageTable(block, self.pool) for _ in range(passes)],
+            depth_tables=[PageTable(block, self.pool) for _ in range(num_tables)],
         )
 
     def _finish(self, chunks: list[Chunk]) -> None:
@@ -396,6 +396,6 @@ def _recursion_spec(config: MoRConfig) -> RecursionSpec:
     return RecursionSpec(
         max_passes=1 if one else config.num_recursions,
         recursions_per_pass=config.num_recursions if one else 1,
-        shared_kv=config.kv_strategy == "shared",
+        shared_kv=not config.kv_policy.writes(1),
         depth_fractions=config.depth_capacities,
     )

@@ -71,8 +71,7 @@ class ModelRunner:
         self.prelude = kernels.build_stack(apps[:num]) if num else None
         self.coda = kernels.build_stack(apps[num:]) if apps[num:] else None
         self.block = kernels.build_stack(_block_calls(model))
-        # Depths that share keys and values see all earlier tokens, so positions are the entries.
-        self._shared = model.config.kv_strategy == "shared"
+        self._kv_policy = model.config.kv_policy
         self._num_groups = 1 if model.config.sharing == "sequence" else model.config.num_recursions
 
     # -- phases ---------------------------------------------------------------------------------
@@ -177,10 +176,11 @@ class ModelRunner:
         positions: list[list[int]] = []
         entries: list[list[int]] = []
         for chunk, first in zip(plan.chunks, plan.first_kv_entries, strict=True):
-            tables.append(chunk.sequence.depth_tables[0 if self._shared else chunk.depth])
+            tables.append(chunk.sequence.depth_tables[self._kv_policy.kv_depth(chunk.depth)])
             positions.append([chunk.start + i for i in chunk.active])
             ordinal = range(first, first + len(chunk.active))
-            entries.append(positions[-1] if self._shared else list(ordinal))
+            is_position = self._kv_policy.entries_are_positions
+            entries.append(positions[-1] if is_position else list(ordinal))
         depths = [chunk.depth for chunk in plan.chunks for _ in chunk.active]
         groups = tuple(np.searchsorted(depths, range(self._num_groups + 1)).tolist())
         return self._metadata(tables, positions, entries, plan.num_writing_chunks, groups)
@@ -229,13 +229,14 @@ def _block_calls(model: MoRModel) -> list[LayerCall]:
             for i, m in enumerate(layers)
         ]
     schedule = block_schedule(config.sharing, config.num_block_layers, config.num_recursions)
-    shared = config.kv_strategy == "shared"
+    policy = config.kv_policy
+    num_kv_depths = policy.num_kv_depths(config.num_recursions)
     return [
         LayerCall(
             layer=layers[slot.layer],
-            kv_layer=slot.layer if shared else i,
-            writes_kv=slot.depth == 0 or not shared,
+            kv_layer=slot.layer * num_kv_depths + policy.kv_depth(slot.depth),
+            writes_kv=policy.writes(slot.depth),
             depths=every[slot.depth : slot.depth + 1],
         )
-        for i, slot in enumerate(schedule)
+        for slot in schedule
     ]

@@ -93,13 +93,13 @@ class FullSequenceAttention:
         documents: (B * T,) number of each token's document, see `number_documents`: a query
             sees no other document's keys. None: it sees its whole sequence.
         """
-        self._shared = config.kv_strategy == "shared"
+        self._kv_policy = config.kv_policy
         self._documents = documents
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (B, G, T, D) keys, values
 
     def has_kv(self, layer_key: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
-        return self._shared and layer_key.depth > 0
+        return not self._kv_policy.writes(layer_key.depth)
 
     def attend(
         self,
@@ -116,7 +116,7 @@ class FullSequenceAttention:
             where = ragged.to_padded(ragged.positions[:, None, None])[:, 0, :, 0]  # (B, W)
             return ragged.from_padded(attend_at(queries, keys, values, where, self._documents))
         keys, values = ragged.to_padded(k), ragged.to_padded(v)
-        if self._shared and layer_key.depth == 0:
+        if self._kv_policy.is_read_later(layer_key.depth):
             self._kept[layer_key.layer] = keys, values
         if self._documents is not None:
             return attend_inside(q, k, v, self._documents[ragged.token_indices])
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads_and_dim
         width, inner = config.hidden_size, self.num_heads * self.head_dim
         kv_width, depths = self.num_kv_heads * self.head_dim, config.num_recursions
-        kv_depths = 1 if config.kv_strategy == "shared" else depths
+        kv_depths = config.kv_policy.num_kv_depths(depths)
         self.q_proj = DepthLoRALinear(width, inner, rank, depths)
         self.k_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)
         self.v_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)

@@ -11,6 +11,8 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from mor.errors import ConfigError, nearest
+from mor.model.kv_policy import KV_POLICIES, KVPolicy
+from mor.model.presets import preset_fields
 
 Sharing = Literal["cycle", "sequence"]
 Routing = Literal["none", "expert_choice", "token_choice"]
@@ -51,17 +53,6 @@ LLAMA_FIELDS: tuple[str, ...] = (
     "pad_token_id",
 )
 """What a Llama config says under the same names: everything but layers and routing."""
-
-# The paper's shapes (arXiv 2507.10524, appendix; SmolLM's): vocabulary 49K, head size 64.
-_PRESETS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
-    {  # layers, hidden, query heads, key-value heads, intermediate
-        "135m": (30, 576, 9, 3, 1536),
-        "360m": (32, 960, 15, 5, 2560),
-        "730m": (26, 1536, 24, 8, 4096),
-        "1.7b": (24, 2048, 32, 32, 8192),
-        "demo": (8, 128, 2, 2, 384),  # ours, for two CPU cores and five minutes
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +164,7 @@ class MoRConfig:
             if key not in known:
                 raise ConfigError(f"model field {key!r} is unknown: {nearest(str(key), known)}")
         if preset is not None:
-            values = {**_preset_fields(str(preset), values.get("num_recursions", 3)), **values}
+            values = {**preset_fields(str(preset), values.get("num_recursions", 3)), **values}
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,6 +205,11 @@ class MoRConfig:
         assert self.num_key_value_heads is not None
         assert self.head_dim is not None
         return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    @property
+    def kv_policy(self) -> KVPolicy:
+        """Which depths write keys and values and which read them: what `kv_strategy` stands for."""
+        return KV_POLICIES[self.kv_strategy]
 
     @property
     def depth_capacities(self) -> tuple[float, ...]:
@@ -374,26 +370,3 @@ class MoRConfig:
                 f"kv_strategy='shared' needs capacities[0]=1, not {self.capacities[0]}: depth 0 "
                 "computes the keys and values of every token for all depths."
             )
-
-
-def _preset_fields(name: str, num_recursions: Any) -> dict[str, Any]:
-    """What a preset says about a model with this many recursions."""
-    if name.lower() not in _PRESETS:
-        raise ConfigError(f"preset {name!r} is unknown: {nearest(name.lower(), _PRESETS)}")
-    if type(num_recursions) is not int or num_recursions < 1:
-        raise ConfigError(f"num_recursions={num_recursions!r} must be an integer >= 1.")
-    layers, hidden, heads, kv_heads, intermediate = _PRESETS[name.lower()]
-    vanilla = num_recursions == 1
-    return {
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 64,
-        "intermediate_size": intermediate,
-        "num_prelude_layers": 0 if vanilla else 1,
-        "num_block_layers": layers if vanilla else math.ceil((layers - 2) / num_recursions),
-        "num_coda_layers": 0 if vanilla else 1,
-        "num_recursions": num_recursions,
-        "routing": "none" if vanilla else "expert_choice",
-        "twin_num_layers": layers,
-    }

@@ -90,8 +90,8 @@ def num_lora_parameters(config: MoRConfig) -> int:
 def _num_depth_lora_parameters(config: MoRConfig, depth: int) -> int:
     """Of one layer at one depth; where depths share keys and values, only depth 0 computes them."""
     width, rank = config.hidden_size, config.relaxation_rank
-    reused = config.kv_strategy == "shared" and depth > 0
-    return sum(min(rank, width, w) * (width + w) for w in _widths(config)[2 if reused else 0 :])
+    first = 0 if config.kv_policy.writes(depth) else 2  # without k and v
+    return sum(min(rank, width, w) * (width + w) for w in _widths(config)[first:])
 
 
 def num_router_parameters(config: MoRConfig) -> int:
@@ -143,8 +143,7 @@ def sequence_flops(
     def keys(tokens: float) -> float:
         return (tokens + 1) / 2 if causal else tokens
 
-    shared = config.kv_strategy == "shared"
-    seen = [keys(length if shared else p * length) for p in there]
+    seen = [keys(config.kv_policy.visible_fraction(p) * length) for p in there]
     return _flops(config, there, seen, keys(length))
 
 
@@ -153,8 +152,8 @@ def decode_flops(
 ) -> Flops:
     """Forward FLOPs of one new token after `context` tokens, itself included."""
     there = tuple(depth_fractions if depth_fractions is not None else depth_fractions_of(config))
-    shared = config.kv_strategy == "shared"
-    return _flops(config, there, [context if shared else p * context for p in there], context)
+    seen = [config.kv_policy.visible_fraction(p) * context for p in there]
+    return _flops(config, there, seen, context)
 
 
 def _flops(
@@ -172,8 +171,7 @@ def _flops(
     routing = 0.0
     routers = 2 if config.selection_training == "aux_router" else 1
     for r, keys in enumerate(seen):
-        reused = config.kv_strategy == "shared" and r > 0
-        layer = matrices - (kv_matrices if reused else 0) + per_key * keys
+        layer = matrices - (0 if config.kv_policy.writes(r) else kv_matrices) + per_key * keys
         layer += 2 * _num_depth_lora_parameters(config, r)
         router = 0
         if config.routing == "expert_choice":
@@ -204,7 +202,8 @@ def kv_bytes_per_token(
     """Bytes of keys and values that an average token leaves in the cache, all layers."""
     _, kv_heads, dim = config.num_heads_and_dim
     there = depth_fractions if depth_fractions is not None else depth_fractions_of(config)
-    depths = 1.0 if config.kv_strategy == "shared" else sum(there)
+    policy = config.kv_policy
+    depths = sum(policy.visible_fraction(p) for r, p in enumerate(there) if policy.writes(r))
     unshared_layers = config.num_prelude_layers + config.num_coda_layers
     layers = unshared_layers + config.num_block_layers * depths
     return layers * 2 * kv_heads * dim * bytes_per_value

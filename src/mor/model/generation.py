@@ -31,7 +31,7 @@ class RaggedKVCache:
     """
 
     def __init__(self, config: MoRConfig, num_sequences: int) -> None:
-        self._shared = config.kv_strategy == "shared"
+        self._kv_policy = config.kv_policy
         self._sequences = list(range(num_sequences))
         self._kept: dict[tuple[LayerKey, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -50,7 +50,7 @@ class RaggedKVCache:
 
     def has_kv(self, layer_key: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
-        return self._shared and layer_key.depth > 0
+        return not self._kv_policy.writes(layer_key.depth)
 
     def attend(
         self,
@@ -70,8 +70,8 @@ class RaggedKVCache:
             where = ragged.positions[mine]
             if k is not None and v is not None:
                 self._append(layer_key, sequence, k[mine], v[mine], where)
-            home = LayerKey(0, layer_key.layer) if self.has_kv(layer_key) else layer_key
-            keys, values, times = self._kept[home, sequence]
+            read = layer_key._replace(depth=self._kv_policy.kv_depth(layer_key.depth))
+            keys, values, times = self._kept[read, sequence]
             seen = times[None, :] <= where[:, None]  # (new, entries)
             out[mine] = F.scaled_dot_product_attention(
                 q[mine].transpose(0, 1)[None],

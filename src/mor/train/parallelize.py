@@ -51,9 +51,9 @@ def speed_up(model: MoRModel, config: TrainConfig, device: torch.device) -> None
     layers = [*model.prelude, *model.block, *model.coda]
     if config.compile and has_compiler(device):
         for layer in layers:
-            # attention over shared keys and values looks at positions on the host
+            # Where entries are positions, attention looks at positions on the host.
             assert isinstance(layer, Layer)
-            part = layer.mlp if model.config.kv_strategy == "shared" else layer
+            part = layer.mlp if model.config.kv_policy.entries_are_positions else layer
             vars(part)["forward"] = torch.compile(part.forward, dynamic=True)
     if config.activation_checkpointing == "full":
         for layer in layers:

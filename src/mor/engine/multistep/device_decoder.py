@@ -79,9 +79,9 @@ class _Bucket:
         stream: torch.cuda.Stream | None,
     ) -> None:
         self._runner, self._passes, self._device = runner, maximum, runner.device
-        self._shared = runner.model_config.kv_strategy == "shared"
+        self._kv_policy = runner.model_config.kv_policy
         self._page = runner.cache.block.block_size
-        num_tables = 1 if self._shared else maximum
+        num_tables = self._kv_policy.num_kv_depths(maximum)
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=self._device)
@@ -206,7 +206,7 @@ class _Bucket:
     def _block_metadata(self) -> AttentionMetadata:
         """Lanes at their depths, where each present one gets the next entry."""
         present, table = self._active, torch.zeros_like(self._depth)
-        if self._shared:
+        if self._kv_policy.entries_are_positions:
             entry, writes = self._position, present & (self._depth == 0)
         else:
             table, writes = self._depth.clamp(max=self._entries.shape[1] - 1), present

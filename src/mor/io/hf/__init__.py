@@ -36,7 +36,13 @@ AUTO_MAP: Mapping[str, str] = MappingProxyType(
 # What each code file consists of, in an order in which everything is defined before its use.
 _CODE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "configuration_mor": ("mor.errors", "mor.model.config", "mor.io.hf.configuration"),
+        "configuration_mor": (
+            "mor.errors",
+            "mor.model.kv_policy",
+            "mor.model.presets",
+            "mor.model.config",
+            "mor.io.hf.configuration",
+        ),
         "modeling_mor": (
             "mor.ops.cross_entropy",
             "mor.ops.memory_efficient",

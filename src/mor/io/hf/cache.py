@@ -46,7 +46,7 @@ class MoRCache(Cache):
 
     def has_kv(self, layer_key: LayerKey) -> bool:
         """True below depth 0 when depths share their keys and values."""
-        return self.config.kv_strategy == "shared" and layer_key.depth > 0
+        return not self.config.kv_policy.writes(layer_key.depth)
 
     def attend(
         self,
@@ -61,9 +61,8 @@ class MoRCache(Cache):
             self._append(layer_key, k.detach(), v.detach(), ragged)
         if self._whole is not None:  # nothing was there before: plainly causal
             return self._whole.attend(layer_key, q, k, v, ragged)
-        keys, values, held = self._kept[
-            LayerKey(0, layer_key.layer) if self.has_kv(layer_key) else layer_key
-        ]
+        read = layer_key._replace(depth=self.config.kv_policy.kv_depth(layer_key.depth))
+        keys, values, held = self._kept[read]
         where = ragged.to_padded(ragged.positions[:, None, None])[:, 0, :, 0]  # (B, W)
         seen = held[:, None, None, :] <= where[:, None, :, None]
         seen[..., 0] = True  # true for every token; gives the padding of short rows a finite answer

@@ -31,14 +31,14 @@ class Watch:
             while frame.f_globals.get("__name__", "").startswith("importlib"):
                 frame = frame.f_back
             module = frame.f_globals.get("__name__", "")
-            if module.split(".")[0] == "mor" and not module.startswith(written):
+            if module.split(".")[0] == "mor" and not f"{module}.".startswith(written):
                 asked.append(f"{module} imports {name}")
 
 sys.meta_path.insert(0, Watch())
 failed = {}
 loaded = None
-for module in sorted(modules, key=lambda module: module.startswith(written)):
-    if module.startswith(written) and loaded is None:
+for module in sorted(modules, key=lambda module: f"{module}.".startswith(written)):
+    if f"{module}.".startswith(written) and loaded is None:
         loaded = [name for name in extras if name in sys.modules]
     try:
         importlib.import_module(module)

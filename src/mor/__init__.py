@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mor.io.hf import registration
-
 if TYPE_CHECKING:
     from mor import io
     from mor.engine.config import EngineConfig
@@ -79,8 +77,6 @@ _HOMES: Mapping[str, str] = MappingProxyType(
         "SamplingParams": "mor.model.sampling",
     }
 )
-
-registration.watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from mor.io import hf
+from mor.io import hf_export
 from mor.io.checkpoint import load, save
 from mor.io.tokenizer import Tokenizer
 from tiny import tiny_model
@@ -26,7 +26,7 @@ def test_its_python_runs_and_lowers_the_loss(
     tokenizer = Tokenizer.train([TEXT * 4], 280)
     model = tiny_model(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id).float()
     save(model, tmp_path / "run", tokenizer)
-    hf.export(tmp_path / "run", tmp_path / "exported" / "mor3")
+    hf_export.export(tmp_path / "run", tmp_path / "exported" / "mor3")
     (tmp_path / "my.txt").write_text(TEXT * 60)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from hf_models import wrapped
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mor.errors import CheckpointError
-from mor.io import hf
+from mor.io import hf_export
 from mor.io.checkpoint import load, save
 from mor.io.hf.auto_model import MoRForCausalLM
 from mor.io.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def exported(
 ) -> Path:
     folder = tmp_path_factory.mktemp("hf")
     save(model, folder / "run", tokenizer)
-    return hf.export(folder / "run", folder / "exported")
+    return hf_export.export(folder / "run", folder / "exported")
 
 
 def test_without_mor_it_generates_the_same_tokens(
@@ -127,7 +127,7 @@ def test_the_card_says_how_to_load_it(exported: Path, model: MoRModel) -> None:
     assert "trust_remote_code=True" in text
 
 
-def test_the_auto_classes_know_our_models_after_import_mor(
+def test_the_auto_classes_know_our_models_after_import_mor_io_hf(
     exported: Path, model: MoRModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     known = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
@@ -162,7 +162,7 @@ def test_the_tokenizer_and_the_pipeline(exported: Path, tokenizer: Tokenizer) ->
 
 @pytest.mark.parametrize("name", ["configuration_mor", "modeling_mor"])
 def test_the_code_files_stand_alone(name: str) -> None:
-    tree = ast.parse(hf.code(name))
+    tree = ast.parse(hf_export.code(name))
     nodes = list(ast.walk(tree))
     modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
     modules |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
@@ -176,7 +176,7 @@ def test_the_code_files_stand_alone(name: str) -> None:
 
 
 def test_an_export_in_another_precision(exported: Path, model: MoRModel, tmp_path: Path) -> None:
-    folder = hf.export(exported, tmp_path / "out", dtype=torch.bfloat16)
+    folder = hf_export.export(exported, tmp_path / "out", dtype=torch.bfloat16)
     assert load(folder).embed_tokens.weight.dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
     narrow = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_what_came_with_a_checkpoint_goes_with_it(
     save(model, source, tokenizer)
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     (source / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    folder = hf.export(source, tmp_path / "out")
+    folder = hf_export.export(source, tmp_path / "out")
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [3, 4]
     chat = [{"role": "user", "content": TEXT}]
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -201,7 +201,7 @@ def test_what_came_with_a_checkpoint_goes_with_it(
 
 def test_what_cannot_be_exported_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists: choose a new folder"):
-        hf.export(exported, exported)
+        hf_export.export(exported, exported)
     with pytest.raises(CheckpointError, match="does not exist"):
-        hf.export(tmp_path / "nothing", tmp_path / "out")
+        hf_export.export(tmp_path / "nothing", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import torch
 from hf_models import random_ids, wrapped
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mor.io import hf
+from mor.io import hf_export
 from mor.io.checkpoint import load, save
 from mor.io.hf.auto_model import MoRForCausalLM
 from mor.io.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def test_lm_eval_runs_on_an_exported_folder(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train([text * 4], 280)
     model = tiny_model(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id).float()
     save(model, tmp_path / "run", tokenizer)
-    folder = hf.export(tmp_path / "run", tmp_path / "exported")
+    folder = hf_export.export(tmp_path / "run", tmp_path / "exported")
     words = text.split()
     pairs: list[dict[str, Any]] = [
         {"good": f"the token {a} {b}", "bad": f"the {b} {a} token", "label": 0}

@@ -11,7 +11,7 @@ import torch
 from mor.cli.options.overrides import model_fields
 from mor.cli.options.parser import Parser, parser
 from mor.errors import ConfigError, nearest
-from mor.io.hf import export
+from mor.io.hf_export import export
 from mor.io.llama import convert_llama
 from mor.io.model_card import model_card, write_card
 from mor.io.reference_checkpoint import convert_official

@@ -1,6 +1,6 @@
 """Models, tokenizers and foreign checkpoints on disk."""
 
-from mor.io import checkpoint, gguf, hf, llama, tokenizer
+from mor.io import checkpoint, gguf, hf_export, llama, tokenizer
 from mor.io import reference_checkpoint as official
 
-__all__ = ["checkpoint", "gguf", "hf", "llama", "official", "tokenizer"]
+__all__ = ["checkpoint", "gguf", "hf_export", "llama", "official", "tokenizer"]

@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from mor.errors import RequestError
 from mor.io.hf.cache import MoRCache
 from mor.io.hf.configuration import MoRPretrainedConfig
-from mor.io.hf.tokens import PaddedTokens
+from mor.io.hf.padded_tokens import PaddedTokens
 from mor.model.attention import ForwardContext, FullSequenceAttention
 from mor.model.config import MoRConfig
 from mor.model.layers import Layer

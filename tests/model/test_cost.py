@@ -24,7 +24,7 @@ from mor.model.cost import (
     sequence_flops,
     training_flops,
 )
-from mor.model.generation import RaggedKVCache, ragged_packing
+from mor.model.generation import RaggedKVCache, batch_new_tokens
 from mor.model.transformer import MoRModel, MoROutput
 from tiny import KINDS, build, configs, tiny_config, tiny_model
 
@@ -170,7 +170,7 @@ class Weighed(RaggedKVCache):
 
 def check_cache_bytes(model: MoRModel, time: int, seed: int) -> None:
     cache = Weighed(model.config, 1)
-    context = model.context(ragged_packing([0], [time], CPU), cache)
+    context = model.context(batch_new_tokens([0], [time], CPU), cache)
     with torch.no_grad():
         x = model.run_prelude(model.embed_tokens(ids(seed, time)[0]), context)
         x, counts, _ = model.run_recursions(x, context, "threshold")

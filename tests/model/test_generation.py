@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mor.errors import RequestError
 from mor.model.config import MoRConfig
-from mor.model.generation import RaggedKVCache, generate, pick, ragged_packing
+from mor.model.generation import RaggedKVCache, batch_new_tokens, generate, pick
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.sharing import UNSHARED
 from mor.model.transformer import MoRModel
@@ -124,7 +124,7 @@ def test_what_was_not_asked_for_is_empty() -> None:
 def test_each_depth_holds_only_its_own_tokens(kind: str) -> None:
     model = tiny_model(kind)
     cache = RaggedKVCache(model.config, 1)
-    ragged = ragged_packing([0], [20], torch.device("cpu"))
+    ragged = batch_new_tokens([0], [20], torch.device("cpu"))
     context = model.context(ragged, cache)
     ids = torch.randint(0, 61, (20,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -32,7 +32,10 @@ def check_equals_recompute(model: MoRModel, done: Completion, params: SamplingPa
 
 
 def asked(name: str, value: int) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 5, name: value})
+    """Every token takes exactly so many recursions ("exactly"), or at most so many."""
+    if name == "exactly":
+        return SamplingParams(max_tokens=5, min_recursions=value, max_recursions=value)
+    return SamplingParams(max_tokens=5, max_recursions=value)
 
 
 def possible(config: MoRConfig) -> range:
@@ -47,13 +50,13 @@ def check_limits(model: MoRModel, name: str, value: int) -> None:
     for done in generate(model, PROMPTS, params):
         check_equals_recompute(model, done, params)
         counts = done.prompt_recursion_counts + done.recursion_counts
-        if name == "min_recursions":
-            assert min(counts) >= value
+        if name == "exactly":
+            assert set(counts) == {value}
         else:
             assert max(counts) <= value
 
 
-@pytest.mark.parametrize("name", ["min_recursions", "max_recursions"])
+@pytest.mark.parametrize("name", ["exactly", "max_recursions"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_keeps_to_the_limit(kind: str, name: str) -> None:
     for value in possible(tiny_config(kind)):
@@ -62,14 +65,14 @@ def test_every_kind_keeps_to_the_limit(kind: str, name: str) -> None:
 
 @given(config=configs(), seed=st.integers(0, 99), data=st.data())
 def test_any_model_keeps_to_the_limit(config: MoRConfig, seed: int, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(["min_recursions", "max_recursions"]))
+    name = data.draw(st.sampled_from(["exactly", "max_recursions"]))
     check_limits(build(config, seed), name, data.draw(st.sampled_from(possible(config))))
 
 
 @pytest.mark.parametrize("kind", ["expert", "expert_bare", "expert_shared", "token", "recursive"])
 def test_neighbours_with_other_limits_change_nothing(kind: str) -> None:
     model = tiny_model(kind)
-    params = [asked("min_recursions", 2), asked("max_recursions", 1), SamplingParams(max_tokens=5)]
+    params = [asked("exactly", 2), asked("max_recursions", 1), SamplingParams(max_tokens=5)]
     for prompt, p, done in zip(PROMPTS, params, generate(model, PROMPTS, params), strict=True):
         (alone,) = generate(model, [prompt], p)
         assert done.logprobs == pytest.approx(alone.logprobs, abs=1e-9)

@@ -83,7 +83,7 @@ def test_topk_takes_the_largest_gates() -> None:
     reading_first_feature(router.routers[1])
     record = RoutingOutput()
     x = states([0.3, -2.0, 5.0, 1.0, 0.9, 4.0])
-    choice = router.choose(1, x, RaggedBatch.full(2, 3, CPU), "topk", 2, record)
+    choice = router.choose(1, x, RaggedBatch.full(2, 3, CPU), 2, record)
     assert choice.ragged.positions.tolist() == [0, 2, 0, 2]
     assert choice.indices is not None
     assert choice.indices.tolist() == [0, 2, 3, 5]
@@ -117,7 +117,7 @@ def test_a_logit_at_the_threshold_goes_on() -> None:
         logits = [tau, math.nextafter(tau, -2), math.nextafter(tau, 2), tau - 1, tau + 1]
         record = RoutingOutput()
         x = states(logits)
-        choice = router.choose(depth, x, RaggedBatch.full(1, 5, CPU), "threshold", 1, record)
+        choice = router.choose(depth, x, RaggedBatch.full(1, 5, CPU), None, record)
         assert choice.ragged.positions.tolist() == [0, 2, 4]
         assert torch.equal(record.decisions[0], x[:, 0])
         assert record.selected == []
@@ -230,11 +230,11 @@ def test_the_second_router_decides_and_the_first_weighs() -> None:
         router.aux_routers[0].proj.weight.zero_()[0, 1] = 1.0
     x = states([5.0, -5.0, 1.0, -1.0], [-1.0, 1.0, -2.0, 2.0])
     ragged, record = RaggedBatch.full(1, 4, CPU), RoutingOutput()
-    causal = router.choose(0, x, ragged, "threshold", 2, record)
+    causal = router.choose(0, x, ragged, None, record)
     assert causal.ragged.positions.tolist() == [1, 3]
     torch.testing.assert_close(causal.gate[:, 0], 0.1 * x[:, 0].sigmoid()[[1, 3]])
     assert torch.equal(record.decisions[0], x[:, 1])
-    best = router.choose(0, x, ragged, "topk", 2, record)
+    best = router.choose(0, x, ragged, 2, record)
     assert best.ragged.positions.tolist() == [0, 2]
 
 

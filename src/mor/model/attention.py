@@ -1,9 +1,9 @@
-"""Grouped-query attention with RoPE, and who holds its keys and values.
+"""Grouped-query attention with RoPE, and the protocol of the caches that hold its keys and values.
 
 A shared layer runs several times per token, so it cannot own a cache: each call names a `LayerKey`
 (depth, layer), and an `AttentionBackend`, which the caller owns, decides what is stored and seen.
 
-Shape letters: N packed tokens, B batch, W tokens of the longest sequence, H query heads,
+Shape letters: N present tokens, B batch, W tokens of the longest sequence, H query heads,
 G key-value heads, D head size, E width.
 """
 
@@ -24,7 +24,11 @@ from mor.ops.memory_efficient import rotate
 
 
 class RotaryEmbedding(NamedTuple):
-    """Cosine and sine of every token's rotation angles, each (N, 1, D / 2)."""
+    """Cosine and sine of every token's rotation angles: position * theta ** (-2 i / D), i < D / 2.
+
+    Su et al., arXiv 2104.09864. Number i of a head rotates with number i + D / 2, as in
+    transformers; that paper and llama.cpp rotate neighbors, 2 i with 2 i + 1.
+    """
 
     cos: Float[Tensor, "n 1 half"]
     sin: Float[Tensor, "n 1 half"]
@@ -33,26 +37,31 @@ class RotaryEmbedding(NamedTuple):
     def at(
         cls, positions: Int[Tensor, " n"], head_dim: int, theta: float, dtype: torch.dtype
     ) -> "RotaryEmbedding":
-        """Angles for the given positions, computed in fp32 whatever the model's dtype."""
+        """Those of the given positions: angles computed in fp32, results in `dtype`."""
         exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
         angles = positions[:, None].float() * (theta ** (-exponents / head_dim))
         return cls(angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype))
 
-    def select(self, places: Int[Tensor, " m"]) -> "RotaryEmbedding":
-        """The angles of some of the tokens."""
-        return RotaryEmbedding(self.cos.index_select(0, places), self.sin.index_select(0, places))
+    def select(self, rows: Int[Tensor, " m"]) -> "RotaryEmbedding":
+        """Those of the tokens in the given rows."""
+        return RotaryEmbedding(self.cos.index_select(0, rows), self.sin.index_select(0, rows))
 
     def rotate(self, x: Float[Tensor, "n hd"]) -> Float[Tensor, "n h d"]:
-        """Rotate all heads' queries or keys, in place; see `ops.lean.rotate`."""
+        """(N, H, D) rotated heads of (N, H * D) queries or keys; `x` itself is overwritten."""
         return rotate(x, self.cos, self.sin).unflatten(1, (-1, 2 * self.cos.shape[-1]))
 
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """Owner of keys and values during one or many forward passes."""
+    """A KV cache together with the attention over it, for one or many forward passes.
+
+    transformers splits this into `Cache.update` and an attention function. Implementations:
+    `FullSequenceAttention` (training), `generation.RaggedKVCache` (reference generator),
+    `io.hf.cache.MoRCache` (transformers' `generate`).
+    """
 
     def has_kv(self, layer_key: LayerKey) -> bool:
-        """Whether this slot's keys and values are there already, so only queries are needed."""
+        """Whether another depth has written what this call reads, so that only q is computed."""
         ...
 
     def attend(
@@ -63,42 +72,46 @@ class AttentionBackend(Protocol):
         v: Float[Tensor, "n g d"] | None,
         ragged: RaggedBatch,
     ) -> Float[Tensor, "n h d"]:
-        """Store k and v (None if `has_kv`) and attend from q to what its tokens may see."""
+        """Store k and v (None if `has_kv`), and return the (N, H, D) attention of each query.
+
+        A token at position p sees the entries of its own sequence at positions up to p.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
-    """What a layer needs besides hidden states: who is present, their angles, their KV's owner."""
+    """What a layer call needs besides hidden states: the tokens, RoPE angles and the KV cache."""
 
     ragged: RaggedBatch
     rope: RotaryEmbedding
     kv: AttentionBackend
 
-    def select(self, ragged: RaggedBatch, places: Int[Tensor, " m"]) -> "ForwardContext":
-        """The context of some of the tokens: those at `places`."""
-        return ForwardContext(ragged=ragged, rope=self.rope.select(places), kv=self.kv)
+    def select(self, ragged: RaggedBatch, rows: Int[Tensor, " m"]) -> "ForwardContext":
+        """The context of the tokens in `ragged`, which are these rows of the present ones."""
+        return ForwardContext(ragged=ragged, rope=self.rope.select(rows), kv=self.kv)
 
 
-class FullSequenceAttention:
-    """Keys and values of one forward pass over whole sequences: nothing outlives the pass.
+class FullSequenceAttention(AttentionBackend):
+    """Causal attention inside one forward pass over whole sequences, as in training.
 
-    `recursion_wise`: a slot sees the tokens that are in it. `shared`: every depth of a layer sees
-    depth 0's keys and values, which belong to all tokens.
+    Queries see the present tokens of their own depth (`recursion_wise`), or every token's keys and
+    values of depth 0 (`shared`), which are kept until the pass ends.
     """
 
     def __init__(self, config: MoRConfig, documents: Int[Tensor, " bt"] | None = None) -> None:
-        """Args:
-        config: of the model.
-        documents: (B * T,) number of each token's document, see `number_documents`: a query
-            sees no other document's keys. None: it sees its whole sequence.
+        """Keep nothing yet.
+
+        Args:
+            config: of the model.
+            documents: (B * T,) number of each token's document (`number_documents`): a query
+                sees no other document's keys. None: it sees its whole sequence.
         """
         self._kv_policy = config.kv_policy
         self._documents = documents
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (B, G, T, D) keys, values
 
     def has_kv(self, layer_key: LayerKey) -> bool:
-        """True below depth 0 when depths share their keys and values."""
         return not self._kv_policy.writes(layer_key.depth)
 
     def attend(
@@ -109,13 +122,14 @@ class FullSequenceAttention:
         v: Tensor | None,
         ragged: RaggedBatch,
     ) -> Tensor:
-        """Causal attention; see `AttentionBackend.attend`."""
-        queries = ragged.to_padded(q)
+        queries = ragged.to_padded(q)  # (B, H, W, D)
         if k is None or v is None:
+            # Keys of all tokens, queries of those that came this deep: compare positions.
             keys, values = self._kept[layer_key.layer]
             where = ragged.to_padded(ragged.positions[:, None, None])[:, 0, :, 0]  # (B, W)
             return ragged.from_padded(attend_at(queries, keys, values, where, self._documents))
         keys, values = ragged.to_padded(k), ragged.to_padded(v)
+        # Keys that no later depth reads are not held until the pass ends.
         if self._kv_policy.is_read_later(layer_key.depth):
             self._kept[layer_key.layer] = keys, values
         if self._documents is not None:
@@ -127,14 +141,21 @@ class FullSequenceAttention:
 
 
 class Attention(nn.Module):
-    """Projections of one layer; owns no state besides its weights."""
+    """y = o(softmax(q(x) k(x)^T / sqrt(D)) v(x)): causal grouped-query attention with RoPE.
+
+    H query heads share G key-value heads, H / G each (Ainslie et al., arXiv 2305.13245). Keys and
+    values are held by the caller's `AttentionBackend`. transformers calls it `LlamaAttention`.
+
+    Args:
+        rank: of the LoRA pairs that the four matrices have for each depth; 0: none.
+    """
 
     def __init__(self, config: MoRConfig, rank: int = 0) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads_and_dim
         width, inner = config.hidden_size, self.num_heads * self.head_dim
         kv_width, depths = self.num_kv_heads * self.head_dim, config.num_recursions
-        kv_depths = config.kv_policy.num_kv_depths(depths)
+        kv_depths = config.kv_policy.num_kv_depths(depths)  # who writes no k, v needs no pair
         self.q_proj = DepthLoRALinear(width, inner, rank, depths)
         self.k_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)
         self.v_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)
@@ -143,7 +164,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "n e"], layer_key: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
-        """Attention of the packed tokens to what the KV's owner lets them see in `slot`."""
+        """(N, E) attention output of the present tokens over the cache entries of `layer_key`."""
         num, rope, kv = x.shape[0], context.rope, context.kv
         q = rope.rotate(self.q_proj(x, layer_key.depth))
         k = v = None

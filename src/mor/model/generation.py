@@ -1,7 +1,7 @@
 """The reference generator: one token at a time, with a ragged key-value cache per depth.
 
-It is the oracle that faster engines are held to: clear first, fast second. Routing is the causal
-`threshold` rule (token choice is causal by itself), so generating with the cache gives what
+Tests compare every faster engine with it; it is written to be clear, not fast. Routing is the
+causal `threshold` rule (token choice is causal by itself), so generating with the cache gives what
 recomputing the whole sequence at every step would give.
 """
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mor.errors import RequestError
+from mor.model.attention import AttentionBackend
 from mor.model.config import MoRConfig
 from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import RecursionLimits
@@ -24,23 +25,24 @@ from mor.model.sharing import UNSHARED, LayerKey
 from mor.model.transformer import MoRModel
 
 
-class RaggedKVCache:
+class RaggedKVCache(AttentionBackend):
     """Keys and values by (depth, layer) and sequence; each depth holds only its own tokens.
 
-    Implements `AttentionBackend`. With `kv_strategy='shared'` only depth 0 stores, for all depths.
+    The config's `KVPolicy` says which depths write and which of them are read.
     """
 
     def __init__(self, config: MoRConfig, num_sequences: int) -> None:
         self._kv_policy = config.kv_policy
         self._sequences = list(range(num_sequences))
+        # (entries, G, D) keys and values and (entries,) positions
         self._kept: dict[tuple[LayerKey, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def begin(self, sequences: Sequence[int]) -> None:
-        """Say which sequence each row of the coming packing is."""
+        """Say which sequence of the cache each sequence of the coming batch is."""
         self._sequences = list(sequences)
 
     def num_entries(self, depth: int, sequence: int) -> int:
-        """Tokens of a sequence that are held at a depth (UNSHARED: in prelude and coda)."""
+        """Tokens of a sequence with entries at a depth (UNSHARED: in prelude and coda)."""
         sizes = [
             len(kept[2])
             for (layer_key, seq), kept in self._kept.items()
@@ -49,7 +51,6 @@ class RaggedKVCache:
         return max(sizes, default=0)
 
     def has_kv(self, layer_key: LayerKey) -> bool:
-        """True below depth 0 when depths share their keys and values."""
         return not self._kv_policy.writes(layer_key.depth)
 
     def attend(
@@ -60,14 +61,14 @@ class RaggedKVCache:
         v: Tensor | None,
         ragged: RaggedBatch,
     ) -> Tensor:
-        """Append k and v, then let each query see the entries up to its own position."""
         out = torch.empty_like(q)
-        rows = ragged.sequence_ids
-        for row, sequence in enumerate(self._sequences):
-            mine = (rows == row).nonzero().squeeze(1)
-            if len(mine) == 0:
+        sequence_ids = ragged.sequence_ids
+        for index, sequence in enumerate(self._sequences):
+            mine = (sequence_ids == index).nonzero().squeeze(1)  # rows of its tokens
+            if len(mine) == 0:  # none of them is at this depth
                 continue
             where = ragged.positions[mine]
+            # First append, then look: a token sees itself.
             if k is not None and v is not None:
                 self._append(layer_key, sequence, k[mine], v[mine], where)
             read = layer_key._replace(depth=self._kv_policy.kv_depth(layer_key.depth))
@@ -91,10 +92,10 @@ class RaggedKVCache:
         self._kept[layer_key, sequence] = k, v, where
 
 
-def ragged_packing(
+def batch_new_tokens(
     starts: Sequence[int], lengths: Sequence[int], device: torch.device
 ) -> RaggedBatch:
-    """The packing of new tokens: row i holds `lengths[i]` tokens from position `starts[i]` on."""
+    """The batch in which sequence i has `lengths[i]` new tokens, from position `starts[i]` on."""
     width = max(lengths)
     within = torch.cat([torch.arange(n, device=device) for n in lengths])
     rows = torch.repeat_interleave(
@@ -119,9 +120,10 @@ def penalize(
     """(V,) logits after the repetition, presence and frequency penalties."""
     logits = logits.clone()
     counts = Counter(output)
+    # Repetition counts prompt and output (CTRL, arXiv 1909.05858), the other two the output only.
     for token in {*prompt, *output}:
         logit, penalty = float(logits[token]), params.repetition_penalty
-        logit = logit / penalty if logit > 0 else logit * penalty
+        logit = logit / penalty if logit > 0 else logit * penalty  # lower, whatever its sign
         if token in counts:
             logit -= params.presence_penalty + params.frequency_penalty * counts[token]
         logits[token] = logit
@@ -137,47 +139,52 @@ def pick(
     output: Sequence[int] = (),
     forbidden: Sequence[int] = (),
 ) -> int:
-    """Choose a token from one position's logits, by the rules of `mor.model.sampling`.
+    """The token that one position's (V,) logits and a random number give.
+
+    In the order of `mor.model.sampling`: penalties, temperature, top_k, top_p, min_p; then the
+    first token at which the cumulative weight exceeds `uniform` times the whole.
 
     Args:
         uniform: this token's random number in [0, 1); greedy choice does not look at it.
-        prompt: token ids for the penalties, as are those of the output.
-        forbidden: ids that must not come.
+        prompt: token ids that the repetition penalty counts.
+        output: token ids that all three penalties count.
+        forbidden: ids that are never chosen.
     """
     scores = penalize(logits.double(), params, prompt, output)
     scores[list(forbidden)] = -torch.inf
     if params.temperature == 0:
         return int(scores.argmax())
-    weights = ((scores - scores.max()) / params.temperature).exp()
+    weights = ((scores - scores.max()) / params.temperature).exp()  # the likeliest has weight 1
     if 0 < params.top_k < len(weights):
         weights[weights < weights.topk(params.top_k).values[-1]] = 0
     if params.top_p < 1:
         ordered = weights.sort(descending=True).values
         enough = params.top_p * weights.cumsum(0)[-1]
-        num_less = int((ordered.cumsum(0) < enough).sum())  # the next one reaches the share
+        # These many reach less than the share top_p; the one after them reaches it and stays.
+        num_less = int((ordered.cumsum(0) < enough).sum())
         weights[weights < ordered[min(num_less, len(ordered) - 1)]] = 0
-    weights[weights < params.min_p] = 0
+    weights[weights < params.min_p] = 0  # a share of the likeliest's weight, which is 1
     sums = weights.cumsum(0)
     return int((sums > uniform * sums[-1]).nonzero()[0])
 
 
 def likeliest(logprobs: Float[Tensor, " v"], num: int) -> dict[int, float]:
-    """The `num` likeliest tokens and their log-probabilities, likeliest first."""
+    """The `num` likeliest tokens and their log-probabilities in nats, likeliest first."""
     order = logprobs.sort(descending=True, stable=True).indices[:num].tolist()
     return {token: float(logprobs[token]) for token in order}
 
 
 @dataclass(kw_only=True)
 class _Sequence:
-    """One completion in the making."""
+    """A completion that is being generated."""
 
     params: SamplingParams
     random: random.Random
     done: Completion
     feed: list[int]
-    """Tokens that the model has not seen yet."""
+    """Tokens that the model has not seen yet: the prompt, then the token sampled last."""
     start: int = 0
-    """Position of the first of them."""
+    """Position of the first token in `feed`."""
 
 
 @torch.no_grad()
@@ -188,11 +195,11 @@ def generate(
     *,
     on_token: Callable[[int, int, int], None] | None = None,
 ) -> list[Completion]:
-    """Continue each prompt (token ids; lengths may differ).
+    """Completions of each prompt (token ids; lengths may differ), all prompts in one batch.
 
     Args:
         params: for all prompts, or one for each; None is greedy.
-        on_token: called as (completion's number, token id, recursion count) when a token is there.
+        on_token: called with (completion's number, token id, recursion count) for each token.
 
     Returns:
         `params.n` completions of the first prompt, then those of the second, and so on.
@@ -232,15 +239,18 @@ def generate(
 def _step(
     model: MoRModel, cache: RaggedKVCache, numbers: Sequence[int], rows: Sequence[_Sequence]
 ) -> list[tuple[Tensor, Tensor, list[int]]]:
-    """Feed each sequence its new tokens.
+    """Run the model over each sequence's new tokens.
+
+    Args:
+        numbers: of the sequences in the cache.
 
     Returns:
-        For each its new tokens' (new, E) states, the last one's (V,) logits, and the new tokens'
-        recursion counts.
+        For each sequence the (new, E) states after the coda, the last one's (V,) logits, and the
+        new tokens' recursion counts.
     """
     device = model.embed_tokens.weight.device
     lengths = [len(row.feed) for row in rows]
-    ragged = ragged_packing([row.start for row in rows], lengths, device)
+    ragged = batch_new_tokens([row.start for row in rows], lengths, device)
     cache.begin(numbers)
     context = model.context(ragged, cache)
     ids = torch.tensor([t for row in rows for t in row.feed], device=device)
@@ -248,7 +258,7 @@ def _step(
     limits = _limits(model.config, rows, device)
     x, counts, _ = model.run_recursions(x, context, "threshold", limits=limits)
     x = model.run_coda(x, context)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1  # row of each sequence's last token
     logits = model.compute_logits(x[last]).cpu()
     split = [c.tolist() for c in counts.split(lengths)]
     return list(zip(x.split(lengths), logits, split, strict=True))
@@ -257,10 +267,10 @@ def _step(
 def _limits(
     config: MoRConfig, rows: Sequence[_Sequence], device: torch.device
 ) -> RecursionLimits | None:
-    """What the requests say about each new token's recursions; None if nothing."""
-    max_of_all = config.num_recursions
-    ranges = [row.params.recursion_range(max_of_all) for row in rows for _ in row.feed]
-    if config.sharing == "sequence" or all(limit == (0, max_of_all) for limit in ranges):
+    """Bounds on each new token's recursions from the requests' params; None if there are none."""
+    num = config.num_recursions
+    ranges = [row.params.recursion_range(num) for row in rows for _ in row.feed]
+    if config.sharing == "sequence" or all(limit == (0, num) for limit in ranges):
         return None
     minimum, maximum = torch.tensor(ranges, device=device).unbind(1)
     return RecursionLimits(min_recursions=minimum, max_recursions=maximum)
@@ -269,18 +279,23 @@ def _limits(
 def _advance(
     model: MoRModel, sequence: _Sequence, states: Tensor, logits: Tensor, counts: list[int]
 ) -> None:
-    """Choose the next token and write everything down."""
+    """Choose a sequence's next token and add it to its completion.
+
+    Args:
+        states: (new, E) of the tokens just fed; logits and counts as `_step` returns them.
+    """
     done, params, eos = sequence.done, sequence.params, model.config.eos_token_id
-    if not done.token_ids:
+    if not done.token_ids:  # these states are the prompt's
         done.prompt_recursion_counts = counts
         if params.prompt_logprobs:
-            every = model.compute_logits(states).double().log_softmax(-1)
+            # Position i - 1 predicts token i; nothing predicts token 0.
+            every = model.compute_logits(states).double().log_softmax(-1)  # (prompt, V)
             first, tokens = params.prompt_logprobs_from, done.prompt_token_ids
             unknown: list[None] = [None] * min(first, len(tokens))
-            places = range(first, len(tokens))
-            done.prompt_logprobs = [*unknown, *(float(every[i - 1, tokens[i]]) for i in places)]
+            scored = range(first, len(tokens))
+            done.prompt_logprobs = [*unknown, *(float(every[i - 1, tokens[i]]) for i in scored)]
             if params.logprobs is not None:
-                top = [likeliest(every[i - 1], params.logprobs) for i in places]
+                top = [likeliest(every[i - 1], params.logprobs) for i in scored]
                 done.prompt_top_logprobs = [*unknown, *top]
     token = pick(
         logits,
@@ -290,7 +305,7 @@ def _advance(
         output=done.token_ids,
         forbidden=params.forbidden_ids(eos, len(done.token_ids)),
     )
-    logprobs = logits.double().log_softmax(-1)
+    logprobs = logits.double().log_softmax(-1)  # before penalties and temperature
     done.token_ids.append(token)
     done.recursion_counts.append(counts[-1])
     done.logprobs.append(float(logprobs[token]))
@@ -307,9 +322,9 @@ def _advance(
 __all__ = [
     "UNSHARED",
     "RaggedKVCache",
+    "batch_new_tokens",
     "generate",
     "likeliest",
     "penalize",
     "pick",
-    "ragged_packing",
 ]

@@ -12,7 +12,10 @@ from mor.ops.memory_efficient import rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in fp32 (Zhang and Sennrich, 2019)."""
+    """y = weight * x / sqrt(mean(x^2) + eps), the mean over the last axis, taken in fp32.
+
+    Zhang and Sennrich, arXiv 1910.07467. torch calls it `nn.RMSNorm`, transformers `LlamaRMSNorm`.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -25,7 +28,11 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+    """y = down(silu(gate(x)) * up(x)), the products with a LoRA pair at each depth.
+
+    Shazeer, arXiv 2002.05202. transformers calls it `LlamaMLP`, torchtitan `FeedForward`
+    (w1 = gate, w2 = down, w3 = up).
+    """
 
     def __init__(self, config: MoRConfig, rank: int = 0) -> None:
         super().__init__()
@@ -35,16 +42,19 @@ class SwiGLU(nn.Module):
         self.down_proj = DepthLoRALinear(inner, width, rank, depths)
 
     def forward(self, x: Float[Tensor, "n e"], depth: int = UNSHARED) -> Float[Tensor, "n e"]:
-        """Feed-forward of each token."""
+        """(N, E) output for each of the N tokens, all of which are at `depth`."""
         gate, up = self.gate_proj(x, depth), self.up_proj(x, depth)
         return swiglu(gate, up, lambda inner: self.down_proj(inner, depth))
 
 
 class Layer(nn.Module):
-    """One Transformer layer; its own residuals are inside.
+    """h = x + attention(norm1(x)); y = h + mlp(norm2(h)): a pre-norm Llama layer.
+
+    transformers calls it `LlamaDecoderLayer`, torchtitan `TransformerBlock`. Here "block" is all
+    the layers that are shared by the depths.
 
     Args:
-        rank: of the deltas that a shared layer has at each depth; 0: none.
+        rank: of the LoRA pairs that a shared layer has for each depth; 0: none.
     """
 
     def __init__(self, config: MoRConfig, rank: int = 0) -> None:
@@ -57,7 +67,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Float[Tensor, "n e"], layer_key: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
-        """One application of the layer to the packed tokens, its keys and values kept in `slot`."""
+        """(N, E) states after the layer; its keys and values are stored under `layer_key`."""
         # The sums' arrays come first: what the parts need for a while then leaves no holes between
         # arrays that stay, which glibc cannot fill with one of the same size.
         x = x.clone().add_(self.self_attn(self.input_layernorm(x), layer_key, context))

@@ -1,7 +1,8 @@
-"""Which layer of the shared block runs when, and which donor layer it comes from.
+"""The order in which the shared layers run, and the vanilla layers that they are initialized from.
 
-Pure functions of the configuration: the model, the cost model, the engine and the converters all
-read the same map (arXiv 2507.10524, Table 1).
+Pure functions of the configuration, used by model, cost model, engine and converters alike. The
+ways of sharing: MoR, arXiv 2507.10524, section 2.1 and Table 1; the ways of initializing: Relaxed
+Recursive Transformers, arXiv 2410.20672, section 2.2.
 """
 
 import random
@@ -17,21 +18,22 @@ UNSHARED = -1
 
 
 class LayerKey(NamedTuple):
-    """Where one application of one layer keeps its keys and values.
+    """The key of a KV cache: one layer at one depth.
 
-    A shared layer runs at several depths and needs a place for each; the caller of the layer says
-    which. Prelude layers are (UNSHARED, 0..), coda layers follow them.
+    A plain Transformer indexes its cache by the layer alone (`layer_idx` in transformers). A shared
+    layer runs at several depths and may have keys and values at each, so the caller says which.
     """
 
     depth: int
+    """0, 1, .. R - 1 in the block; UNSHARED in prelude and coda."""
     layer: int
+    """Index in the block; in prelude and coda counted through both, prelude first."""
 
 
 def block_schedule(sharing: Sharing, num_block_layers: int, num_recursions: int) -> list[LayerKey]:
-    """The applications of the block's layers in order.
+    """The (depth, layer) of each of the R * L layer calls in the block, in the order they run.
 
-    `cycle` runs the whole block R times: (1 2 3)(1 2 3)..; `sequence` runs each layer R times
-    before the next: 1 1 2 2 3 3.
+    For L = 3 and R = 2 the layers run as 0 1 2 0 1 2 (`cycle`) or as 0 0 1 1 2 2 (`sequence`).
     """
     if sharing == "cycle":
         return [LayerKey(r, i) for r in range(num_recursions) for i in range(num_block_layers)]
@@ -49,14 +51,18 @@ def source_layers(
     num_recursions: int,
     seed: int = 0,
 ) -> list[tuple[int, ...]]:
-    """For each block layer, the layers of a plain donor that it starts from (averaged if several).
+    """For each of the L block layers, the vanilla layers whose mean it is initialized with.
 
-    Prelude and coda take the donor's first and last layers; the block draws on what is between.
-    `stepwise` takes evenly spaced layers, `lower` and `upper` the first and last ones, `random` a
-    sorted draw, `average` the mean of all layers that a block layer stands for.
+    Prelude and coda take the vanilla model's first and last layers; the block draws on the layers
+    between. `stepwise` takes evenly spaced ones, `lower` and `upper` the first and last L, `random`
+    a sorted sample of L, `average` all layers that a block layer replaces (`original_layers`).
+
+    Args:
+        num_donor_layers: layers of the vanilla model (the "donor").
+        seed: of `random`.
 
     Raises:
-        ConfigError: the donor has too few layers.
+        ConfigError: the vanilla model has too few layers.
     """
     first, last = num_prelude_layers, num_donor_layers - num_coda_layers  # middle: [first, last)
     needed = num_block_layers * (num_recursions if init == "average" else 1)
@@ -85,10 +91,10 @@ def source_layers(
 def original_layers(
     sharing: Sharing, num_block_layers: int, num_recursions: int, first: int, last: int
 ) -> dict[LayerKey, int]:
-    """For each application of the block's layers the layer of a plain donor that it stands for.
+    """For each call of a shared layer the vanilla layer that it replaces, evenly spaced.
 
     Args:
-        first, last: the donor's middle is its layers first .. last - 1.
+        first, last: the vanilla layers first, .. last - 1 are replaced by the block.
     """
     applications = block_schedule(sharing, num_block_layers, num_recursions)
     spaced = _evenly_spaced(first, last - 1, len(applications))
@@ -96,7 +102,7 @@ def original_layers(
 
 
 def _evenly_spaced(start: int, stop: int, count: int) -> list[int]:
-    """`count` integers from `start` to `stop`, both included."""
+    """`count` integers from `start` to `stop`, both included, as equally far apart as can be."""
     if count == 1:
         return [start]
     return [round(start + i * (stop - start) / (count - 1)) for i in range(count)]

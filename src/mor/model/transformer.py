@@ -1,9 +1,9 @@
 """The Mixture-of-Recursions language model, as stages that training and inference both call.
 
-    embed -> prelude -> block, up to R times for the tokens that go on -> coda -> readout
+    embed -> prelude -> block, up to R times for the tokens that go on -> coda -> logits
 
-Hidden states travel packed, (N, E): only tokens that are present are computed (see `packing`).
-Shape letters: B batch, T time, N packed tokens, R recursions, E width, V vocabulary.
+Hidden states are (N, E): only the tokens that are present are computed (`ragged_batch`).
+Shape letters: B batch, T time, N present tokens, R recursions, E width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -40,10 +40,10 @@ from mor.ops.document_attention import number_documents
 
 @dataclass(frozen=True, kw_only=True)
 class MoROutput:
-    """What one forward pass gives."""
+    """What one forward pass returns."""
 
     logits: Float[Tensor, "b t v"] | None
-    """None if they were not asked for."""
+    """None with `return_logits=False`."""
     loss: Float[Tensor, ""] | None
     """Language-model loss in nats: the sum over predicted tokens divided by the labels that count.
 
@@ -65,12 +65,22 @@ class MoROutput:
 class MoRModel(nn.Module):
     """Vanilla, recursive and Mixture-of-Recursions Transformers (arXiv 2507.10524).
 
+    With P prelude, f block and C coda layers, and count(t) the recursions that routing gives to
+    token t:
+
+        vanilla, recursive  logits = head(norm(C(f^R(P(embed(ids))))))
+        expert choice       h <- h + g_r f(h) at each depth r < count(t)   instead of f^R
+        token choice        h <- h + p f^count(t)(h)                       instead of f^R
+
+    transformers calls such a class `LlamaForCausalLM`; prelude, block and coda are also called
+    first layers, shared (tied, looped) layers and last layers.
+
     Args:
         config: what to build. Parameters are drawn from N(0, initializer_range).
     """
 
     layer_type: ClassVar[type[Layer]] = Layer
-    """What the layers are made of; a subclass may bring its own."""
+    """The class of all layers; a subclass may set its own."""
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__()
@@ -86,7 +96,8 @@ class MoRModel(nn.Module):
         self.apply(self._initialize)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        # Routers and deltas come last: models that differ only in them start from equal weights.
+        # Routers and LoRA pairs are drawn last: models that differ only in them start from equal
+        # weights.
         self.router: ExpertChoiceRouter | TokenChoiceRouter | None = None
         if config.routing == "expert_choice":
             self.router = ExpertChoiceRouter(config).apply(self._initialize)
@@ -101,7 +112,7 @@ class MoRModel(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
 
     def set_thresholds(self, thresholds: tuple[float, ...]) -> None:
-        """Use other routing thresholds from now on, e.g. calibrated ones; saved with the model.
+        """Replace the routing thresholds, e.g. by calibrated ones; they are saved with the model.
 
         Raises:
             ConfigError: the model has no thresholds, or not this many.
@@ -116,14 +127,14 @@ class MoRModel(nn.Module):
     # -- stages ---------------------------------------------------------------------------------
 
     def context(self, ragged: RaggedBatch, kv: AttentionBackend) -> ForwardContext:
-        """The context of the tokens in `packing`, with their rotation angles."""
+        """The context of the tokens in `ragged`, with their RoPE angles."""
         _, _, head_dim = self.config.num_heads_and_dim
         dtype = self.embed_tokens.weight.dtype
         rope = RotaryEmbedding.at(ragged.positions, head_dim, self.config.rope_theta, dtype)
         return ForwardContext(ragged=ragged, rope=rope, kv=kv)
 
     def run_prelude(self, x: Float[Tensor, "n e"], context: ForwardContext) -> Float[Tensor, "n e"]:
-        """The unshared first layers."""
+        """(N, E) states after the unshared first layers."""
         for i, layer in enumerate(self.prelude):
             x = layer(x, LayerKey(UNSHARED, i), context)
         return x
@@ -131,19 +142,19 @@ class MoRModel(nn.Module):
     def run_block(
         self, x: Float[Tensor, "n e"], depth: int, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
-        """f(h): one pass of the shared block, its own residuals included."""
+        """f(h): (N, E) states after one pass of the shared block, its own residuals included."""
         for i, layer in enumerate(self.block):
             x = layer(x, LayerKey(depth, i), context)
         return x
 
     def run_coda(self, x: Float[Tensor, "n e"], context: ForwardContext) -> Float[Tensor, "n e"]:
-        """The unshared last layers."""
+        """(N, E) states after the unshared last layers."""
         for i, layer in enumerate(self.coda):
             x = layer(x, LayerKey(UNSHARED, len(self.prelude) + i), context)
         return x
 
     def compute_logits(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n v"]:
-        """Final norm and head: logits."""
+        """Logits: head(norm(x))."""
         return self.lm_head(self.norm(x))
 
     def run_recursions(
@@ -157,21 +168,22 @@ class MoRModel(nn.Module):
         """All recursions: (N, E) states after the block, (N,) recursion counts, what routers did.
 
         Args:
-            capacities: (R,) fractions for the `topk` rule; None takes the config's. Of the whole
-                sequence's length, which is the packing's width here.
-            limits: (N,) least and most passes of each token; not with `topk`, nor with
-                `sharing='sequence'`, where tokens cannot stop early.
+            x: (N, E) states before the block, of all tokens.
+            capacities: (R,) fractions of each sequence's tokens for the `topk` rule; None takes
+                the config's.
+            limits: bounds on each token's passes; not with `topk`, nor with `sharing='sequence'`,
+                where tokens cannot stop early.
         """
         record = RoutingOutput()
         if isinstance(self.router, ExpertChoiceRouter):
-            out, counts = self._expert_choice(x, context, selection, capacities, record, limits)
+            out, counts = self._run_expert_choice(x, context, selection, capacities, record, limits)
         elif isinstance(self.router, TokenChoiceRouter):
-            out, counts = self._token_choice(x, context, record, limits)
+            out, counts = self._run_token_choice(x, context, record, limits)
         else:
-            out, counts = self._unrouted(x, context, limits)
+            out, counts = self._run_unrouted(x, context, limits)
         return out, counts, record
 
-    def _unrouted(
+    def _run_unrouted(
         self, x: Tensor, context: ForwardContext, limits: RecursionLimits | None
     ) -> tuple[Tensor, Tensor]:
         """h <- f(h), R times or up to the limit."""
@@ -190,7 +202,7 @@ class MoRModel(nn.Module):
             x = self.block[layer_key.layer](x, layer_key, context)
         return x, counts
 
-    def _expert_choice(
+    def _run_expert_choice(
         self,
         x: Tensor,
         context: ForwardContext,
@@ -199,39 +211,37 @@ class MoRModel(nn.Module):
         record: RoutingOutput,
         limits: RecursionLimits | None,
     ) -> tuple[Tensor, Tensor]:
-        """Section 3 of the design: h_sel <- h_sel + g * f(h_sel), depth by depth."""
+        """h <- h + g_r f(h) for the tokens that depth r selects from those of depth r - 1."""
         assert isinstance(self.router, ExpertChoiceRouter)
         fractions = self.config.depth_capacities if capacities is None else capacities
-        sequences = context.ragged
-        counts = torch.zeros_like(context.ragged.token_indices)
-        h = candidates = x
+        sequences = context.ragged  # capacities are fractions of these, at every depth
+        counts = torch.zeros_like(sequences.token_indices)  # (N,)
+        h = candidates = x  # all tokens' states; those of the tokens at the depth before
         for depth in range(self.config.num_recursions):
-            num = num_selected(fractions[depth], sequences)
-            choice = self.router.choose(
-                depth, candidates, context.ragged, selection, num, record, limits
-            )
-            if choice.indices is not None:
-                candidates = candidates.index_select(0, choice.indices)
-                context = context.select(choice.ragged, choice.indices)
-            if choice.ragged.num_tokens == 0:
+            topk = num_selected(fractions[depth], sequences) if selection == "topk" else None
+            selected = self.router.choose(depth, candidates, context.ragged, topk, record, limits)
+            # From here on candidates and context are those of the selected tokens only.
+            if selected.indices is not None:
+                candidates = candidates.index_select(0, selected.indices)
+                context = context.select(selected.ragged, selected.indices)
+            if selected.ragged.num_tokens == 0:  # under `threshold` nobody may go on
                 break
             update = self.run_block(candidates, depth, context)
             if self.config.gating == "weighted":
-                update = choice.gate.to(update.dtype) * update
+                update = selected.gate.to(update.dtype) * update
             candidates = candidates + update
-            whole = choice.ragged.num_tokens == h.shape[0]
-            h = candidates if whole else h.index_copy(0, choice.ragged.token_indices, candidates)
-            counts[choice.ragged.token_indices] += 1
+            h = self._write_back(h, candidates, selected.ragged)
+            counts[selected.ragged.token_indices] += 1
         return h, counts
 
-    def _token_choice(
+    def _run_token_choice(
         self,
         x0: Tensor,
         context: ForwardContext,
         record: RoutingOutput,
         limits: RecursionLimits | None,
     ) -> tuple[Tensor, Tensor]:
-        """Section 3 of the design: x0 + w * f^count(x0), the count fixed from the start."""
+        """x0 + p f^count(x0), the count of each token chosen before the block."""
         assert isinstance(self.router, TokenChoiceRouter)
         counts, weight = self.router.choose(x0, context.ragged, record, limits)
         h = self._repeat(x0, counts, context)
@@ -241,21 +251,28 @@ class MoRModel(nn.Module):
 
     def _repeat(self, x: Tensor, counts: Tensor, context: ForwardContext) -> Tensor:
         """f^count(x): each token passes the block as often as its count says, at least once."""
-        h = present = x
+        h = present = x  # all tokens' states; those of the tokens at this depth
         for depth in range(self.config.num_recursions):
-            if depth > 0:
+            if depth > 0:  # at depth 0 all are present
                 goes_on = counts[context.ragged.token_indices] > depth
-                ragged, places = context.ragged.select(goes_on)
+                ragged, rows = context.ragged.select(goes_on)
                 if ragged.num_tokens == 0:
                     break
-                present = present.index_select(0, places)
-                context = context.select(ragged, places)
+                present = present.index_select(0, rows)
+                context = context.select(ragged, rows)
             present = self.run_block(present, depth, context)
-            whole = context.ragged.num_tokens == h.shape[0]
-            h = present if whole else h.index_copy(0, context.ragged.token_indices, present)
+            h = self._write_back(h, present, context.ragged)
         return h
 
-    # -- the whole --------------------------------------------------------------------------------
+    @staticmethod
+    def _write_back(h: Tensor, present: Tensor, ragged: RaggedBatch) -> Tensor:
+        """All tokens' states, with new ones for the tokens in `ragged`."""
+        if ragged.num_tokens == h.shape[0]:
+            return present
+        # Not in place: the backward pass needs the states before.
+        return h.index_copy(0, ragged.token_indices, present)
+
+    # -- forward pass ----------------------------------------------------------------------------
 
     def hidden_states(
         self,
@@ -319,6 +336,7 @@ class MoRModel(nn.Module):
         counted = labels if targets is None else targets
         if counted is not None:
             following = shift_labels(counted) if targets is None else targets
+            # Divided by the labels, not by the targets: the reference implementation's mean.
             summed = linear_cross_entropy(hidden, self.lm_head.weight, following.reshape(-1))
             loss = summed / (counted != IGNORE).sum().clamp(min=1)
             total = loss + self.scaled_aux_loss(record.losses)
@@ -333,7 +351,7 @@ class MoRModel(nn.Module):
         )
 
     def scaled_aux_loss(self, losses: dict[str, Tensor]) -> Tensor | float:
-        """Sum of the auxiliary losses, each times its coefficient."""
+        """Sum of the auxiliary losses, each times its coefficient; 0.0 if there are none."""
         coefficients = {
             "sampling_loss": self.config.aux_loss_coeff,
             "balancing_loss": self.config.balancing_coeff,
@@ -343,6 +361,6 @@ class MoRModel(nn.Module):
 
 
 def shift_labels(labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """Targets of each position: the label after it; nothing after the last one."""
+    """(B, T) targets of each position: the label after it, IGNORE (-100) at the last."""
     nothing = torch.full_like(labels[:, :1], IGNORE)
     return torch.cat((labels[:, 1:], nothing), dim=1)

@@ -18,8 +18,8 @@ from engine_helpers import (
 )
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
+from mor.engine.plan import BlockPlan, PreludePlan
 from mor.engine.request import Chunk, SequenceState, TokenOutput
-from mor.engine.scheduler import BlockPlan, PreludePlan
 from mor.model.generation import generate
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
@@ -191,15 +191,15 @@ class EngineDriver:
             return plan
 
         scheduler.schedule_prelude, scheduler.schedule_block = entering, advancing  # type: ignore[method-assign]
-        if (num_scheduler_steps := self.llm.multi_step) is not None:
-            plan = num_scheduler_steps.schedule
+        if (multi_step := self.llm.multi_step) is not None:
+            plan = multi_step.schedule
 
             def flying() -> list[Chunk]:
                 chunks = plan()
-                self.happened["bursts"] += bool(chunks)
+                self.happened["steps in a row"] += bool(chunks)
                 return chunks
 
-            num_scheduler_steps.schedule = flying  # type: ignore[method-assign]
+            multi_step.schedule = flying  # type: ignore[method-assign]
 
 
 def _check_beginning(completion: Completion, want: Completion) -> None:

@@ -138,7 +138,8 @@ def check_empty(llm: LLM) -> None:
     """Nothing is under way, and once the prefixes are forgotten all memory is free."""
     llm.check_integrity()
     assert not llm.has_unfinished_requests
-    assert (llm._requests, llm._done, llm._detokenizers) == ({}, {}, {})
+    assert not llm.output_processor.has_unfinished_requests
+    assert not llm.output_processor.unfinished_sequences()
     assert (llm.scheduler.waiting, llm.scheduler.running) == ([], [])
     llm.reset_prefix_cache()
     llm.check_integrity()

@@ -26,7 +26,7 @@ from syntax import (
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CORE_STATEMENTS = 2800  # in model/ and engine/, without engine/multistep/: one long evening
+MAX_CORE_STATEMENTS = 3000  # in model/ and engine/, without engine/multistep/: one long evening
 MAX_FOLDER_FILES = 16
 TOP = frozenset(("mor", "__main__", "cli"))  # these may import everything
 _UP_TO_IO = ("errors", "machine", "yaml_config", "ops", "model", "io")

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 from mor.engine.config import EngineConfig
 from mor.engine.pages import PageLayout, PagePool, PageTable
+from mor.engine.plan import BlockOutput, PreludeOutput, PreludePlan
 from mor.engine.prefix import PrefixCache
 from mor.engine.request import Chunk, SequenceState
-from mor.engine.scheduler import PreludePlan, RecursionSpec, Scheduler
+from mor.engine.scheduler import Scheduler
 from mor.model.sampling import SamplingParams
+from mor.model.sharing import RecursionSpec
 
 Router = Callable[[SequenceState, int, int], bool]
 """(sequence, position, depth) -> whether the token goes on to that depth."""
@@ -44,7 +46,7 @@ class Ran(NamedTuple):
 
 
 class Simulation:
-    """A scheduler, driven tick by tick; keeps what happened in each."""
+    """A scheduler, driven step by step; keeps what happened in each."""
 
     def __init__(
         self,
@@ -72,13 +74,13 @@ class Simulation:
         self.scheduler = Scheduler(config, self.passes, self.pool, self.prefix_cache)
         self.layout = PageLayout(block_size=config.block_size, layers=1, layers_per_page=1)
         self.sequences: list[SequenceState] = []
-        self.finishes: list[list[Chunk]] = []
+        self.finishes: list[tuple[Chunk, ...]] = []
         self.others: list[int] = []
-        """Chunks in the block at the beginning of each tick."""
+        """Chunks in the block at the beginning of each step."""
         self.enters: list[PreludePlan] = []
         self.advances: list[list[Ran]] = []
         self.came: dict[int, list[int]] = {}
-        """By order of arrival: ticks in which tokens came."""
+        """By order of arrival: steps in which tokens came."""
 
     def add(self, prompt: list[int], max_tokens: int, **fields: Any) -> SequenceState:
         """A new request."""
@@ -106,45 +108,39 @@ class Simulation:
         """What `LLM.step` does, without computing anything."""
         scheduler = self.scheduler
         self.others.append(len(scheduler._in_block))
-        chunks = scheduler.schedule_coda()
-        self.finishes.append(chunks)
-        scheduler.update_after_coda(chunks)
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if chunk.start + len(chunk) == len(sequence.token_ids):
-                sequence.token_ids.append(len(sequence.token_ids) % 5)
-                self.came[sequence.arrival_index].append(scheduler.step_index)
-                if len(sequence.output_token_ids) == sequence.params.max_tokens:
-                    scheduler.remove(sequence)
-        entering = scheduler.schedule_prelude()
-        self.enters.append(entering)
-        scheduler.update_after_prelude(
-            entering.chunks,
-            [
-                self.router(c.sequence, c.start + i, 0)
-                for c in entering.chunks
-                for i in range(len(c))
-            ],
+        coda = scheduler.schedule_coda()
+        self.finishes.append(coda.chunks)
+        scheduler.update_after_coda(coda)
+        assert [coda.chunks[i].is_last for i in coda.sampled_chunks] == [True] * len(
+            coda.sampling_inputs
         )
-        advancing = scheduler.schedule_block()
-        writing = advancing.num_writing_chunks
-        runs = enumerate(zip(advancing.chunks, advancing.first_kv_entries, strict=True))
+        for index in coda.sampled_chunks:
+            sequence = coda.chunks[index].sequence
+            sequence.token_ids.append(len(sequence.token_ids) % 5)
+            self.came[sequence.arrival_index].append(scheduler.step_index)
+            if sequence.num_output_tokens == sequence.params.max_tokens:
+                scheduler.remove(sequence)
+        prelude = scheduler.schedule_prelude()
+        self.enters.append(prelude)
+        enters = [(c, i) for c in prelude.chunks for i in range(len(c))]
+        goes_on = tuple(self.router(c.sequence, c.start + i, 0) for c, i in enters)
+        scheduler.update_after_prelude(prelude, PreludeOutput(goes_on=goes_on))
+        block = scheduler.schedule_block()
+        writing = block.num_writing_chunks
+        runs = enumerate(zip(block.chunks, block.first_kv_entries, strict=True))
         self.advances.append(
             [
                 Ran(c.sequence.arrival_index, c.start, c.depth, len(c.active), i < writing, e)
                 for i, (c, e) in runs
             ]
         )
-        goes_on = [
-            self.router(c.sequence, c.start + i, c.depth + 1)
-            for c in advancing.chunks
-            for i in c.active
-        ]
-        scheduler.update_after_block(advancing.chunks, goes_on)
+        present = [(c, i) for c in block.chunks for i in c.active]
+        goes_on = tuple(self.router(c.sequence, c.start + i, c.depth + 1) for c, i in present)
+        scheduler.update_after_block(block, BlockOutput(goes_on=goes_on))
         self.check()
 
     def run(self, maximum: int = 5000) -> int:
-        """Tick until everything is done; how often."""
+        """Step until everything is done; how often."""
         for number in range(maximum):
             if not self.scheduler.has_unfinished:
                 return number
@@ -152,7 +148,7 @@ class Simulation:
         raise AssertionError("the scheduler makes no progress")
 
     def check(self) -> None:
-        """Pages and rows are in order, limits are kept, and entries are what the counts say."""
+        """Pages and state slots are in order, limits are kept, entries are what counts say."""
         scheduler, config = self.scheduler, self.scheduler.config
         scheduler.check_integrity()
         assert len(scheduler.running) <= config.max_num_seqs

@@ -22,7 +22,7 @@ MACHINE_KINDS = ("expert", "expert_bare", "token", "expert_shared", "sequence")
 HAPPENINGS = (
     *("preemptions", "prefix hits", "pages copied", "later chunks", "mixed depths"),
     *("abort waiting", "abort preempted", "abort in prefill", "abort in the block"),
-    *("abort before the coda", "abort half done", "abort unknown", "bursts"),
+    *("abort before the coda", "abort half done", "abort unknown", "steps in a row"),
 )
 
 

@@ -197,7 +197,7 @@ def test_a_stream_that_is_closed_early_frees_everything() -> None:
         assert llm.has_unfinished_requests
         stream.close()  # type: ignore[attr-defined]
         check_empty(llm)
-        assert not llm._streams
+        assert not llm.output_processor._streams
 
 
 def test_streams_side_by_side_lose_no_token() -> None:
@@ -215,4 +215,4 @@ def test_streams_side_by_side_lose_no_token() -> None:
             assert inner.token_ids[:10] == wanted[1].token_ids
     assert tokens == wanted[0].token_ids
     check_empty(llm)
-    assert not llm._streams
+    assert not llm.output_processor._streams

@@ -39,7 +39,7 @@ def growth(llm: LLM, num: int, measure: Callable[[], int]) -> int:
     gc.collect()
     grown = measure() - before
     check_empty(llm)
-    assert not llm._streams
+    assert not llm.output_processor._streams
     assert len(llm.scheduler._free_state_slots) == llm.scheduler.num_state_slots
     return grown
 

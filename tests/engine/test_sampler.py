@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor.engine.sampler import SamplerOutput, SamplingInput, sample
+from mor.engine.plan import SamplerOutput, SamplingInput
+from mor.engine.sampler import sample
 from mor.model.generation import likeliest, pick
 from mor.model.sampling import SamplingParams
 
@@ -55,13 +56,13 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[SamplingInput]]:
 
 def check_rows(logits: torch.Tensor, rows: list[SamplingInput]) -> None:
     found = sample(logits, rows)
-    assert len(found.tokens) == len(found.logprobs) == len(found.top_logprobs) == len(rows)
+    assert len(found.token_ids) == len(found.logprobs) == len(found.top_logprobs) == len(rows)
     exact = logits.dtype == torch.float64
     for number, (line, row) in enumerate(zip(logits, rows, strict=True)):
         history = {"prompt": row.prompt, "output": row.output, "forbidden": row.forbidden}
-        assert found.tokens[number] == pick(line, row.params, row.uniform, **history)
+        assert found.token_ids[number] == pick(line, row.params, row.uniform, **history)
         logprobs = line.double().log_softmax(-1)
-        near = pytest.approx(float(logprobs[found.tokens[number]]), abs=1e-12 if exact else 1e-5)
+        near = pytest.approx(float(logprobs[found.token_ids[number]]), abs=1e-12 if exact else 1e-5)
         assert found.logprobs[number] == near
         top = likeliest(logprobs, row.params.logprobs or 0)
         assert list(found.top_logprobs[number].values()) == pytest.approx(
@@ -73,7 +74,7 @@ def check_rows(logits: torch.Tensor, rows: list[SamplingInput]) -> None:
 
 def entry(found: SamplerOutput, number: int) -> tuple[int, float, list[tuple[int, float]]]:
     top = list(found.top_logprobs[number].items())
-    return found.tokens[number], found.logprobs[number], top
+    return found.token_ids[number], found.logprobs[number], top
 
 
 @given(batch=batches())
@@ -117,10 +118,10 @@ def test_greedy_rows_stay_greedy_in_mixed_company() -> None:
     rows = [plain(0.7, temperature=3.0 * (i % 3 == 0), top_p=0.9) for i in range(9)]
     found = sample(logits, rows)
     best = logits.argmax(-1).tolist()
-    assert [t for i, t in enumerate(found.tokens) if i % 3] == [
+    assert [t for i, t in enumerate(found.token_ids) if i % 3] == [
         t for i, t in enumerate(best) if i % 3
     ]
-    assert sample(logits, [plain()] * 9).tokens == best
+    assert sample(logits, [plain()] * 9).token_ids == tuple(best)
     kept = logits.clone()
     sample(logits, [plain(presence_penalty=1.0)] * 9)
     assert torch.equal(logits, kept), "the logits are the caller's"
@@ -134,11 +135,11 @@ def test_a_row_that_is_not_a_number_leaves_the_others_alone() -> None:
     logits[1] = torch.nan
     found = sample(logits, rows)
     assert [entry(found, i) for i in (0, 2)] == [entry(whole, i) for i in (0, 2)]
-    assert 0 <= found.tokens[1] < 50
+    assert 0 <= found.token_ids[1] < 50
 
 
 def test_no_rows_give_nothing() -> None:
-    assert sample(torch.zeros(0, 5), []) == SamplerOutput(tokens=[], logprobs=[], top_logprobs=[])
+    assert sample(torch.zeros(0, 5), []) == SamplerOutput()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_frequencies_are_the_probabilities(fields: dict[str, Any], num: int) -> 
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1.5, 0.9])
     source, row = random.Random(7), plain(**fields)
     rows = [replace(row, uniform=source.random()) for _ in range(num)]
-    drawn = torch.tensor(sample(logits.expand(num, -1), rows).tokens)
+    drawn = torch.tensor(sample(logits.expand(num, -1), rows).token_ids)
     found = torch.bincount(drawn, minlength=8)
     weights = (logits.double() / fields["temperature"]).exp()
     if "top_k" in fields:  # 6 are left, then those that reach 0.9; all have 0.05 of the likeliest

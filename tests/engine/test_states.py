@@ -47,7 +47,7 @@ def test_one_call_does_what_the_plain_form_does(
     llm.add_request([1] * NUM)
     chunk = Chunk(sequence=llm.scheduler.waiting[0], start=0, state_slots=rows)
     x = torch.randn(NUM, config.hidden_size, generator=draw)
-    entered = [states.enter([chunk], x.clone()) for states in made]
+    entered = [states.write([chunk], x.clone()) for states in made]
     assert entered[0] == entered[1]
     if first_full:
         assert all(entered[0])
@@ -57,12 +57,12 @@ def test_one_call_does_what_the_plain_form_does(
         ).tolist()  # 3: through, judged by nobody
         x = torch.randn(NUM, config.hidden_size, generator=draw)
         positions = torch.arange(NUM)
-        goes_on = [states.advance(rows, depths, positions, x.clone()) for states in made]
+        goes_on = [states.update(rows, depths, positions, x.clone()) for states in made]
         assert goes_on[0] == goes_on[1]
-        taken = [states.take(rows) for states in made]
+        taken = [states.read(rows) for states in made]
         size = float(taken[0].abs().max())  # raw logits as gates let states grow
         assert torch.allclose(*taken, rtol=1e-4, atol=1e-5 * size)
-        assert torch.equal(taken[1], made[1].leave(rows))
+        assert torch.equal(taken[1], made[1].read_exiting(rows))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The memory behind the pages: one tensor of keys, one of values."""
 
+from collections.abc import Sequence
+
 import torch
 
 from mor.engine.config import EngineConfig
@@ -82,7 +84,7 @@ class KVCache:
             )
         return pages
 
-    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, in order: (from, to)."""
         height = self.layers_per_page
         for source, target in pairs:

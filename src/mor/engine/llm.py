@@ -3,7 +3,6 @@
 import copy
 import itertools
 import operator
-from collections import deque
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -13,24 +12,23 @@ from mor.engine.kv_cache import KVCache
 from mor.engine.model_runner import ModelRunner
 from mor.engine.multistep.device_decoder import DeviceDecoder
 from mor.engine.multistep.scheduler import MultiStepScheduler
+from mor.engine.output_processor import OutputProcessor
 from mor.engine.pages import PagePool, PageTable
 from mor.engine.prefix import PrefixCache
-from mor.engine.request import Chunk, SequenceState, TokenOutput
-from mor.engine.sampler import make_sampling_input
-from mor.engine.scheduler import RecursionSpec, Scheduler
+from mor.engine.request import SequenceState, TokenOutput
+from mor.engine.scheduler import Scheduler
 from mor.engine.stats import EngineStats, ProgressBar
 from mor.errors import CapacityError, DataError, RequestError
 from mor.io.checkpoint import end_token_ids, load, resolve
-from mor.io.detokenizer import StopDetokenizer
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.config import MoRConfig
 from mor.model.sampling import (
     Completion,
-    FinishReason,
     SamplingParams,
     check_request,
     params_for_each,
 )
+from mor.model.sharing import RecursionSpec
 from mor.model.transformer import MoRModel
 
 Prompt = str | Sequence[int]
@@ -65,7 +63,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = config or EngineConfig()
-        self.end_token_ids: tuple[int, ...] = ()  # further ones, from its generation_config.json
+        self.end_token_ids: tuple[int, ...] = ()  # those of its generation_config.json
         if not isinstance(model, MoRModel):
             folder = resolve(model)
             model = load(folder)
@@ -84,23 +82,21 @@ class LLM:
         self.pool = PagePool(self.cache.num_pages)
         caches = self.config.enable_prefix_caching
         self.prefix_cache = PrefixCache(self.pool, self.config.block_size) if caches else None
-        passes = _recursion_spec(model.config)
-        self.scheduler = Scheduler(self.config, passes, self.pool, self.prefix_cache)
+        recursion_spec = RecursionSpec.of(model.config)
+        self.scheduler = Scheduler(self.config, recursion_spec, self.pool, self.prefix_cache)
         kernels = self.backend.kernels_for(model, self.config, self.cache)
         num_state_slots = self.scheduler.num_state_slots
         self.runner = ModelRunner(model, self.config, self.cache, kernels, num_state_slots)
         self.stats = EngineStats(model.config.num_recursions)
+        self.output_processor = OutputProcessor(tokenizer, self.stats)
         self.multi_step: MultiStepScheduler | None = None
-        if self.backend.num_scheduler_steps > 1:
-            steps, recorder = self.backend.num_scheduler_steps, self.backend.capture_stream
-            flight = DeviceDecoder(self.runner, passes.max_passes, steps, recorder)
-            self.multi_step = MultiStepScheduler(self.scheduler, flight, self.stats, steps)
-        self._requests: dict[str, list[SequenceState]] = {}
-        self._done: dict[str, dict[int, Completion]] = {}
-        self._detokenizers: dict[SequenceState, StopDetokenizer] = {}
-        self._order = itertools.count()
-        self._events: list[TokenOutput] = []  # that no step has returned yet
-        self._streams: dict[str, deque[TokenOutput]] = {}  # of open streams
+        num_steps = self.backend.num_scheduler_steps
+        if num_steps > 1:
+            decoder = DeviceDecoder(
+                self.runner, recursion_spec.max_passes, num_steps, self.backend.capture_stream
+            )
+            self.multi_step = MultiStepScheduler(self.scheduler, decoder, self.stats, num_steps)
+        self._arrival_index = itertools.count()
 
     def describe(self) -> str:
         """One line: kernels, dtype, memory for keys and values."""
@@ -158,17 +154,17 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> Generator[TokenOutput]:
         """The tokens of one request as they come; closing the iterator aborts the request."""
-        name = self.add_request(prompt, params)
-        inbox = self._streams[name] = deque[TokenOutput]()  # other streams' steps fill it, too
+        request_id = self.add_request(prompt, params)
+        outputs = self.output_processor.open_stream(request_id)
         try:
-            while inbox or name in self._requests:
-                if not inbox:
-                    self.step()
-                while inbox:
-                    yield inbox.popleft()
+            while outputs or request_id in self.output_processor:
+                if not outputs:
+                    self.step()  # of all requests; another stream's step may fill this one, too
+                while outputs:
+                    yield outputs.popleft()
         finally:
-            del self._streams[name]
-            self.abort(name)
+            self.output_processor.close_stream(request_id)
+            self.abort(request_id)
 
     # -- step by step ---------------------------------------------------------------------------
 
@@ -185,11 +181,11 @@ class LLM:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether requests are under way."""
-        return bool(self._requests or self._events)
+        """Whether requests are under way, or tokens that no `step` has returned yet."""
+        return self.output_processor.has_unfinished_requests
 
     def step(self) -> list[TokenOutput]:
-        """One tick: the tokens that came out of it. Nothing happens if there are no requests.
+        """Run one engine step; the tokens that came out of it. Without requests it does nothing.
 
         If it is interrupted, requests and their tokens are still there for the next one.
         """
@@ -198,22 +194,21 @@ class LLM:
                 with self.stats.time_step(self.runner):
                     self._run_step()
             except BaseException:
-                self.scheduler.preempt_all()
+                self.scheduler.preempt_all()  # what is halfway through the model starts again
+                self._remove_finished()
                 raise
-        events = list(self._events)
-        self._events.clear()
-        for event in events:
-            if event.request_id in self._streams:
-                self._streams[event.request_id].append(event)
-        return events
+        return self.output_processor.take_outputs()
 
     def abort(self, request_id: str) -> list[Completion]:
-        """Stop a request at once and free its memory; what there is of it (nothing if unknown)."""
-        for sequence in self._requests.get(request_id, []):
-            if sequence.finish_reason is None:
-                self._close(sequence, "abort")
-        self._events = [e for e in self._events if e.request_id != request_id]
-        return self._forget(request_id)
+        """Stop a request at once and free its memory; its completions so far ([] if unknown)."""
+        if request_id not in self.output_processor:
+            self.output_processor.drop_outputs(request_id)
+            return []
+        sequences = self.output_processor.unfinished_sequences(request_id)
+        completions = self.output_processor.abort(request_id)
+        for sequence in sequences:
+            self.scheduler.remove(sequence)
+        return completions
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -221,64 +216,80 @@ class LLM:
             self.prefix_cache.clear()
 
     def check_integrity(self) -> None:
-        """Assert that no page, row or request is lost or counted twice."""
+        """Assert that no page, state slot or request is lost or counted twice."""
         self.scheduler.check_integrity()
-        sequences = [*self.scheduler.running, *self.scheduler.waiting]
-        known = [t for ts in self._requests.values() for t in ts if t.finish_reason is None]
-        assert set(map(id, sequences)) == set(map(id, known)), "requests and sequences disagree"
-        assert self._done.keys() == self._requests.keys()
+        self.output_processor.check_integrity()
+        scheduled = [*self.scheduler.running, *self.scheduler.waiting]
+        known = self.output_processor.unfinished_sequences()
+        assert set(map(id, scheduled)) == set(map(id, known)), "requests and sequences disagree"
 
     # -- parts ----------------------------------------------------------------------------------
+
+    def _run_step(self) -> None:
+        """The three phases of a step; where decoding is all there is, several steps in a row."""
+        if self.multi_step is not None and (chunks := self.multi_step.schedule()):
+            for sequence, token_id, logprob in self.multi_step.run(chunks):
+                if self.output_processor.process_token(sequence, token_id, logprob, {}):
+                    self.scheduler.remove(sequence)
+            return
+        coda = self.scheduler.schedule_coda()
+        if coda.chunks:
+            coda_output = self.runner.run_coda(coda)
+            self.scheduler.update_after_coda(coda)
+            for sequence in self.output_processor.process_coda(coda, coda_output):
+                self.scheduler.remove(sequence)
+        prelude = self.scheduler.schedule_prelude()
+        if prelude.chunks or prelude.page_copies:
+            self.scheduler.update_after_prelude(prelude, self.runner.run_prelude(prelude))
+        block = self.scheduler.schedule_block()
+        if block.chunks:
+            self.stats.block_tokens += block.num_tokens
+            self.scheduler.update_after_block(block, self.runner.run_block(block))
+
+    def _remove_finished(self) -> None:
+        """Take out sequences that finished just before an interruption."""
+        for sequence in list(self.scheduler.waiting):
+            if sequence.finish_reason is not None:
+                self.scheduler.remove(sequence)
 
     def _queue(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None, label: str
     ) -> str:
-        order = next(self._order)
-        name = f"request-{order}" if request_id is None else request_id
-        while request_id is None and name in self._requests:  # somebody's own choice
-            name += "'"
-        if name in self._requests:
+        """Check a request, called `label` in errors, and queue its sequences; its id."""
+        arrival_index = next(self._arrival_index)
+        name = f"request-{arrival_index}" if request_id is None else request_id
+        while request_id is None and name in self.output_processor:
+            name += "'"  # somebody gave this very id to a request
+        if name in self.output_processor:
             raise RequestError(f"request id {name!r} is in use: choose another.")
-        tokens = self._tokens(prompt, label)
-        config = self.model_config
-        check_request(config, tokens, params, label)
+        token_ids = self._tokenize(prompt, label)
+        check_request(self.model_config, token_ids, params, label)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer: use stop_token_ids.")
-        maximum = self.cache.max_pages(config, len(tokens) + params.max_tokens - 1)
-        if maximum > self.pool.num_pages:
-            page = self.cache.page_bytes
-            raise CapacityError(
-                f"{len(tokens)} prompt tokens and max_tokens={params.max_tokens} may take "
-                f"{maximum * page} bytes for keys and values, and kv_cache_memory_bytes is "
-                f"{self.pool.num_pages * page}: shorten the request or raise kv_cache_memory_bytes."
-            )
-        sequences = [self._make_sequence(name, i, order, tokens, params) for i in range(params.n)]
-        self._requests[name] = sequences
-        self._done[name] = {}
+        self._check_capacity(len(token_ids), params.max_tokens)
+        sequences = [
+            self._make_sequence(name, index, arrival_index, token_ids, params)
+            for index in range(params.n)
+        ]
+        self.output_processor.add_request(name, sequences)
         for sequence in sequences:
             self.scheduler.add(sequence)
-            if self.tokenizer is not None:
-                self._detokenizers[sequence] = StopDetokenizer(self.tokenizer, params.stop, tokens)
         return name
 
-    def _run_step(self) -> None:
-        if self.multi_step is not None and (flying := self.multi_step.schedule()):
-            for sequence, token, logprob in self.multi_step.run(flying):
-                sequence.append(token, logprob, {})
-                self._events.append(self._event(sequence))
-            return
-        chunks = self.scheduler.schedule_coda()
-        if chunks:
-            self._finish(chunks)
-        entering = self.scheduler.schedule_prelude()
-        if entering.chunks or entering.page_copies:
-            self.scheduler.update_after_prelude(entering.chunks, self.runner.run_prelude(entering))
-        advancing = self.scheduler.schedule_block()
-        if advancing.chunks:
-            self.stats.block_tokens += sum(len(c.active) for c in advancing.chunks)
-            self.scheduler.update_after_block(advancing.chunks, self.runner.run_block(advancing))
+    def _check_capacity(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raise CapacityError if a sequence of these lengths could never fit into the pages."""
+        # The last token that is sampled does not enter the model.
+        num_tokens = num_prompt_tokens + max_tokens - 1
+        max_pages = self.cache.max_pages(self.model_config, num_tokens)
+        if max_pages > self.pool.num_pages:
+            page = self.cache.page_bytes
+            raise CapacityError(
+                f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} may take "
+                f"{max_pages * page} bytes for keys and values, and kv_cache_memory_bytes is "
+                f"{self.pool.num_pages * page}: shorten the request or raise kv_cache_memory_bytes."
+            )
 
-    def _tokens(self, prompt: Prompt, label: str) -> list[int]:
+    def _tokenize(self, prompt: Prompt, label: str) -> list[int]:
         if not isinstance(prompt, str):
             try:
                 return [int(operator.index(token)) for token in prompt]
@@ -291,8 +302,14 @@ class LLM:
         return self.tokenizer.encode(prompt)
 
     def _make_sequence(
-        self, name: str, index: int, order: int, tokens: list[int], params: SamplingParams
+        self,
+        name: str,
+        index: int,
+        arrival_index: int,
+        token_ids: list[int],
+        params: SamplingParams,
     ) -> SequenceState:
+        """Completion number `index` of a request, with empty page tables."""
         config = self.model_config
         minimum, maximum = params.recursion_range(config.num_recursions)
         num_tables = config.kv_policy.num_kv_depths(self.scheduler.recursion_spec.max_passes)
@@ -300,10 +317,10 @@ class LLM:
         return SequenceState(
             request_id=name,
             index=index,
-            arrival_index=order,
+            arrival_index=arrival_index,
             params=params,
-            token_ids=list(tokens),
-            num_prompt_tokens=len(tokens),
+            token_ids=list(token_ids),
+            num_prompt_tokens=len(token_ids),
             min_recursions=minimum,
             max_recursions=maximum,
             stop_token_ids=params.end_ids(self.eos_token_id, *self.end_token_ids),
@@ -311,74 +328,6 @@ class LLM:
             unshared_table=PageTable(unshared, self.pool) if unshared is not None else None,
             depth_tables=[PageTable(block, self.pool) for _ in range(num_tables)],
         )
-
-    def _finish(self, chunks: list[Chunk]) -> None:
-        """Coda, head and sampling for these chunks; events for the caller."""
-        sampling = {
-            i: make_sampling_input(c.sequence)
-            for i, c in enumerate(chunks)
-            if c.start + len(c) == len(c.sequence.token_ids)
-        }
-        result = self.runner.run_coda(chunks, sampling)
-        self.scheduler.update_after_coda(chunks)
-        for i, (scores, likeliest) in result.prompt_logprobs.items():
-            first = chunks[i].start + chunks[i].prompt_logprob_range.start + 1
-            chunks[i].sequence.record_prompt_logprobs(first, scores, likeliest)
-        sampled = result.sampler_output
-        for i, token, logprob, top in zip(
-            *(sampling, sampled.tokens, sampled.logprobs, sampled.top_logprobs), strict=True
-        ):
-            sequence = chunks[i].sequence
-            sequence.append(token, logprob, top)
-            self._events.append(self._event(sequence))
-
-    def _event(self, sequence: SequenceState) -> TokenOutput:
-        """What the caller hears of the token that was just appended."""
-        token, text = sequence.token_ids[-1], self._detokenizers.get(sequence)
-        self.stats.count_token(sequence.recursion_counts[-1])
-        ends = token in sequence.stop_token_ids
-        last = (
-            ends
-            or len(sequence.token_ids) - sequence.num_prompt_tokens >= sequence.params.max_tokens
-        )
-        delta = text.push(token) if text is not None and not ends else ""
-        if text is not None and last:
-            delta += text.flush()
-        completions = None
-        stopped = ends or (text is not None and text.stopped)
-        if last or stopped:
-            self._close(sequence, "stop" if stopped else "length")
-            if len(self._done[sequence.request_id]) == sequence.params.n:
-                completions = self._forget(sequence.request_id)
-        return TokenOutput(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            token_id=token,
-            text=delta,
-            logprob=sequence.logprobs[-1],
-            recursion_count=sequence.recursion_counts[-1],
-            top_logprobs=sequence.top_logprobs[-1] if sequence.top_logprobs else {},
-            prompt=sequence.to_completion("")
-            if len(sequence.token_ids) == sequence.num_prompt_tokens + 1
-            else None,
-            finish_reason=sequence.finish_reason,
-            completions=completions,
-        )
-
-    def _close(self, sequence: SequenceState, reason: FinishReason) -> None:
-        """Free what a sequence holds, and keep its completion until the request is complete."""
-        sequence.finish_reason = reason
-        text = self._detokenizers.pop(sequence, None)
-        if text is not None and reason == "abort":
-            text.flush()
-        completion = sequence.to_completion(text.text if text is not None else "")
-        self._done[sequence.request_id][sequence.index] = completion
-        self.scheduler.remove(sequence)
-
-    def _forget(self, request_id: str) -> list[Completion]:
-        self._requests.pop(request_id, None)
-        done = self._done.pop(request_id, {})
-        return [done[index] for index in sorted(done)]
 
 
 def _end_of_text(config: MoRConfig, tokenizer: Tokenizer | None) -> int | None:
@@ -389,13 +338,3 @@ def _end_of_text(config: MoRConfig, tokenizer: Tokenizer | None) -> int | None:
         return tokenizer.eos_id
     except DataError:
         return None
-
-
-def _recursion_spec(config: MoRConfig) -> RecursionSpec:
-    one = config.sharing == "sequence"
-    return RecursionSpec(
-        max_passes=1 if one else config.num_recursions,
-        recursions_per_pass=config.num_recursions if one else 1,
-        shared_kv=not config.kv_policy.writes(1),
-        depth_fractions=config.depth_capacities,
-    )

@@ -1,10 +1,11 @@
-"""Plans into tensors: the model's stages over the lanes of a tick.
+"""Turns plans into tensors and runs the model's stages on them.
 
-Shape letters: N lanes, E width, V vocabulary.
+Shape letters: N tokens of the plan, E width, V vocabulary.
 """
 
+import itertools
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,9 +17,19 @@ from mor.engine.config import EngineConfig
 from mor.engine.kv_cache import KVCache
 from mor.engine.layer_stack import KernelBackend, LayerCall, layers_of
 from mor.engine.pages import PageTable
+from mor.engine.plan import (
+    BlockOutput,
+    BlockPlan,
+    CodaOutput,
+    CodaPlan,
+    PreludeOutput,
+    PreludePlan,
+    PromptLogprobs,
+    SamplerOutput,
+    SamplingInput,
+)
 from mor.engine.request import Chunk
-from mor.engine.sampler import SamplerOutput, SamplingInput, is_greedy, sample
-from mor.engine.scheduler import BlockPlan, PreludePlan
+from mor.engine.sampler import is_greedy, sample
 from mor.engine.states import make_hidden_states, state_slots_of
 from mor.model.sampling import MAX_LOGPROBS
 from mor.model.sharing import block_schedule
@@ -26,23 +37,11 @@ from mor.model.transformer import MoRModel
 from mor.ops.paged import AttentionMetadata
 from mor.ops.sampling import score
 
-_SCORED_ROWS = 128  # logits that are whole at one time: an allocation that is used again
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodaOutput:
-    """What came out of a finish phase."""
-
-    sampler_output: SamplerOutput
-    prompt_logprobs: dict[int, tuple[list[float], list[dict[int, float]]]] = field(
-        default_factory=dict
-    )
-    """By the chunk's place in the plan: log-probabilities of the token after each of its `scored`
-    ones, and of the likeliest ones there."""
+_SCORED_ROWS = 128  # rows of whole logits at a time: (128, V) is an allocation that is used again
 
 
 class ModelRunner:
-    """Runs what the scheduler has planned; knows nothing of requests beyond their chunks."""
+    """Runs what the scheduler has planned; knows of requests only what plans say."""
 
     def __init__(
         self,
@@ -58,13 +57,14 @@ class ModelRunner:
         self.device = cache.kv.k.device
         self.dtype = cache.kv.k.dtype
         self.compute_seconds = 0.0
-        """Time inside layers, head, routers and sampler: the rest of a tick is bookkeeping."""
+        """Time inside layers, head, routers and sampler; the rest of a step is bookkeeping."""
         self._norm = model.norm
         self._embedding = model.embed_tokens.weight.detach()
         self._head = model.lm_head.weight.detach()
+        # One spare slot: multi-step decoding lets tokens that a phase does not concern write there.
         self.states = make_hidden_states(
             model, kernels, num_state_slots + 1, self.dtype, self.device
-        )  # one spare
+        )
         unshared = layers_of(model.prelude) + layers_of(model.coda)
         apps = [LayerCall(layer=m, kv_layer=i, writes_kv=True) for i, m in enumerate(unshared)]
         num = len(model.prelude)
@@ -77,53 +77,57 @@ class ModelRunner:
     # -- phases ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def run_prelude(self, plan: PreludePlan) -> list[bool]:
-        """Embed and run the prelude; for each token, whether it takes its first pass."""
+    def run_prelude(self, plan: PreludePlan) -> PreludeOutput:
+        """Embed the plan's tokens, run the prelude, and ask the first router."""
         self.cache.copy_pages(plan.page_copies)
         if not plan.chunks:
-            return []
+            return PreludeOutput()
         ids = [t for c in plan.chunks for t in c.sequence.token_ids[c.start : c.start + len(c)]]
         began = time.perf_counter()
-        x = self.embed(self._ints(ids))
+        x = self.embed(self._ints(ids))  # (N, E)
         if self.prelude is not None:
             x = self.prelude.run(x, self._unshared_metadata(plan.chunks))
-        goes_on = self.states.enter(plan.chunks, x)
+        goes_on = self.states.write(plan.chunks, x)
         self.compute_seconds += time.perf_counter() - began
-        return goes_on
+        return PreludeOutput(goes_on=tuple(goes_on))
 
     @torch.inference_mode()
-    def run_block(self, plan: BlockPlan) -> list[bool]:
-        """One pass of the block over all present tokens; for each, whether it is sent on."""
+    def run_block(self, plan: BlockPlan) -> BlockOutput:
+        """One pass of the block over the plan's active tokens; then their routers decide."""
         metadata = self._block_metadata(plan)
-        rows = [c.state_slots[i] for c in plan.chunks for i in c.active]
+        slots = [c.state_slots[i] for c in plan.chunks for i in c.active]
+        # Passes that each token will have behind it: the depth of the router that judges it.
         depths = [c.depth + 1 for c in plan.chunks for _ in c.active]
         began = time.perf_counter()
-        update = self.block.run(self.states.take(rows), metadata)
-        goes_on = self.states.advance(rows, depths, metadata.positions, update)
+        update = self.block.run(self.states.read(slots), metadata)  # (N, E)
+        goes_on = self.states.update(slots, depths, metadata.positions, update)
         self.compute_seconds += time.perf_counter() - began
-        return goes_on
+        return BlockOutput(goes_on=tuple(goes_on))
 
     @torch.inference_mode()
-    def run_coda(self, chunks: list[Chunk], sampling: dict[int, SamplingInput]) -> CodaOutput:
-        """Run coda and head; sample after the last token of each chunk that `sampling` names."""
+    def run_coda(self, plan: CodaPlan) -> CodaOutput:
+        """Run coda and head; sample after the plan's `sampled_chunks`, score prompt tokens."""
         began = time.perf_counter()
-        scored = {
-            i: places for i, chunk in enumerate(chunks) if (places := chunk.prompt_logprob_range)
-        }
-        result = CodaOutput(sampler_output=SamplerOutput(tokens=[], logprobs=[], top_logprobs=[]))
-        if self.coda is not None or sampling or scored:
-            x = self.states.leave(state_slots_of(chunks))
+        has_scored = any(chunk.prompt_logprob_range for chunk in plan.chunks)
+        output = CodaOutput()
+        # A model without coda layers has nothing to do for tokens that nobody asks about.
+        if self.coda is not None or plan.sampled_chunks or has_scored:
+            x = self.states.read_exiting(state_slots_of(plan.chunks))  # (N, E)
             if self.coda is not None:
-                x = self.coda.run(x, self._unshared_metadata(chunks))
-            ends = np.cumsum([len(c) for c in chunks])
-            if sampling:
-                last = self._ints([int(ends[i]) - 1 for i in sampling])
+                x = self.coda.run(x, self._unshared_metadata(plan.chunks))
+            # starts[i]: row of x that holds the first token of chunk i
+            starts = [0, *itertools.accumulate(map(len, plan.chunks))]
+            sampler_output = SamplerOutput()
+            if plan.sampled_chunks:
+                last = self._ints([starts[i + 1] - 1 for i in plan.sampled_chunks])
                 logits = self.compute_logits(x.index_select(0, last))
-                result = CodaOutput(sampler_output=self._sample(logits, list(sampling.values())))
-            lines = [(i, int(ends[i]) - len(chunks[i]) + p, p) for i in scored for p in scored[i]]
-            self._score(chunks, lines, x, result)
+                sampler_output = self._sample(logits, plan.sampling_inputs)
+            output = CodaOutput(
+                sampler_output=sampler_output,
+                prompt_logprobs=self._score(plan, starts, x),
+            )
         self.compute_seconds += time.perf_counter() - began
-        return result
+        return output
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -138,40 +142,64 @@ class ModelRunner:
         """(N, V) logits."""
         return self.kernels.compute_logits(self._norm, self._head, x)
 
-    def _sample(self, logits: Float[Tensor, "n v"], rows: list[SamplingInput]) -> SamplerOutput:
-        if all(is_greedy(row) and row.params.logprobs is None for row in rows):
+    def _sample(
+        self, logits: Float[Tensor, "n v"], inputs: Sequence[SamplingInput]
+    ) -> SamplerOutput:
+        """One token for each row of logits; the backend's own way if all are greedy."""
+        if all(is_greedy(one) and one.params.logprobs is None for one in inputs):
             found = self.kernels.greedy(logits)
             if found is not None:
+                token_ids, logprobs = found
                 return SamplerOutput(
-                    tokens=found[0], logprobs=found[1], top_logprobs=[{} for _ in rows]
+                    token_ids=tuple(token_ids),
+                    logprobs=tuple(logprobs),
+                    top_logprobs=tuple(dict[int, float]() for _ in inputs),
                 )
-        return sample(logits, rows)
+        return sample(logits, inputs)
 
     def _score(
-        self, chunks: list[Chunk], lines: list[tuple[int, int, int]], x: Tensor, result: CodaOutput
-    ) -> None:
-        """Note scores of prompt tokens; a line is a chunk, a row of `x`, a place in the chunk."""
+        self, plan: CodaPlan, starts: Sequence[int], x: Float[Tensor, "n e"]
+    ) -> tuple[PromptLogprobs, ...]:
+        """Log-probabilities of the prompt tokens that the plan's chunks predict.
+
+        Args:
+            starts: for each chunk, the row of `x` that holds its first token.
+            x: (N, E) states after the coda.
+        """
+        # (chunk, place in it) of each token whose successor is scored, over all chunks: short
+        # chunks share a product with the head.
+        lines = [(i, p) for i, chunk in enumerate(plan.chunks) for p in chunk.prompt_logprob_range]
+        found: dict[int, tuple[list[float], list[dict[int, float]]]] = {}
         for start in range(0, len(lines), _SCORED_ROWS):
-            part = lines[start : start + _SCORED_ROWS]
-            wanted = [chunks[i].sequence.token_ids[chunks[i].start + p + 1] for i, _, p in part]
-            tops = [chunks[i].sequence.params.logprobs or 0 for i, _, _ in part]
-            logits = self.compute_logits(x.index_select(0, self._ints([row for _, row, _ in part])))
-            best = self.kernels.greedy(logits) if max(tops) <= 1 else None
-            scores, likeliest = score(logits, self._ints(wanted), max(tops), MAX_LOGPROBS, best)
-            for (i, _, _), num, one, top in zip(part, tops, scores, likeliest, strict=True):
-                found, others = result.prompt_logprobs.setdefault(i, ([], []))
-                found.append(one)
-                others.append(dict(list(top.items())[:num]))
+            part = [(i, p, plan.chunks[i]) for i, p in lines[start : start + _SCORED_ROWS]]
+            wanted = [chunk.sequence.token_ids[chunk.start + p + 1] for _, p, chunk in part]
+            num_tops = [chunk.sequence.params.logprobs or 0 for _, _, chunk in part]
+            max_top = max(num_tops)
+            rows = self._ints([starts[i] + p for i, p, _ in part])
+            logits = self.compute_logits(x.index_select(0, rows))
+            best = self.kernels.greedy(logits) if max_top <= 1 else None
+            scores, likeliest = score(logits, self._ints(wanted), max_top, MAX_LOGPROBS, best)
+            for (i, _, _), num_top, logprob, top in zip(
+                part, num_tops, scores, likeliest, strict=True
+            ):
+                logprobs, top_logprobs = found.setdefault(i, ([], []))
+                logprobs.append(logprob)
+                top_logprobs.append(dict(list(top.items())[:num_top]))
+        return tuple(
+            PromptLogprobs(chunk=i, logprobs=tuple(logprobs), top_logprobs=tuple(tops))
+            for i, (logprobs, tops) in found.items()
+        )
 
-    # -- lanes ----------------------------------------------------------------------------------
+    # -- attention metadata ---------------------------------------------------------------------
 
-    def _unshared_metadata(self, chunks: list[Chunk]) -> AttentionMetadata:
-        """Every token of these chunks, in the unshared layers: entry and position are the same."""
+    def _unshared_metadata(self, chunks: Sequence[Chunk]) -> AttentionMetadata:
+        """Of all tokens of these chunks in prelude or coda, where an entry is its position."""
         tables = [c.sequence.unshared_table for c in chunks]
         ranges = [list(range(c.start, c.start + len(c))) for c in chunks]
         return self._metadata(tables, ranges, ranges, len(chunks))
 
     def _block_metadata(self, plan: BlockPlan) -> AttentionMetadata:
+        """Of the plan's active tokens, at the depths of their chunks."""
         tables: list[PageTable | None] = []
         positions: list[list[int]] = []
         entries: list[list[int]] = []
@@ -182,6 +210,7 @@ class ModelRunner:
             is_position = self._kv_policy.entries_are_positions
             entries.append(positions[-1] if is_position else list(ordinal))
         depths = [chunk.depth for chunk in plan.chunks for _ in chunk.active]
+        # Depths rise over the plan: where each one's tokens begin, and where the last one's end.
         groups = tuple(np.searchsorted(depths, range(self._num_groups + 1)).tolist())
         return self._metadata(tables, positions, entries, plan.num_writing_chunks, groups)
 
@@ -193,7 +222,15 @@ class ModelRunner:
         num_writing: int,
         groups: tuple[int, ...] = (),
     ) -> AttentionMetadata:
-        """The first `num_writing` runs store their keys and values; `entries` sees itself last."""
+        """Attention metadata of runs of tokens, each with its page table.
+
+        Args:
+            tables: of each run.
+            positions: of each run's tokens, for RoPE.
+            entries: index of each token's own KV entry in its run's table: it sees those up to it.
+            num_writing: runs, the first ones, that store their keys and values.
+            groups: `AttentionMetadata.depth_start_loc`.
+        """
         width = max(len(t.cells) for t in tables if t is not None)
         table = np.zeros((len(tables), width), np.int32)
         slots: list[tuple[int, int]] = []

@@ -1,8 +1,22 @@
 """Key-value memory as bookkeeping: which pages are free, and which entries lie where.
 
-One pool serves the block at every depth and the unshared layers. A page is `layers_per_page`
-neighboring cells; a cell holds `block_size` entries of one layer. A stack that is lower than a page
-lays several groups of cells side by side in it. Plain Python: no tensors here.
+- KV entry: the keys and values of one token in all layers of a stack (the block at one depth, or
+  prelude and coda together). vLLM's nearest word is a slot.
+- cell: `block_size` entries of one layer; a slot of the memory is (cell, offset in it).
+- cell group: neighboring cells, one for each layer of the stack: `block_size` entries.
+- page: `layers_per_page` neighboring cells, the unit that is allocated. vLLM's word is block,
+  which here means the shared layers.
+
+One pool serves the block at every depth and the unshared layers. Their stacks may differ in height,
+so a page is as high as the higher one, and a lower stack lays several cell groups side by side in
+it. With 6 layers per page, `block_size` 4, and a stack of 3 layers, page 1 of the pool is:
+
+    cell   6     7     8     9     10    11
+    layer  0     1     2     0     1     2
+    entry  0-3   0-3   0-3   4-7   4-7   4-7
+           cell group 0      cell group 1
+
+Plain Python: no tensors here.
 """
 
 from array import array
@@ -15,16 +29,16 @@ from mor.errors import CapacityError
 
 @dataclass(frozen=True, kw_only=True)
 class PageLayout:
-    """How the entries of one kind of table lie in pages.
+    """How the KV entries of one kind of table lie in pages.
 
     A table's entry e is in page e // entries_per_page, and there in the group of cells of its
     run of `block_size` entries.
     """
 
     block_size: int
-    """S, entries of a cell."""
+    """S, entries of a cell; a field of `EngineConfig`."""
     layers: int
-    """Layers of the stack: cells of one group."""
+    """Layers of the stack, which are the cells of a group."""
     layers_per_page: int
 
     @property
@@ -34,7 +48,7 @@ class PageLayout:
 
     @property
     def entries_per_page(self) -> int:
-        """Tokens that a page holds."""
+        """Entries, one for each token, that a page holds."""
         return self.block_size * self.cell_groups
 
     def pages_for(self, entries: int) -> int:
@@ -52,11 +66,11 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken."""
+        """Pages that can be allocated."""
         return len(self._free)
 
     def allocate(self) -> int:
-        """A free page, held once.
+        """Take a free page; its reference count becomes 1.
 
         Raises:
             CapacityError: no page is free.
@@ -68,20 +82,22 @@ class PagePool:
         return page
 
     def incref(self, page: int) -> None:
-        """One more holder of a page that is in use."""
+        """Count one more holder of a page that is in use."""
         assert self._ref_counts[page] > 0, f"page {page} is free"
         self._ref_counts[page] += 1
 
     def decref(self, page: int) -> None:
-        """One holder less."""
+        """Count one holder less; without any the page is free again."""
         assert self._ref_counts[page] > 0, f"page {page} is free"
         self._ref_counts[page] -= 1
         if self._ref_counts[page] == 0:
             self._free.append(page)
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Assert that each page has as many holders as it occurs in `held`, and that exactly the
-        pages without holders are free, each once."""
+        """Assert that each page's reference count is the number of its occurrences in `held`.
+
+        And that exactly the pages that nobody holds are free, each once.
+        """
         counts = Counter(held)
         wrong = [page for page, count in enumerate(self._ref_counts) if count != counts[page]]
         assert not wrong, f"pages {wrong} leaked"
@@ -90,7 +106,7 @@ class PagePool:
 
 
 class PageTable:
-    """The entries of one sequence at one depth (or in its unshared layers), in order."""
+    """The pages of one sequence at one depth, or in its unshared layers, in order of entries."""
 
     def __init__(self, layout: PageLayout, pool: PagePool) -> None:
         self.layout = layout
@@ -101,11 +117,11 @@ class PageTable:
         self._pool = pool
 
     def pages_needed(self, count: int) -> int:
-        """Pages to take before `count` more entries fit; below 0 if more are reserved."""
+        """Pages to allocate before `count` more entries fit; negative if more are reserved."""
         return self.layout.pages_for(self.num_entries + count) - len(self.pages)
 
     def append(self, count: int) -> range:
-        """Make room for `count` entries; which they are.
+        """Add `count` entries; the range of their indices.
 
         Raises:
             CapacityError: not enough pages are free; nothing has changed then.
@@ -116,7 +132,11 @@ class PageTable:
         return range(first, self.num_entries)
 
     def reserve(self, count: int) -> None:
-        """Take the pages of `count` more entries, without adding them; errors as for `append`."""
+        """Allocate the pages of `count` more entries, without adding these.
+
+        Raises:
+            CapacityError: not enough pages are free; nothing has changed then.
+        """
         missing = self.pages_needed(count)
         if missing > self._pool.num_free:
             raise CapacityError(f"{missing} pages are needed, {self._pool.num_free} are free.")
@@ -130,14 +150,14 @@ class PageTable:
             del self.cells[-self.layout.cell_groups :]
 
     def append_page(self, page: int) -> None:
-        """Add a page that is held on this table's behalf."""
+        """Add a page whose reference count includes this table already."""
         start = page * self.layout.layers_per_page
         step = self.layout.layers
         self.pages.append(page)
         self.cells.extend(start + group * step for group in range(self.layout.cell_groups))
 
     def cell_and_offset(self, entry: int) -> tuple[int, int]:
-        """(cell of the first layer, slot in it) of an entry."""
+        """(cell of the stack's first layer, offset in it) of an entry."""
         size = self.layout.block_size
         return self.cells[entry // size], entry % size
 

@@ -1,11 +1,20 @@
-"""Prefix cache: what was computed for a prefix of tokens serves every request that starts so.
+"""Prefix cache: the KV entries of a prefix of tokens serve every request that starts with it.
 
 Routing by threshold looks at nothing but the tokens so far, so a prefix has the same entries at
-every depth whoever computes it: sharing is exact. A node stands for `block_size` tokens after its
-parent and holds the pages that its entries touch, at every depth. Since a prefix of 16 tokens has,
-say, 11 entries at depth 1, its last page there is shared with what follows: entries are only ever
-appended, so a node may hold a page that its first owner goes on filling, and whoever reuses the
-prefix copies that one page.
+every depth whoever computes it: sharing is exact. A node of the tree stands for `block_size` tokens
+after its parent, and holds the pages that their entries touch, in every table of a sequence.
+
+A prefix ends at a page's border in the unshared layers' table, but rarely in a depth's table, where
+only some of the tokens have entries. With `block_size` 16 and one cell group per page, a prefix of
+16 tokens of which 11 reached depth 1 has at depth 1:
+
+    entries    | holder                                    | who may write
+    0 .. 10    | the node: its first owner's page, shared  | nobody any more
+    11 .. 15   | the same page, not yet filled             | its first owner only, who goes on
+
+Entries are only ever appended, so the node may hold a page that its first owner goes on filling.
+Whoever reuses the prefix shares whole pages, and gets a copy of the last one where it is begun:
+there it appends its own entries. Plain Python: no tensors here.
 """
 
 from collections import OrderedDict
@@ -17,25 +26,26 @@ from mor.engine.pages import PagePool, PageTable
 
 @dataclass(eq=False, kw_only=True)
 class PrefixNode:
-    """Some tokens in the light of all before them."""
+    """`block_size` tokens after those of the parent, and where their KV entries are."""
 
     parent: "PrefixNode | None"
     namespace: Hashable
-    """Requests of different roots (e.g. other recursion limits) share nothing."""
+    """Requests of different namespaces (e.g. other recursion limits) share nothing."""
     token_ids: tuple[int, ...]
     recursion_counts: tuple[int, ...]
     """Recursion count of each token."""
     num_kv_entries: tuple[int, ...]
-    """Entries of each table after these tokens."""
+    """For each table of a sequence, its number of entries after these tokens."""
     pages: tuple[tuple[int, ...], ...]
-    """For each table the pages of the entries that these tokens added; the first may be begun."""
+    """For each table, the pages that hold the entries of these tokens. The first one may hold
+    entries of the parent, too; the last one may be partly filled."""
     num_tokens: int
-    """Tokens of the whole prefix."""
+    """Tokens of the whole prefix, those of all ancestors included."""
     num_children: int = 0
 
     @property
     def key(self) -> tuple[Hashable, tuple[int, ...]]:
-        """What a lookup asks for."""
+        """Key in the cache: the parent (or namespace) and these tokens."""
         return (self.namespace if self.parent is None else id(self.parent), self.token_ids)
 
 
@@ -50,17 +60,17 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def match_prefix(self, root: Hashable, tokens: Sequence[int]) -> list[PrefixNode]:
+    def match_prefix(self, namespace: Hashable, tokens: Sequence[int]) -> list[PrefixNode]:
         """The nodes of the longest known prefix, from the first on; one token stays uncovered."""
         found: list[PrefixNode] = []
-        size, above = self.block_size, root
+        size, above = self.block_size, namespace
         for start in range(0, len(tokens) - size, size):
             node = self._nodes.get((above, tuple(tokens[start : start + size])))
             if node is None:
                 break
             found.append(node)
             above = id(node)
-        for node in reversed(found):  # leaves first: they are the first to go
+        for node in reversed(found):  # the root's child last: leaves must be evicted before it
             self._nodes.move_to_end(node.key)
         return found
 
@@ -76,32 +86,34 @@ class PrefixCache:
         for number, table in enumerate(tables):
             per_page = table.layout.entries_per_page
             pages: list[int] = []
-            before = 0
+            num_entries = 0  # of the prefix so far
             for node in nodes:
-                pages[before // per_page :] = node.pages[number]
-                before = node.num_kv_entries[number]
-            whole = before // per_page
-            for page in pages[:whole]:
+                # A node's first page may be its parent's last one, if that was only partly filled;
+                # the node's own version of it counts, since another owner may have copied it.
+                pages[num_entries // per_page :] = node.pages[number]
+                num_entries = node.num_kv_entries[number]
+            num_full = num_entries // per_page
+            for page in pages[:num_full]:
                 self._pool.incref(page)
                 table.append_page(page)
-            if before % per_page:
+            if num_entries % per_page:  # partly filled: its first owner may go on writing there
                 own = self._pool.allocate()
-                copies.append((pages[whole], own))
+                copies.append((pages[num_full], own))
                 table.append_page(own)
-            table.num_entries = before
+            table.num_entries = num_entries
         return copies
 
     def insert(
         self,
         parent: PrefixNode | None,
-        root: Hashable,
+        namespace: Hashable,
         tokens: Sequence[int],
         counts: Sequence[int],
         entries: Sequence[int],
         tables: Sequence[PageTable],
     ) -> PrefixNode:
         """The node of `block_size` finished tokens after `parent`: the known one, or a new one."""
-        key = (root if parent is None else id(parent), tuple(tokens))
+        key = (namespace if parent is None else id(parent), tuple(tokens))
         if key in self._nodes:
             self._nodes.move_to_end(key)
             return self._nodes[key]
@@ -112,7 +124,7 @@ class PrefixCache:
         )
         node = PrefixNode(
             parent=parent,
-            namespace=root,
+            namespace=namespace,
             token_ids=tuple(tokens),
             recursion_counts=tuple(counts),
             num_kv_entries=tuple(entries),

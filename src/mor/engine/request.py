@@ -1,5 +1,6 @@
-"""What is being generated: sequences, their tokens in flight, and what the caller hears of them."""
+"""Sequences being generated, their chunks of tokens in flight, and the outputs that callers get."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -18,24 +19,32 @@ class Chunk:
 
     sequence: "SequenceState"
     start: int
-    """Position of its first token."""
+    """Position of its first token in the sequence."""
     state_slots: list[int]
-    """Where the runner keeps each token's hidden state."""
+    """For each token, its row in the buffers of `HiddenStates`."""
     recursion_counts: list[int] = field(default_factory=list)
-    """Passes that each token has taken."""
+    """For each token, the recursions that it has taken so far."""
     active: list[int] = field(default_factory=list)
-    """Tokens that take the coming pass, by their place in the chunk, rising."""
+    """Places in the chunk of the tokens that take the coming pass, rising."""
     depth: int = 0
-    """Of the coming pass."""
+    """Depth of the coming pass, from 0."""
     exited_at_step: int = 0
-    """Tick in which the last token left the block."""
+    """Engine step in which the last token left the block."""
 
     def __len__(self) -> int:
         return len(self.state_slots)
 
     @property
+    def is_last(self) -> bool:
+        """Whether it ends with its sequence's last known token, after which one is sampled."""
+        return self.start + len(self) == len(self.sequence.token_ids)
+
+    @property
     def prompt_logprob_range(self) -> range:
-        """Tokens, by their place in it, after which a prompt token's probability is asked for."""
+        """Places in the chunk of tokens whose successor's log-probability is asked for.
+
+        Only successors inside the prompt count, from `prompt_logprobs_from` on.
+        """
         sequence = self.sequence
         if not sequence.params.prompt_logprobs:
             return range(0)
@@ -53,43 +62,43 @@ class SequenceState:
     """Rank of arrival: who came first is served first and preempted last."""
     params: SamplingParams
     token_ids: list[int]
-    """Prompt and output."""
+    """Prompt and output, one after the other."""
     num_prompt_tokens: int
     min_recursions: int
-    """Recursions that every token takes at least, .."""
+    """Recursions that every token takes at least, whatever the router says; 0 is no limit."""
     max_recursions: int
-    """.. and at most."""
+    """Recursions that every token takes at most."""
     stop_token_ids: frozenset[int]
-    """Tokens that end it."""
+    """Token ids that end it: those of its request, and the model's ends of text."""
     rng: Random
     unshared_table: PageTable | None
-    """Entries of prelude and coda, every token's; None if there are no such layers."""
+    """KV entries of prelude and coda, one for every token; None if there are no such layers."""
     depth_tables: list[PageTable]
-    """Entries of the block at each depth; a single table if all depths share theirs."""
+    """KV entries of the block, a table for each depth; only one if all depths share their KV."""
 
     recursion_counts: list[int] = field(default_factory=list)
-    """Recursion count of every token that has left the block."""
+    """For each computed token, from the first on, the recursions that it took."""
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)
     prompt_top_logprobs: list[dict[int, float] | None] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
-    """In flight, in order of position."""
+    """Its chunks in flight, in order of position."""
     is_running: bool = False
-    """Whether it was admitted and not preempted since."""
+    """Whether it has been admitted, and not been preempted since."""
     num_scheduled_tokens: int = 0
-    """Tokens whose way through the model has begun, .."""
+    """Tokens, from the first on, that have entered the model or were found in the prefix cache."""
     num_computed_tokens: int = 0
-    """.. and is over."""
+    """Tokens, from the first on, that are through the model or were found in the prefix cache."""
     finish_reason: FinishReason | None = None
     uniforms: list[float] = field(default_factory=list)
-    """Random numbers of its next tokens, as far as they are drawn."""
+    """Random numbers in [0, 1) for its next tokens, as far as they are drawn."""
     prefix_node: PrefixNode | None = None
-    """The last of its own prefixes that the prefix cache knows."""
+    """Node of its longest prefix that the prefix cache knows; None: no prefix."""
     can_extend_prefix: bool = True
-    """Whether its further tokens may still join the prefix cache."""
+    """Whether its further tokens may still be added to the prefix cache."""
     num_cached_tokens: int = 0
-    """Prompt tokens that the prefix cache spared."""
+    """Prompt tokens that were found in the prefix cache instead of being computed."""
 
     def __post_init__(self) -> None:
         unscored = range(min(self.params.prompt_logprobs_from, self.num_prompt_tokens))
@@ -100,31 +109,36 @@ class SequenceState:
 
     @property
     def page_tables(self) -> list[PageTable]:
-        """All its page tables."""
-        return (
-            self.depth_tables
-            if self.unshared_table is None
-            else [self.unshared_table, *self.depth_tables]
-        )
+        """Its page tables: that of the unshared layers, if any, then one for each depth."""
+        unshared = [] if self.unshared_table is None else [self.unshared_table]
+        return [*unshared, *self.depth_tables]
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]
 
     @property
     def output_token_ids(self) -> list[int]:
-        """Generated tokens."""
+        """The generated tokens."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_remaining(self) -> int:
         """Tokens that it may still generate."""
-        return self.params.max_tokens - (len(self.token_ids) - self.num_prompt_tokens)
+        return self.params.max_tokens - self.num_output_tokens
 
     @property
     def num_unscheduled_tokens(self) -> int:
-        """Tokens that have not entered yet."""
+        """Known tokens that have not entered the model yet."""
         return len(self.token_ids) - self.num_scheduled_tokens
 
     @property
     def prefix_namespace(self) -> tuple[int, int]:
-        """Only sequences with the same recursion limits can share what was computed."""
+        """Key of its prefixes: only sequences with the same recursion limits can share entries."""
         return self.min_recursions, self.max_recursions
 
     def uniform(self, ahead: int = 0) -> float:
@@ -136,7 +150,7 @@ class SequenceState:
         return self.uniforms[ahead]
 
     def append(self, token: int, logprob: float, top_logprobs: dict[int, float]) -> None:
-        """A token that was sampled for it."""
+        """Add a sampled token, and use up its random number."""
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         if self.params.logprobs is not None:
@@ -144,18 +158,19 @@ class SequenceState:
         del self.uniforms[:1]
 
     def record_prompt_logprobs(
-        self, first: int, scores: list[float], likeliest: list[dict[int, float]]
+        self, first: int, logprobs: Sequence[float], top_logprobs: Sequence[dict[int, float]]
     ) -> None:
-        """Log-probabilities of the prompt's tokens from `first` on, and of the likeliest there."""
-        self.prompt_logprobs[first : first + len(scores)] = scores
+        """Keep the log-probabilities of the prompt's tokens from position `first` on."""
+        stop = first + len(logprobs)
+        self.prompt_logprobs[first:stop] = logprobs
         if self.params.reports_prompt_top:
-            self.prompt_top_logprobs[first : first + len(scores)] = likeliest
+            self.prompt_top_logprobs[first:stop] = top_logprobs
 
     def to_completion(self, text: str) -> Completion:
-        """What the caller gets, now or in the end."""
+        """Its `Completion` as far as it has come."""
         output = self.output_token_ids
         return Completion(
-            prompt_token_ids=self.token_ids[: self.num_prompt_tokens],
+            prompt_token_ids=self.prompt_token_ids,
             prompt_recursion_counts=self.recursion_counts[: self.num_prompt_tokens],
             num_cached_tokens=self.num_cached_tokens,
             index=self.index,
@@ -170,7 +185,7 @@ class SequenceState:
         )
 
     def reset(self) -> None:
-        """Give back what it holds, to be computed again; what the caller may hear of it stays."""
+        """Give back its pages and chunks, so that all its tokens are computed again later."""
         for table in self.page_tables:
             table.clear()
         self.chunks.clear()
@@ -180,7 +195,7 @@ class SequenceState:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenOutput:
-    """A generated token, as the caller of `step` hears of it."""
+    """A generated token, as `LLM.step` and `LLM.stream` give it to their caller."""
 
     request_id: str
     index: int

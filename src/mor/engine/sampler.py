@@ -7,58 +7,18 @@ V vocabulary.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mor.engine.plan import SamplerOutput, SamplingInput
 from mor.engine.request import SequenceState
 from mor.model.sampling import MAX_LOGPROBS, SamplingParams
 from mor.ops import sampling
 from mor.ops.sampling import SamplingTensors, argmax, as_column, top_logprobs, upcast
 
 _CPU_ROWS = 8  # at a time: what they are turned into stays in the cache
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingInput:
-    """What the sampler must know about one row."""
-
-    params: SamplingParams
-    uniform: float
-    """This token's random number in [0, 1); greedy rows do not look at it."""
-    prompt: Sequence[int]
-    """Token ids, for the penalties."""
-    output: Sequence[int]
-    """Token ids, for the penalties."""
-    forbidden: Sequence[int]
-    """Ids that must not come now."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerOutput:
-    """What came out, one entry for each row."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    """Of the tokens, under the model: before penalties, temperature and cuts."""
-    top_logprobs: list[dict[int, float]]
-    """The likeliest tokens and their log-probabilities, as many as the row asks for."""
-
-
-def make_sampling_input(sequence: SequenceState) -> SamplingInput:
-    """What the sampler must know about a sequence's next token."""
-    looks_back = _has_penalties(sequence.params)
-    return SamplingInput(
-        params=sequence.params,
-        uniform=sequence.uniform(),
-        prompt=sequence.token_ids[: sequence.num_prompt_tokens] if looks_back else (),
-        output=sequence.output_token_ids if looks_back else (),
-        forbidden=sorted(sequence.stop_token_ids)
-        if len(sequence.output_token_ids) < sequence.params.min_tokens
-        else (),
-    )
 
 
 class DeviceSampler:
@@ -95,7 +55,7 @@ class DeviceSampler:
     def supports(sequence: SequenceState) -> bool:
         """Whether a sequence's further tokens can be sampled so."""
         return not (
-            _has_penalties(sequence.params)
+            sequence.params.has_penalties
             or sequence.params.logprobs
             or len(sequence.output_token_ids) < sequence.params.min_tokens
         )
@@ -113,12 +73,12 @@ def sample(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> Sampl
     ]
     table = torch.cat(parts).tolist()
     return SamplerOutput(
-        tokens=[int(line[0]) for line in table],
-        logprobs=[line[1] for line in table],
-        top_logprobs=[
+        token_ids=tuple(int(line[0]) for line in table),
+        logprobs=tuple(line[1] for line in table),
+        top_logprobs=tuple(
             top_logprobs(line[2:], row.params.logprobs)
             for line, row in zip(table, rows, strict=True)
-        ],
+        ),
     )
 
 
@@ -143,11 +103,7 @@ def _table(
 
 def is_greedy(row: SamplingInput) -> bool:
     """Whether a row takes the likeliest token of the logits as they are."""
-    return row.params.temperature == 0 and not row.forbidden and not _has_penalties(row.params)
-
-
-def _has_penalties(p: SamplingParams) -> bool:
-    return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
+    return row.params.temperature == 0 and not row.forbidden and not row.params.has_penalties
 
 
 def _pick(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> Int[Tensor, " n"]:
@@ -174,7 +130,7 @@ def _penalize(logits: Float[Tensor, "n v"], rows: Sequence[SamplingInput]) -> No
     taken: list[float] = []
     for number, row in enumerate(rows):
         p = row.params
-        if not _has_penalties(p):
+        if not p.has_penalties:
             continue
         counts = Counter(row.output)
         seen = {*row.prompt, *counts}

@@ -1,10 +1,11 @@
 """Hidden states of tokens in flight: what a pass of the block does to them, and who goes on.
 
-One row of a buffer for each token; a chunk knows its rows. Between two passes a router judges each
-token: `ExpertChoiceStates` by threshold before every pass, `TokenChoiceStates` once at the start.
-`FusedExpertChoiceStates` is the first of them in one compiled call.
+One row of a buffer, a state slot, for each token; a chunk knows its slots. Between two passes a
+router judges each token: `ExpertChoiceStates` by threshold before every pass,
+`TokenChoiceStates` once at the start. `FusedExpertChoiceStates` is the first of them in one
+compiled call.
 
-Shape letters: N tokens, E width.
+Shape letters: N tokens, S state slots, E width.
 """
 
 import copy
@@ -29,73 +30,82 @@ from mor.model.transformer import MoRModel
 
 
 class HiddenStates:
-    """Without a router: every pass replaces a state, and every token takes every pass.
+    """States of a model without a router: every token takes every pass, which replaces its state.
 
-    `enter`, `take`, `advance` and `leave` are for the host, which reads back who goes on; beneath
-    them `arrive`, `at`, `passed` and `left` leave everything on the device.
+    Four operations, each in two versions. The plain one takes lists and returns on the host who
+    goes on, which waits for the device; the one named `_device` takes and returns tensors, and
+    nothing in it waits (multi-step decoding).
+
+    Args:
+        hidden: (S, E) the states, a row for each state slot.
     """
 
     def __init__(self, config: MoRConfig, hidden: Tensor) -> None:
         self.config = config
         self.hidden = hidden
 
-    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
-        """Keep what the prelude gave for the tokens of these chunks; who takes the first pass."""
+    def write(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
+        """Keep the prelude's output for these chunks' tokens; whether each takes its first pass."""
         slots, positions = self._ints(state_slots_of(chunks)), self._ints(positions_of(chunks))
-        return _listed(self.arrive(slots, positions, x, self._limits(chunks)), len(x))
+        return _listed(self.write_device(slots, positions, x, self._limits(chunks)), len(x))
 
-    def take(self, slots: list[int]) -> Float[Tensor, "n e"]:
-        """A copy of states, for a pass."""
-        return self.at(self._ints(slots))
-
-    def advance(
-        self,
-        slots: list[int],
-        depths: list[int],
-        positions: Int[Tensor, " n"],
-        x: Float[Tensor, "n e"],
-    ) -> list[bool]:
-        """Bring states up to date after a pass; who takes another one.
-
-        Args:
-            depths: passes that each token has behind it.
-            x: what the block gave; may be overwritten.
-        """
-        return _listed(self.passed(self._ints(slots), self._ints(depths), positions, x), len(slots))
-
-    def leave(self, slots: list[int]) -> Float[Tensor, "n e"]:
-        """(N, E) what goes into the coda."""
-        return self.left(self._ints(slots))
-
-    def arrive(
+    def write_device(
         self,
         slots: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         x: Float[Tensor, "n e"],
         limits: RecursionLimits | None,
     ) -> Bool[Tensor, " n"] | None:
-        """As `enter`; None: all do. Only token choice looks at the limits."""
+        """Keep the prelude's output; (N,) whether each takes its first pass, None: all do.
+
+        Args:
+            limits: only token choice looks at them; expert choice is limited by the scheduler.
+        """
         self.hidden.index_copy_(0, slots, x)
         return None
 
-    def at(self, slots: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
-        """As `take`."""
+    def read(self, slots: list[int]) -> Float[Tensor, "n e"]:
+        """(N, E) a copy of states, the input of a pass."""
+        return self.read_device(self._ints(slots))
+
+    def read_device(self, slots: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+        """(N, E) a copy of states, the input of a pass."""
         return self.hidden.index_select(0, slots)
 
-    def passed(
+    def update(
+        self,
+        slots: list[int],
+        depths: list[int],
+        positions: Int[Tensor, " n"],
+        x: Float[Tensor, "n e"],
+    ) -> list[bool]:
+        """Bring states up to date after a pass; whether each token takes another one.
+
+        Args:
+            depths: passes that each token has behind it.
+            x: (N, E) output of the block; may be overwritten.
+        """
+        flags = self.update_device(self._ints(slots), self._ints(depths), positions, x)
+        return _listed(flags, len(slots))
+
+    def update_device(
         self,
         slots: Int[Tensor, " n"],
         depths: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         x: Float[Tensor, "n e"],
     ) -> Bool[Tensor, " n"] | None:
-        """As `advance`; None: all do."""
+        """Bring states up to date after a pass; (N,) whether each takes another, None: all do."""
         self.hidden.index_copy_(0, slots, x)
         return None
 
-    def left(self, slots: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
-        """As `leave`."""
-        return self.at(slots)
+    def read_exiting(self, slots: list[int]) -> Float[Tensor, "n e"]:
+        """(N, E) the coda's input for tokens that have left the block."""
+        return self.read_exiting_device(self._ints(slots))
+
+    def read_exiting_device(self, slots: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
+        """(N, E) the coda's input for tokens that have left the block."""
+        return self.read_device(slots)
 
     def _limits(self, chunks: Sequence[Chunk]) -> RecursionLimits | None:
         return None
@@ -105,7 +115,7 @@ class HiddenStates:
 
 
 class ExpertChoiceStates(HiddenStates):
-    """Expert choice by threshold: before each pass a router says who takes it, and its gate."""
+    """States of expert choice by threshold: each pass has a router, which decides and gates it."""
 
     def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoiceRouter) -> None:
         super().__init__(config, hidden)
@@ -114,32 +124,31 @@ class ExpertChoiceStates(HiddenStates):
         each = map(router.threshold, range(self.config.num_recursions))
         self._thresholds = torch.tensor(list(each), dtype=torch.float64, device=hidden.device)
 
-    def arrive(
+    def write_device(
         self, slots: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
     ) -> Tensor:
-        """See `HiddenStates.arrive`."""
         self.hidden.index_copy_(0, slots, x)
         return self._judge(torch.zeros_like(slots), x, slots, positions)
 
-    def passed(self, slots: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
-        """See `HiddenStates.passed`."""
-        before = self.at(slots)
+    def update_device(self, slots: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
+        before = self.read_device(slots)
         if self.config.gating == "weighted":
             x = torch.addcmul(before, x, self._gate.index_select(0, slots)[:, None])
         else:
             x = x.add_(before)
         self.hidden.index_copy_(0, slots, x)
-        # Who is through has no router any more.
+        # After R passes there is no router: depth R - 1's decision is not looked at.
         return self._judge(depths.clamp(max=self.config.num_recursions - 1), x, slots, positions)
 
     def _judge(self, depths: Tensor, h: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """(N,) each token's next router's decision; keeps its gate for the pass that follows."""
         main, decision = self._router.logits_at(depths, h, _ragged(positions))
         self._gate.index_copy_(0, slots, self._router.gate(main).to(self._gate.dtype))
         return decision >= self._thresholds.to(decision.dtype)[depths]
 
 
 class FusedExpertChoiceStates(ExpertChoiceStates):
-    """Expert choice with linear routers, compiled for CPUs; fp32."""
+    """Expert choice with linear routers in one compiled call between two passes (CPU, fp32)."""
 
     def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoiceRouter) -> None:
         from mor.ops.cpu import router as cpu_route
@@ -156,34 +165,40 @@ class FusedExpertChoiceStates(ExpertChoiceStates):
         self._update = ops.ADD_GATED if config.gating == "weighted" else ops.ADD
         self._memory = self.hidden.numpy(), self._gate.numpy()
 
-    def enter(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
-        """See `HiddenStates.enter`."""
+    def write(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         return self._route(state_slots_of(chunks), [0] * len(x), x, self._ops.SET)
 
-    def take(self, slots: list[int]) -> Float[Tensor, "n e"]:
-        """See `HiddenStates.take`."""
+    def read(self, slots: list[int]) -> Float[Tensor, "n e"]:
         out = np.empty((len(slots), self.hidden.shape[1]), np.float32)
         self._ops.gather(self._memory[0], np.array(slots), out)
         return torch.from_numpy(out)
 
-    def advance(
+    def update(
         self, slots: list[int], depths: list[int], positions: Tensor, x: Tensor
     ) -> list[bool]:
-        """See `HiddenStates.advance`."""
-        last = self.config.num_recursions - 1  # who is through has no router any more
+        last = self.config.num_recursions - 1  # as in `update_device`
         return self._route(slots, [min(depth, last) for depth in depths], x, self._update)
 
     def _route(self, slots: list[int], depths: list[int], x: Tensor, how: int) -> list[bool]:
+        """Update states (`how`: set, add, add gated) and judge each token by its depth's router."""
         goes_on = np.empty(len(slots), np.bool_)
+        hidden, gate = self._memory
         self._ops.route(
-            *(*self._memory, np.array(slots), x.numpy(), how, np.array(depths)),
-            *(self._routers, self._squash, goes_on),
+            hidden,
+            gate,
+            np.array(slots),
+            x.numpy(),
+            how,
+            np.array(depths),
+            self._routers,
+            self._squash,
+            goes_on,
         )
         return goes_on.tolist()
 
 
 class TokenChoiceStates(HiddenStates):
-    """Token choice: a router reads the state before the block and fixes the number of passes."""
+    """States of token choice: a router reads x0, the state before the block, and fixes counts."""
 
     def __init__(self, config: MoRConfig, hidden: Tensor, router: TokenChoiceRouter) -> None:
         super().__init__(config, hidden)
@@ -192,24 +207,22 @@ class TokenChoiceStates(HiddenStates):
         self._weight = hidden.new_zeros(len(hidden), 1)
         self._target = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
 
-    def arrive(
+    def write_device(
         self, slots: Tensor, positions: Tensor, x: Tensor, limits: RecursionLimits | None
     ) -> None:
-        """See `HiddenStates.arrive`."""
         counts, weight = self._router.choose(x, _ragged(positions), None, limits)
         self.hidden.index_copy_(0, slots, x)
         self._start.index_copy_(0, slots, x)
         self._weight.index_copy_(0, slots, weight.to(self._weight.dtype))
         self._target.index_copy_(0, slots, counts)
 
-    def passed(self, slots: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
-        """See `HiddenStates.passed`."""
+    def update_device(self, slots: Tensor, depths: Tensor, positions: Tensor, x: Tensor) -> Tensor:
         self.hidden.index_copy_(0, slots, x)
         return self._target.index_select(0, slots) > depths
 
-    def left(self, slots: Tensor) -> Tensor:
-        """See `HiddenStates.left`: x0 + w * h, or x0 + h."""
-        h = self.at(slots)
+    def read_exiting_device(self, slots: Tensor) -> Tensor:
+        # x0 + w * h (`weighted`), or x0 + h (`additive`)
+        h = self.read_device(slots)
         if self.config.gating == "weighted":
             h = h * self._weight.index_select(0, slots)
         return self._start.index_select(0, slots) + h
@@ -231,7 +244,7 @@ def make_hidden_states(
     dtype: torch.dtype,
     device: torch.device,
 ) -> HiddenStates:
-    """The states of a model's tokens."""
+    """The kind of states that a model's router needs, all zero."""
     config = model.config
     hidden = torch.zeros(num_state_slots, config.hidden_size, dtype=dtype, device=device)
     if model.router is None:
@@ -249,8 +262,8 @@ def make_hidden_states(
 
 
 def state_slots_of(chunks: Sequence[Chunk]) -> list[int]:
-    """Rows of all tokens of these chunks."""
-    return [row for chunk in chunks for row in chunk.state_slots]
+    """State slots of all tokens of these chunks."""
+    return [slot for chunk in chunks for slot in chunk.state_slots]
 
 
 def positions_of(chunks: Sequence[Chunk]) -> list[int]:
@@ -259,12 +272,12 @@ def positions_of(chunks: Sequence[Chunk]) -> list[int]:
 
 
 def _listed(flags: Bool[Tensor, " n"] | None, num: int) -> list[bool]:
-    """On the host: this waits for the device."""
+    """Flags on the host, True where there are none; waits for the device."""
     return [True] * num if flags is None else flags.tolist()
 
 
 def _ragged(positions: Tensor) -> RaggedBatch:
-    """Some tokens, for routers: they look at positions only."""
+    """Tokens at these positions as a batch, for routers, which look at positions only."""
     num = positions.shape[0]
     flat = torch.arange(num, device=positions.device)
     return RaggedBatch(

@@ -170,6 +170,12 @@ class SamplingParams:
         """Whether the likeliest tokens in the place of each prompt token are reported."""
         return self.prompt_logprobs and self.logprobs is not None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1, 0, 0)
+
     # -- the rules that all generators share ------------------------------------------------------
 
     def random_numbers(self, index: int) -> random.Random:

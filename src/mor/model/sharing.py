@@ -9,7 +9,7 @@ import random
 from typing import Literal, NamedTuple
 
 from mor.errors import ConfigError
-from mor.model.config import Sharing
+from mor.model.config import MoRConfig, Sharing
 
 Initialization = Literal["stepwise", "lower", "upper", "random", "average"]
 
@@ -28,6 +28,31 @@ class LayerKey(NamedTuple):
     """0, 1, .. R - 1 in the block; UNSHARED in prelude and coda."""
     layer: int
     """Index in the block; in prelude and coda counted through both, prelude first."""
+
+
+class RecursionSpec(NamedTuple):
+    """What a scheduler has to know of a model's recursions."""
+
+    max_passes: int
+    """Passes of the block that a token can take: R, or 1 where `sharing='sequence'` runs all
+    recursions of a layer in a row."""
+    recursions_per_pass: int
+    """Recursions that one pass counts for: 1, or R where one pass is all of them."""
+    shared_kv: bool
+    """Whether only the first pass writes keys and values."""
+    depth_fractions: tuple[float, ...]
+    """(R,) share of tokens expected at each depth, to estimate the pages of a prompt."""
+
+    @classmethod
+    def of(cls, config: MoRConfig) -> "RecursionSpec":
+        """The recursions of models with this config."""
+        is_one_pass = config.sharing == "sequence"
+        return cls(
+            max_passes=1 if is_one_pass else config.num_recursions,
+            recursions_per_pass=config.num_recursions if is_one_pass else 1,
+            shared_kv=not config.kv_policy.writes(1),
+            depth_fractions=config.depth_capacities,
+        )
 
 
 def block_schedule(sharing: Sharing, num_block_layers: int, num_recursions: int) -> list[LayerKey]:

@@ -1,4 +1,4 @@
-"""Bursts: decode ticks on the device without a look from the host, and what is made of them."""
+"""Bursts: decode steps on the device without a look from the host, and what is made of them."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ KINDS = (
 
 @contextmanager
 def watched(llm: LLM) -> Generator[list[tuple[int, int]]]:
-    """(lanes, ticks) of each burst."""
+    """(lanes, steps) of each burst."""
     assert llm.multi_step is not None
     flight, found = llm.multi_step._decoder, []
     run = flight.run
@@ -74,21 +74,21 @@ def test_equals_the_reference_generator(kind: str) -> None:
         for length, fields in zip(lengths, asked, strict=True)
     ]
     llm = engine_of(kind, num_scheduler_steps=num_scheduler_steps, block_size=block_size)
-    with watched(llm) as bursts:
+    with watched(llm) as runs:
         check_equals_oracle(
             llm, shared_model(kind), prompts_with_shared_starts(num_scheduler_steps, 6), params
         )
-    assert max(steps for _, steps in bursts) == num_scheduler_steps
+    assert max(steps for _, steps in runs) == num_scheduler_steps
     check_empty(llm)
 
 
-def test_most_decode_ticks_are_in_bursts() -> None:
+def test_most_decode_steps_are_in_runs() -> None:
     llm = engine_of(num_scheduler_steps=8)
-    with watched(llm) as bursts:
+    with watched(llm) as runs:
         done = llm.generate([[1, 2, 3], [4, 5], [6]], SamplingParams(max_tokens=24))
     assert [len(one.token_ids) for one in done] == [24] * 3
-    assert {metadata for metadata, _ in bursts} <= {1, 2, 3}
-    assert sum(steps for _, steps in bursts) > 0.8 * llm.stats.steps
+    assert {size for size, _ in runs} <= {1, 2, 3}
+    assert sum(steps for _, steps in runs) > 0.8 * llm.stats.steps
     passes = sum(c for one in done for c in (*one.prompt_recursion_counts, *one.recursion_counts))
     # the first token's count is among those of the prompt; what came after the end is not counted
     assert llm.stats.block_tokens == passes - sum(one.recursion_counts[0] for one in done)
@@ -105,24 +105,24 @@ def test_most_decode_ticks_are_in_bursts() -> None:
 def test_what_needs_the_host_at_every_token(params: dict[str, Any], why: str) -> None:
     llm = engine_of(num_scheduler_steps=4)
     asked = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, **params)]
-    with watched(llm) as bursts:
+    with watched(llm) as runs:
         check_equals_oracle(llm, shared_model("expert"), [[1, 2], [3, 4]], asked)
-    assert all(metadata == 1 for metadata, _ in bursts), why
+    assert all(size == 1 for size, _ in runs), why
 
 
 def test_whoever_waits_is_let_in_before_the_next_burst() -> None:
     llm = engine_of(num_scheduler_steps=4, max_num_seqs=2)
-    with watched(llm) as bursts:
+    with watched(llm) as runs:
         llm.add_request([1, 2], SamplingParams(max_tokens=40))
-        while not bursts:
+        while not runs:
             llm.step()
         llm.add_request([3, 4], SamplingParams(max_tokens=40))
-        before = len(bursts)
+        before = len(runs)
         llm.step()
         assert len(llm.scheduler.running) == 2
-        assert len(bursts) == before
+        assert len(runs) == before
         llm.add_request([5, 6], SamplingParams(max_tokens=4))  # for which there is no room
-        while len(bursts) < before + 2:
+        while len(runs) < before + 2:
             llm.step()
         assert len(llm.scheduler.waiting) == 1
     while llm.has_unfinished_requests:
@@ -131,7 +131,7 @@ def test_whoever_waits_is_let_in_before_the_next_burst() -> None:
     check_empty(llm)
 
 
-def test_with_short_memory_ticks_go_one_by_one() -> None:
+def test_with_short_memory_steps_go_one_by_one() -> None:
     model = shared_model("expert")
     page = LLM(model, EngineConfig(block_size=2, kv_cache_memory_bytes=2**20)).cache.page_bytes
     llm = engine_of(
@@ -141,9 +141,9 @@ def test_with_short_memory_ticks_go_one_by_one() -> None:
         enable_prefix_caching=False,
     )
     asked = [SamplingParams(max_tokens=9)] * 4
-    with watched(llm) as bursts:
+    with watched(llm) as runs:
         check_equals_oracle(llm, model, [[n, n + 1, n + 2] for n in range(4)], asked)
-    assert not [metadata for metadata, _ in bursts if metadata == 4]
+    assert not [size for size, _ in runs if size == 4]
     check_empty(llm)
 
 
@@ -158,21 +158,21 @@ def test_a_stop_text_ends_a_sequence_in_the_middle_of_a_burst() -> None:
     check_empty(llm)
 
 
-def test_an_interrupted_burst_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
     (want,) = engine_of().generate([[5, 6, 7]], params)
     llm = engine_of(num_scheduler_steps=8)
     llm.add_request([5, 6, 7], params)
-    event, left = llm._event, [11]
+    process_token, left = llm.output_processor.process_token, [11]
 
-    def interrupted(sequence: Any) -> Any:
-        found = event(sequence)
+    def interrupted(*args: Any) -> bool:
+        finished = process_token(*args)
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return found
+        return finished
 
-    monkeypatch.setattr(llm, "_event", interrupted)
+    monkeypatch.setattr(llm.output_processor, "process_token", interrupted)
     tokens: list[int] = []
     completions = None
     while llm.has_unfinished_requests:
@@ -187,7 +187,7 @@ def test_an_interrupted_burst_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert completions is not None
     assert completions[0].token_ids == want.token_ids
     assert completions[0].recursion_counts == want.recursion_counts
-    assert len(tokens) == 19  # the one whose event was interrupted is told with the completion
+    assert tokens == want.token_ids  # also the one after which the interruption came
     check_empty(llm)
 
 
@@ -199,7 +199,7 @@ def test_an_interrupted_burst_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         ("expert_relaxed", {}, "relaxation_rank, whose lanes"),
     ],
 )
-def test_bursts_that_cannot_be(kind: str, fields: dict[str, Any], words: str) -> None:
+def test_runs_that_cannot_be(kind: str, fields: dict[str, Any], words: str) -> None:
     wide = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     model = tiny_model(kind, **wide)
     with pytest.raises(ConfigError, match=f"burst=2 does not go with {words}.*leave it out"):
@@ -280,8 +280,9 @@ def test_the_guard_above_does_catch(look: Callable[[torch.Tensor], Any]) -> None
         look(x)
 
 
-def test_a_sampler_for_many_ticks_is_the_sampler() -> None:
-    from mor.engine.sampler import SamplingInput, sample
+def test_a_sampler_for_many_steps_is_the_sampler() -> None:
+    from mor.engine.plan import SamplingInput
+    from mor.engine.sampler import sample
 
     draw = torch.Generator().manual_seed(0)
     params = [
@@ -301,7 +302,7 @@ def test_a_sampler_for_many_ticks_is_the_sampler() -> None:
         ]
         want = sample(logits, rows)
         tokens, logprobs = steady(logits, uniforms)
-        assert tokens.tolist() == want.tokens
+        assert tokens.tolist() == list(want.token_ids)
         assert logprobs.tolist() == pytest.approx(want.logprobs)
 
 

@@ -163,7 +163,7 @@ class _Bucket:
     def _exit_half(self) -> Float[Tensor, "b v"]:
         """Coda and head for the tokens that have left the block: logits, nonsense for others."""
         leaves, runner = self._leaves(), self._runner
-        x = runner.states.left(self._state_slots(leaves))
+        x = runner.states.read_exiting_device(self._state_slots(leaves))
         if runner.coda is not None:
             x = eager(runner.coda).run(x, self._unshared_metadata(leaves))
         return runner.compute_logits(x)
@@ -183,15 +183,15 @@ class _Bucket:
         limits = RecursionLimits(
             min_recursions=self._min_recursions, max_recursions=self._max_recursions
         )
-        goes_on = states.arrive(self._state_slots(enters), self._position, x, limits)
+        goes_on = states.write_device(self._state_slots(enters), self._position, x, limits)
         first = enters if goes_on is None else enters & (goes_on | (self._min_recursions > 0))
         self._active.logical_or_(first)
 
         present = self._active
         rows = self._state_slots(present)
-        update = eager(self._runner.block).run(states.at(rows), self._block_metadata())
+        update = eager(self._runner.block).run(states.read_device(rows), self._block_metadata())
         self._depth.add_(present)
-        goes_on = states.passed(rows, self._depth, self._position, update)
+        goes_on = states.update_device(rows, self._depth, self._position, update)
         if goes_on is not None:
             present.logical_and_(goes_on | (self._depth < self._min_recursions))
         present.logical_and_(self._depth < self._max_recursions.clamp(max=self._passes))

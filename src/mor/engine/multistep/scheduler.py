@@ -10,7 +10,7 @@ from mor.engine.multistep.device_decoder import DeviceDecoder
 from mor.engine.pages import PageTable
 from mor.engine.request import Chunk, SequenceState
 from mor.engine.sampler import DeviceSampler
-from mor.engine.scheduler import PreludePlan, Scheduler
+from mor.engine.scheduler import Scheduler
 from mor.engine.stats import EngineStats
 
 
@@ -71,7 +71,7 @@ class MultiStepScheduler:
                     self._exit(sequence, int(passes))
                     yield sequence, int(token), logprob
                     if sequence.finish_reason is None:
-                        self._scheduler.schedule_chunk(sequence, 1, PreludePlan())
+                        self._scheduler.schedule_chunk(sequence, 1)
         self._stats.steps += len(landed.log) - 1  # the step itself counts as one
         for sequence, present, depth in zip(sequences, landed.active, landed.depth, strict=True):
             if sequence.finish_reason is None:
@@ -85,7 +85,7 @@ class MultiStepScheduler:
         """Its token in flight is through the model."""
         chunk = self._record_passes(sequence, passes)
         chunk.active = []
-        self._scheduler.update_after_coda([chunk])
+        self._scheduler.finish_chunks([chunk])
 
     def _record_passes(self, sequence: SequenceState, passes: int) -> Chunk:
         """Note that its token in flight has so many passes behind it."""

@@ -101,6 +101,8 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
         microkernel_panels(),
     )
     for at in range(start, stop, PANEL):
+        # Entries behind `stop` may never have been written: not even with weight 0 are they read.
+        num_entries = min(PANEL, stop - at)
         here = _cell(values, cell_bytes, row, groups, group, table, layer, slots, at)
         after = at + _AHEAD
         if after < stop:
@@ -120,7 +122,7 @@ def _mix(scores, rows, cells, layer, group, table, start, stop, reach, sums):
                 w, next_w = (here + 4 * d, here + 4 * d2), (ahead + 4 * d, ahead + 4 * d2)
                 out = (line + 4 * d, line + 4 * d2)
                 gemm_microkernel(
-                    "float32", r, 1, x, width, w, row, next_w, PANEL, out, row, 0, (0, 0)
+                    "float32", r, 1, x, width, w, row, next_w, num_entries, out, row, 0, (0, 0)
                 )
 
 

@@ -11,7 +11,7 @@ from test_html import Reader
 
 from mor.cli.report import run as report
 from mor.errors import ConfigError, DataError
-from mor.report.run import Run
+from mor.report.run_folder import RunFolder
 from mor.report.run_page import find_runs, run_report
 from mor.yaml_config import dump_yaml
 
@@ -108,7 +108,7 @@ def test_a_run_of_an_older_version_or_just_begun(tmp_path: Path) -> None:
     html = run_report(find_runs([folder]), "")
     assert "<h1>young</h1>" in html
     assert "Model FLOPs utilization" not in html
-    assert not Run.open(folder).finished
+    assert not RunFolder.open(folder).finished
 
 
 def test_many_runs_stand_below_each_other_with_short_names(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 
-MAIN = "import sys; from mor.cli.main import main; sys.exit(main())"
 KEY = "sesame-open-1234"
 NAME = "tiny"
 MODEL_LEN = 256
@@ -31,7 +30,7 @@ class Running:
         fixed = ("--port", "0", "--served-model-name", NAME, "--dtype", "float64")
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, "serve", str(model), *fixed, *options],
+                [sys.executable, "-m", "mor", "serve", str(model), *fixed, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=file,

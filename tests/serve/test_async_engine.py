@@ -1,4 +1,4 @@
-"""The bridge and its engine thread: room, time-outs, failures, and an end."""
+"""`AsyncEngine` and its thread: admission, timeouts, failures, and its end."""
 
 import asyncio
 import logging
@@ -19,30 +19,30 @@ LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 
 
-def bridged(engine: LLM, work: Callable[[AsyncEngine], Awaitable[None]], **options: Any) -> None:
-    """Run something with a bridge to the engine, which must be whole and empty afterwards."""
+def run_with(llm: LLM, work: Callable[[AsyncEngine], Awaitable[None]], **options: Any) -> None:
+    """Run something with an `AsyncEngine`; the engine must be whole and empty afterwards."""
     fields = {"max_waiting": 8, "seconds": 60.0, **options}
 
     async def main() -> None:
-        bridge = AsyncEngine(engine, Metrics("tiny", 3), **fields)
-        bridge.start()
+        async_engine = AsyncEngine(llm, Metrics("tiny", 3), **fields)
+        async_engine.start()
         try:
             async with asyncio.timeout(60):
-                await work(bridge)
+                await work(async_engine)
         finally:
-            await bridge.stop()
+            await async_engine.stop()
 
     asyncio.run(main())
-    engine.check_integrity()
-    assert not engine.has_unfinished_requests
+    llm.check_integrity()
+    assert not llm.has_unfinished_requests
 
 
-async def collect(bridge: AsyncEngine, ticket: RequestStream) -> list[int]:
+async def collect(async_engine: AsyncEngine, stream: RequestStream) -> list[int]:
     """The tokens of a request, which is released."""
     try:
-        return [event.token_id async for tokens in ticket for _, event in tokens]
+        return [output.token_id async for pairs in stream for _, output in pairs]
     finally:
-        bridge.release(ticket)
+        async_engine.release(stream)
 
 
 async def status(awaited: Awaitable[Any]) -> HTTPError:
@@ -55,95 +55,95 @@ def test_many_requests_at_once_get_their_own_tokens(engine: LLM) -> None:
     prompts = [[5 + i, 7, 9] for i in range(40)]
     want = [c.token_ids for c in engine.generate(prompts, SHORT)]
 
-    async def work(bridge: AsyncEngine) -> None:
-        tickets = [await bridge.submit([p], SHORT) for p in prompts]
-        got = await asyncio.gather(*(collect(bridge, ticket) for ticket in tickets))
+    async def work(async_engine: AsyncEngine) -> None:
+        streams = [await async_engine.submit([p], SHORT) for p in prompts]
+        got = await asyncio.gather(*(collect(async_engine, stream) for stream in streams))
         assert list(got) == want
 
-    bridged(engine, work)
+    run_with(engine, work)
 
 
 def test_no_room_is_429_and_too_much_is_400(engine: LLM) -> None:
     maximum = engine.config.max_num_seqs + 2
 
-    async def work(bridge: AsyncEngine) -> None:
-        tickets = [await bridge.submit([[1]] * maximum, LONG)]
-        full = await status(bridge.submit([[1]], SHORT))
+    async def work(async_engine: AsyncEngine) -> None:
+        streams = [await async_engine.submit([[1]] * maximum, LONG)]
+        full = await status(async_engine.submit([[1]], SHORT))
         assert (full.status, full.code) == (429, "queue_full")
         assert 1 <= int(full.headers["Retry-After"]) <= 60
-        assert (await status(bridge.submit([[1]] * (maximum + 1), SHORT))).status == 400
-        for ticket in tickets:
-            bridge.release(ticket)
-        again = await bridge.submit([[1]] * maximum, SHORT)
-        assert len(await collect(bridge, again)) == maximum * 3
+        assert (await status(async_engine.submit([[1]] * (maximum + 1), SHORT))).status == 400
+        for stream in streams:
+            async_engine.release(stream)
+        again = await async_engine.submit([[1]] * maximum, SHORT)
+        assert len(await collect(async_engine, again)) == maximum * 3
 
-    bridged(engine, work, max_waiting=2)
+    run_with(engine, work, max_waiting=2)
 
 
 def test_what_the_engine_refuses_leaves_nothing_behind(engine: LLM) -> None:
-    async def work(bridge: AsyncEngine) -> None:
-        refused = await status(bridge.submit([[1], [2], [9999]], SHORT))
+    async def work(async_engine: AsyncEngine) -> None:
+        refused = await status(async_engine.submit([[1], [2], [9999]], SHORT))
         assert refused.status == 400
         assert isinstance(refused.__cause__, MorError)
         assert "9999" in str(refused)
-        assert await bridge.call(lambda llm: llm.has_unfinished_requests) is False
+        assert await async_engine.call(lambda llm: llm.has_unfinished_requests) is False
 
-    bridged(engine, work)
+    run_with(engine, work)
 
 
 def test_a_request_that_takes_too_long_is_504(engine: LLM) -> None:
-    async def work(bridge: AsyncEngine) -> None:
+    async def work(async_engine: AsyncEngine) -> None:
         async def served() -> list[int]:
-            return await collect(bridge, await bridge.submit([[1]] * 16, LONG))
+            return await collect(async_engine, await async_engine.submit([[1]] * 16, LONG))
 
         assert (await status(served())).status == 504
 
-    bridged(engine, work, seconds=0.2)
+    run_with(engine, work, seconds=0.2)
 
 
 def test_a_client_that_leaves_while_it_is_accepted_leaves_nothing(engine: LLM) -> None:
-    async def work(bridge: AsyncEngine) -> None:
+    async def work(async_engine: AsyncEngine) -> None:
         for wait in (0, 0, 0.001, 0.005):
-            task = asyncio.ensure_future(bridge.submit([[1], [2]], LONG))
+            task = asyncio.ensure_future(async_engine.submit([[1], [2]], LONG))
             await asyncio.sleep(wait)
             task.cancel()
-            ticket = (await asyncio.gather(task, return_exceptions=True))[0]
-            if isinstance(ticket, RequestStream):
-                bridge.release(ticket)
-        assert await bridge.call(lambda llm: llm.has_unfinished_requests) is False
+            stream = (await asyncio.gather(task, return_exceptions=True))[0]
+            if isinstance(stream, RequestStream):
+                async_engine.release(stream)
+        assert await async_engine.call(lambda llm: llm.has_unfinished_requests) is False
 
-    bridged(engine, work)
+    run_with(engine, work)
 
 
 def test_draining_takes_nothing_new_and_finishes_the_rest(engine: LLM) -> None:
-    async def work(bridge: AsyncEngine) -> None:
-        ticket = await bridge.submit([[1]], LONG)
-        bridge.drain()
-        assert (await status(bridge.submit([[1]], SHORT))).status == 503
-        assert len(await collect(bridge, ticket)) == 200
+    async def work(async_engine: AsyncEngine) -> None:
+        stream = await async_engine.submit([[1]], LONG)
+        async_engine.drain()
+        assert (await status(async_engine.submit([[1]], SHORT))).status == 503
+        assert len(await collect(async_engine, stream)) == 200
 
-    bridged(engine, work)
+    run_with(engine, work)
 
 
 def test_stopping_fails_what_is_under_way(engine: LLM) -> None:
-    async def work(bridge: AsyncEngine) -> None:
-        ticket = await bridge.submit([[1]] * 16, LONG)
-        await bridge.stop()
-        assert (await status(collect(bridge, ticket))).status == 503
+    async def work(async_engine: AsyncEngine) -> None:
+        stream = await async_engine.submit([[1]] * 16, LONG)
+        await async_engine.stop()
+        assert (await status(collect(async_engine, stream))).status == 503
 
-    bridged(engine, work)
+    run_with(engine, work)
 
 
-def test_a_tick_that_fails_is_a_500_and_the_next_request_works(
+def test_a_step_that_fails_is_a_500_and_the_next_request_works(
     engine: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def work(bridge: AsyncEngine) -> None:
+    async def work(async_engine: AsyncEngine) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(engine.runner, "run_block", fail)
-            ticket = await bridge.submit([[1]], LONG)
-            assert (await status(collect(bridge, ticket))).status == 500
-        ticket = await bridge.submit([[1]], SHORT)
-        assert len(await collect(bridge, ticket)) == 3
+            stream = await async_engine.submit([[1]], LONG)
+            assert (await status(collect(async_engine, stream))).status == 500
+        stream = await async_engine.submit([[1]], SHORT)
+        assert len(await collect(async_engine, stream)) == 3
 
     words = " ".join(("a", "private", "prompt"))  # a trace quotes source, so not as one text
 
@@ -151,7 +151,7 @@ def test_a_tick_that_fails_is_a_500_and_the_next_request_works(
         raise RuntimeError(words)
 
     with caplog.at_level(logging.INFO, "mor.serve"):
-        bridged(engine, work)
+        run_with(engine, work)
     assert "RuntimeError" in caplog.text
     assert words not in caplog.text
 
@@ -159,17 +159,19 @@ def test_a_tick_that_fails_is_a_500_and_the_next_request_works(
 def test_an_engine_that_fails_for_good_is_given_up(
     engine: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def work(bridge: AsyncEngine) -> None:
+    async def work(async_engine: AsyncEngine) -> None:
         for _ in range(3):
-            ticket = await bridge.submit([[1]], LONG)
-            assert (await status(collect(bridge, ticket))).status == 500
+            stream = await async_engine.submit([[1]], LONG)
+            assert (await status(collect(async_engine, stream))).status == 500
         with pytest.raises(HTTPError, match="restart the server"):
-            bridge.check_admission()
-        assert (await status(bridge.submit([[1]], SHORT))).status == 503
-        assert (await status(bridge.call(lambda llm: llm.has_unfinished_requests))).status == 503
+            async_engine.check_admission()
+        assert (await status(async_engine.submit([[1]], SHORT))).status == 503
+        assert (
+            await status(async_engine.call(lambda llm: llm.has_unfinished_requests))
+        ).status == 503
 
     def fail(plan: Any) -> None:
         raise RuntimeError("no")
 
     monkeypatch.setattr(engine.runner, "run_block", fail)
-    bridged(engine, work)
+    run_with(engine, work)

@@ -41,7 +41,6 @@ MAX_COST = 0.08
 MAX_WAIT = 1.3
 """Time to first token over the bare prefill."""
 
-_MAIN = "import sys; from mor.cli.main import main; sys.exit(main())"
 _SERVED = re.compile(r"is served at (http://\S+)")
 _START_S = 600.0  # the first start on a machine compiles kernels
 _STOP_S = 60.0
@@ -100,7 +99,7 @@ def serving(model: Path, options: list[str]) -> Generator[Client]:
     Raises:
         RequestError: it does not start; says why.
     """
-    command = [sys.executable, "-c", _MAIN, "serve", str(model), "--port", "0", *options]
+    command = [sys.executable, "-m", "mor", "serve", str(model), "--port", "0", *options]
     environment = {name: value for name, value in os.environ.items() if name != "MOR_API_KEY"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

@@ -13,7 +13,7 @@ from mor.data.corpus import build_from_documents
 from mor.data.stdlib_corpus import stdlib_documents
 from mor.errors import ConfigError, DataError, nearest
 from mor.model.config import MoRConfig
-from mor.report.run import Run
+from mor.report.run_folder import RunFolder
 from mor.train.budget import Budget
 from mor.train.config import STDLIB, TrainConfig
 from mor.train.schedule import resolve_steps, step_flops
@@ -66,7 +66,7 @@ class PlannedRun:
                     f"{key}={value!r}: choose another --out, or remove that folder."
                 )
         try:
-            return "done" if Run.open(folder).finished else "begun"
+            return "done" if RunFolder.open(folder).finished else "begun"
         except DataError:
             return "begun"
 

@@ -14,7 +14,7 @@ from mor.machine import machine
 from mor.model.cost import num_parameters_non_embedding
 from mor.report.charts import Series, line_chart
 from mor.report.comparison import depths
-from mor.report.run import Run
+from mor.report.run_folder import RunFolder
 from mor.train.budget import Budget
 
 Result = dict[str, Any]
@@ -36,7 +36,7 @@ def collect(experiment: Experiment, out: Path, failures: Mapping[str, str]) -> l
             "status": failures.get(cell.name, cell.state(folder)),
         }
         if result["status"] == "done":
-            run = Run.open(folder, cell.name)
+            run = RunFolder.open(folder, cell.name)
             result |= {**run.summary(), "command": run.command, "curve": _curve(run)}
         found.append(result)
     _compare(found, "vs_random", lambda variant: experiment.twins.get(variant))
@@ -44,7 +44,7 @@ def collect(experiment: Experiment, out: Path, failures: Mapping[str, str]) -> l
     return found
 
 
-def _curve(run: Run) -> list[tuple[float, float]]:
+def _curve(run: RunFolder) -> list[tuple[float, float]]:
     """(training FLOPs, NLL under `threshold`) of each evaluation."""
     return [(row.get("flops") or row["tokens"], row["nll_threshold"]) for row in run.evaluations]
 

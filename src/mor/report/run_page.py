@@ -12,7 +12,7 @@ from typing import Any
 from mor.errors import DataError
 from mor.report.comparison import depths, smoothed
 from mor.report.html import Section, Series, Table, bar_chart, line_chart, page, tabs
-from mor.report.run import Row, Run
+from mor.report.run_folder import Row, RunFolder
 
 _POINTS = 400  # of a line; more cannot be seen
 _START = 0.25  # of a run, whose steep fall would press the rest of a loss chart flat
@@ -41,7 +41,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
 )
 
 
-def find_runs(folders: Sequence[Path]) -> list[Run]:
+def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
     """Open run folders, and all runs of an experiment's folder.
 
     Raises:
@@ -52,7 +52,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         inside = _inside(folder)
         found += [folder] if (folder / "metrics.jsonl").exists() or not inside else inside
     named = zip(found, _names(found), strict=True)
-    return [Run.open(folder, name) for folder, name in named]
+    return [RunFolder.open(folder, name) for folder, name in named]
 
 
 def _inside(experiment: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [" ".join(part[i] for i in differing) for part in parts]
 
 
-def run_report(runs: Sequence[Run], footer: str) -> str:
+def run_report(runs: Sequence[RunFolder], footer: str) -> str:
     """The HTML page."""
     if not runs:
         raise DataError("there are no runs to report on.")
@@ -115,7 +115,7 @@ _SPEED_NOTE = (
 _COMMANDS_NOTE = "Each config.yaml holds all settings of its run; the command repeats it beside it."
 
 
-def _numbers(runs: Sequence[Run]) -> str:
+def _numbers(runs: Sequence[RunFolder]) -> str:
     """Runs side by side while there are few, else one below the other."""
     summaries = [run.summary() for run in runs]
     keys = [k for k in _NUMBERS if any(s[k] is not None for s in summaries)]
@@ -129,13 +129,13 @@ def _numbers(runs: Sequence[Run]) -> str:
     return Table(columns=grid[0], rows=grid[1:]).html()
 
 
-def _losses(runs: Sequence[Run]) -> str:
+def _losses(runs: Sequence[RunFolder]) -> str:
     """The same curves by each measure of progress."""
 
-    def seconds(run: Run) -> list[float]:
+    def seconds(run: RunFolder) -> list[float]:
         return list(accumulate(row["step_s"] for row in run.rows))
 
-    axes: dict[str, Callable[[Run], Sequence[float]]] = {
+    axes: dict[str, Callable[[RunFolder], Sequence[float]]] = {
         "tokens": lambda run: [row["tokens"] for row in run.rows],
         "FLOPs": lambda run: [row.get("flops") or math.nan for row in run.rows],
         "seconds": seconds,
@@ -149,11 +149,11 @@ def _losses(runs: Sequence[Run]) -> str:
     return tabs("loss", panels)
 
 
-def _smooth(run: Run, key: str) -> list[float]:
+def _smooth(run: RunFolder, key: str) -> list[float]:
     return smoothed([(row["step"], row[key]) for row in run.rows])
 
 
-def _validation(runs: Sequence[Run]) -> str:
+def _validation(runs: Sequence[RunFolder]) -> str:
     titles = {"nll_threshold": "NLL, threshold (causal)", "nll_topk": "NLL, topk"}
     charts = [_loss_chart(t, "tokens", _evaluated(runs, key)) for key, t in titles.items()]
     routed = [run for run in runs if run.model.routing == "expert_choice"]
@@ -163,7 +163,9 @@ def _validation(runs: Sequence[Run]) -> str:
     return "".join(charts)
 
 
-def _evaluated(runs: Sequence[Run], key: str, only: Sequence[Run] | None = None) -> list[Series]:
+def _evaluated(
+    runs: Sequence[RunFolder], key: str, only: Sequence[RunFolder] | None = None
+) -> list[Series]:
     """A line per run, so that a run has one color on the page; those left out are empty."""
     series = []
     for run in runs:
@@ -184,7 +186,7 @@ def _loss_chart(title: str, x: str, series: Sequence[Series]) -> str:
     return line_chart(title, x, "nats per token", series, y_range=shown)
 
 
-def _routing(runs: Sequence[Run]) -> str:
+def _routing(runs: Sequence[RunFolder]) -> str:
     deep = [run for run in runs if run.model.num_recursions > 1 and run.evaluations]
     charts = []
     if deep:
@@ -206,7 +208,7 @@ def _routing(runs: Sequence[Run]) -> str:
     return "".join(charts) or "<p>No run has more than one recursion.</p>"
 
 
-def _histogram(run: Run) -> str:
+def _histogram(run: RunFolder) -> str:
     """Depths of one run over its evaluations: a line per recursion count."""
     rows = run.evaluations
     tokens = [row["tokens"] for row in rows]
@@ -219,7 +221,7 @@ def _histogram(run: Run) -> str:
     )
 
 
-def _speed(runs: Sequence[Run]) -> str:
+def _speed(runs: Sequence[RunFolder]) -> str:
     pace = []
     for run in runs:
         curve = [(row["step"], run.config.tokens_per_step / row["step_s"]) for row in run.rows]
@@ -233,7 +235,7 @@ def _speed(runs: Sequence[Run]) -> str:
     return "".join(charts)
 
 
-def _optimization(runs: Sequence[Run]) -> str:
+def _optimization(runs: Sequence[RunFolder]) -> str:
     norm = [_thin(run.name, _tokens(run), _smooth(run, "grad_norm")) for run in runs]
     rate = [_column(run, "lr") for run in runs]
     return line_chart("Gradient norm before clipping", "tokens", "", norm) + line_chart(
@@ -241,11 +243,11 @@ def _optimization(runs: Sequence[Run]) -> str:
     )
 
 
-def _tokens(run: Run) -> list[float]:
+def _tokens(run: RunFolder) -> list[float]:
     return [row["tokens"] for row in run.rows]
 
 
-def _column(run: Run, key: str, scale: float = 1.0) -> Series:
+def _column(run: RunFolder, key: str, scale: float = 1.0) -> Series:
     values = [_number(row, key) * scale for row in run.rows]
     return _thin(run.name, _tokens(run), values)
 
@@ -266,5 +268,5 @@ def _thin(name: str, xs: Sequence[float], ys: Sequence[float]) -> Series:
     return Series(name=name, xs=[*mean_xs, xs[-1]], ys=[*mean_ys, ys[-1]])
 
 
-def _commands(runs: Sequence[Run]) -> str:
+def _commands(runs: Sequence[RunFolder]) -> str:
     return Table(columns=["run", "command"], rows=[[run.name, run.command] for run in runs]).html()

@@ -1,4 +1,7 @@
-"""The HTTP application: routes, errors, and the document that describes them."""
+"""`App`: the HTTP application. Its routes, the errors that they answer, and its OpenAPI document.
+
+A request passes `RequestLog`, `Auth` and `BodyLimit`, in this order, before it reaches a route.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -49,35 +52,42 @@ _STATIC_HEADERS: Mapping[str, str] = MappingProxyType(
         "Cache-Control": "no-cache",
     }
 )
-_STATE_SECONDS = 5.0  # that `/metrics` waits for a busy engine
+_STATE_TIMEOUT_S = 5.0
+"""Seconds that `/metrics` waits for a busy engine; then its gauges keep their values."""
 
 
 class App:
-    """The ASGI application of one service, and how many requests it works on."""
+    """The ASGI application that serves one model.
 
-    def __init__(self, service: ServedModel, version: str) -> None:
-        self.service = service
-        self.api = _api(service, version)
-        config = service.config
+    Args:
+        version: of mor; `/version` and the OpenAPI document tell it.
+    """
+
+    def __init__(self, served_model: ServedModel, version: str) -> None:
+        self.served_model = served_model
+        self.api = _api(served_model, version)
+        config = served_model.config
         limited = BodyLimit(self.api, config.max_body_bytes, config.body_timeout)
         self._log = RequestLog(Auth(limited, config.api_keys))
 
     @property
     def num_active(self) -> int:
-        """Requests whose answers are not sent yet."""
+        """Requests whose responses have not been sent completely."""
         return self._log.num_active
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Answer one request, or start and stop the engine (ASGI's `lifespan`)."""
         await self._log(scope, receive, send)
 
 
-def _api(service: ServedModel, version: str) -> FastAPI:
+def _api(served_model: ServedModel, version: str) -> FastAPI:
+    """The routes without the middleware around them."""
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        service.engine.start()
+        served_model.engine.start()
         yield
-        await service.engine.stop()
+        await served_model.engine.stop()
 
     api = FastAPI(
         title="mor",
@@ -88,62 +98,65 @@ def _api(service: ServedModel, version: str) -> FastAPI:
         redirect_slashes=False,
     )
     _add_errors(api)
-    _add_generation(api, service)
-    _add_tokens(api, service)
-    _add_state(api, service)
+    _add_generation(api, served_model)
+    _add_tokens(api, served_model)
+    _add_state(api, served_model)
     _add_version(api, version)
     _add_page(api)
-    api.openapi_schema = _document(api, bool(service.config.api_keys))
+    api.openapi_schema = _document(api, bool(served_model.config.api_keys))
     return api
 
 
 def _add_errors(api: FastAPI) -> None:
-    async def known(_: Request, error: Exception) -> Response:
+    """Answer every kind of error in OpenAI's shape."""
+
+    async def own_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPError)
         return error.response
 
-    async def body(_: Request, error: Exception) -> Response:
+    async def invalid_body(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return validation_error(error.errors()).response
 
-    async def http(request: Request, error: Exception) -> Response:
+    async def routing_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         path = request.url.path[:200]
-        said = {
+        messages = {
             404: f"{path} is not a route of this server.",
             405: f"{path} does not take {request.method[:20]}.",
         }
-        message = said.get(error.status_code, str(error.detail))
+        message = messages.get(error.status_code, str(error.detail))
         return HTTPError(error.status_code, message, headers=error.headers).response
 
-    api.add_exception_handler(HTTPError, known)
-    api.add_exception_handler(RequestValidationError, body)
-    api.add_exception_handler(HTTPException, http)
+    api.add_exception_handler(HTTPError, own_error)
+    api.add_exception_handler(RequestValidationError, invalid_body)
+    api.add_exception_handler(HTTPException, routing_error)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What the document says of errors: one shape for all."""
+    """The error responses of a route for the OpenAPI document; 401 is always among them."""
     return {status: {"model": ErrorResponse} for status in (401, *statuses)}
 
 
 def _events(model: type[CompletionResponse | ChatChunk]) -> dict[str, Any]:
-    about = f"With `stream`: events whose data is a {model.__name__}, then `[DONE]`."
+    """The event stream of a generating route for the OpenAPI document."""
+    description = f"With `stream`: events whose data is a {model.__name__}, then `[DONE]`."
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-    return {"description": about, "content": {"text/event-stream": {"schema": event}}}
+    return {"description": description, "content": {"text/event-stream": {"schema": event}}}
 
 
 _GENERATION_ERRORS = (400, 404, 408, 413, 429, 500, 503, 504)
 
 
-def _add_generation(api: FastAPI, service: ServedModel) -> None:
+def _add_generation(api: FastAPI, served_model: ServedModel) -> None:
     @api.post(
         "/v1/completions",
         response_model=CompletionResponse,
         responses={**_errors(*_GENERATION_ERRORS), 200: _events(CompletionResponse)},
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue prompts."""
-        return await create_completion(service, body, request)
+        """Generate completions of one prompt or several."""
+        return await create_completion(served_model, body, request)
 
     @api.post(
         "/v1/chat/completions",
@@ -151,54 +164,54 @@ def _add_generation(api: FastAPI, service: ServedModel) -> None:
         responses={**_errors(*_GENERATION_ERRORS), 200: _events(ChatChunk)},
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation."""
-        return await create_chat_completion(service, body, request)
+        """Generate the next turn of a conversation."""
+        return await create_chat_completion(served_model, body, request)
 
 
-def _add_tokens(api: FastAPI, service: ServedModel) -> None:
+def _add_tokens(api: FastAPI, served_model: ServedModel) -> None:
     @api.post("/tokenize", responses=_errors(400, 404, 408, 413))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
-        """Token ids of a text or a conversation."""
-        return await service.tokenize(body)
+        """The token ids of a text or of a conversation."""
+        return await served_model.tokenize(body)
 
     @api.post("/detokenize", responses=_errors(400, 404, 408, 413))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         """The text of token ids."""
-        return service.detokenize(body)
+        return served_model.detokenize(body)
 
 
-def _add_state(api: FastAPI, service: ServedModel) -> None:
+def _add_state(api: FastAPI, served_model: ServedModel) -> None:
     @api.get("/v1/models", responses=_errors())
     async def models() -> ModelList:
         """The served model."""
-        return ModelList(data=[service.card])
+        return ModelList(data=[served_model.card])
 
     @api.get("/v1/models/{model:path}", responses=_errors(404))
     async def model(model: str) -> ModelCard:
-        """The served model, by its name."""
-        service.check_model(model)
-        return service.card
+        """The served model, under one of its names."""
+        served_model.check_model(model)
+        return served_model.card
 
     @api.get("/health", response_class=Response, responses={503: {"model": ErrorResponse}})
     async def health() -> Response:
-        """200 while requests are taken."""
-        service.engine.check_admission()
+        """200 while new requests are accepted, otherwise 503."""
+        served_model.engine.check_admission()
         return Response()
 
     @api.get("/depths", responses=_errors(503, 504))
     async def depths() -> DepthsResponse:
-        """The engine at this moment."""
-        return await service.depths()
+        """What the engine holds now: requests, tokens and KV pages by depth."""
+        return await served_model.depths()
 
     @api.get("/metrics", response_class=PlainTextResponse, responses=_errors())
     async def metrics() -> Response:
-        """For Prometheus."""
+        """The metrics in the text format that Prometheus reads."""
         try:
-            async with asyncio.timeout(_STATE_SECONDS):
-                state = await service.engine.call(EngineState.of)
+            async with asyncio.timeout(_STATE_TIMEOUT_S):
+                state = await served_model.engine.call(EngineState.of)
         except (TimeoutError, HTTPError):
             state = None
-        return Response(service.metrics.exposition(state), media_type=CONTENT_TYPE_LATEST)
+        return Response(served_model.metrics.exposition(state), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_version(api: FastAPI, version: str) -> None:
@@ -209,7 +222,7 @@ def _add_version(api: FastAPI, version: str) -> None:
 
 
 def _add_page(api: FastAPI) -> None:
-    """The depth page. What lies in its folder now is all that is ever given out."""
+    """Serve the files of `static/`; they are listed once, so that no path leads elsewhere."""
     files = {path.name: path for path in _STATIC.glob("*") if path.is_file()}
 
     def file(name: str) -> Response:
@@ -227,7 +240,7 @@ def _add_page(api: FastAPI) -> None:
 
 
 def _document(api: FastAPI, has_keys: bool) -> dict[str, Any]:
-    """OpenAPI's description, without FastAPI's own shape of validation errors, which are 400."""
+    """The OpenAPI document. FastAPI's own 422 is taken out: validation errors are 400 here."""
     schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
     for operations in schema["paths"].values():
         for operation in operations.values():

@@ -1,4 +1,4 @@
-"""Who may come in: every route but `/health` asks for the key, where there is one."""
+"""`Auth`: ASGI middleware that checks API keys on every route but `/health`."""
 
 import base64
 import binascii
@@ -10,32 +10,38 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mor.serve.errors import HTTPError
 
-_OPEN = frozenset(("/health",))
+_OPEN = frozenset(("/health",))  # routes that need no key
 _PAGES = ("/page/",)  # a browser logs in with HTTP Basic, and the key as its password
 _PAGE_ROUTES = frozenset(("/", "/depths"))
 _PAGE_HEADER = ("x-requested-with", "depth-page")  # a foreign site's script could not send it
 
 
 class Auth:
-    """ASGI middleware that lets nobody pass without one of the keys."""
+    """Answers 401 to requests that carry none of the keys.
+
+    API clients send a key as `Authorization: Bearer KEY`. The depth page is opened in a browser,
+    which cannot: it logs in with HTTP Basic, any user name, and the key as the password. Without
+    keys every request passes.
+    """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Pass a request on if it may, otherwise answer 401."""
         if scope["type"] != "http" or not self._keys or scope["path"] in _OPEN:
             await self._app(scope, receive, send)
             return
         path, headers = scope["path"], Headers(scope=scope)
         name, value = _PAGE_HEADER
         is_page = path in _PAGE_ROUTES or path.startswith(_PAGES) or headers.get(name) == value
-        given = _given(headers.get("authorization", ""), is_page)
-        # Every key is compared, in time that does not depend on where they differ.
+        given = _key_of(headers.get("authorization", ""), is_page)
+        # All keys are compared, each in constant time: how long it takes tells nothing of them.
         if sum(hmac.compare_digest(given, key) for key in self._keys):
             await self._app(scope, receive, send)
             return
+        # Basic makes a browser ask for the password.
         challenge = 'Basic realm="mor", charset="UTF-8"' if is_page else "Bearer"
         error = HTTPError(
             401,
@@ -46,8 +52,8 @@ class Auth:
         await error.response(scope, receive, send)
 
 
-def _given(header: str, is_page: bool) -> bytes:
-    """The key that came with a request; empty, which is no key, without one."""
+def _key_of(header: str, is_page: bool) -> bytes:
+    """The key in an `Authorization` header; b"" (never a valid key) if there is none."""
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "bearer":
         return value.strip().encode("latin-1")  # the bytes that were sent

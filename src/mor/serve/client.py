@@ -1,7 +1,9 @@
-"""A client of OpenAI-compatible servers on asyncio's streams: nothing to install.
+"""`Client`: calls OpenAI-compatible servers over asyncio's streams, without a further library.
 
-It hands out a stream's events as the bytes that came, so that a benchmark can note when they came
-and read them later.
+The events of a stream are given as the bytes that came, not parsed: a benchmark can note when they
+came and read them later. That is also why there is no library here: httpx and aiohttp take more
+processor time for each event and each request, time in which a benchmark notes events too late
+(measured in docs/log.md).
 """
 
 import asyncio
@@ -15,8 +17,8 @@ from urllib.parse import urlsplit
 
 from mor.errors import CapacityError, ConfigError, MorError, RequestError, nearest
 
-_CONNECT_S = 10.0
-_BUSY = (429, 503)
+_CONNECT_TIMEOUT_S = 10.0
+_BUSY = (429, 503)  # statuses of a server that may take the request later
 _DONE = b"[DONE]"
 
 Headers = Mapping[str, str]
@@ -24,21 +26,21 @@ Headers = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """A server's address and the key to it. Every call opens a connection of its own."""
+    """A server's address and API key; every call opens a connection of its own."""
 
     host: str
     port: int
     secure: bool = False
     prefix: str = ""
-    """Of the path, without a slash at its end."""
+    """Comes before each call's path; has no slash at its end."""
     api_key: str | None = None
 
     @classmethod
     def of(cls, url: str, api_key: str | None = None) -> "Client":
-        """A client of the server at `url`; a `/v1` at its end is that of the API.
+        """A client of the server at `url`, with or without `/v1` at its end.
 
         Raises:
-            ConfigError: it is no http or https address.
+            ConfigError: `url` is no http or https address.
         """
         try:
             parts = urlsplit(url)
@@ -74,16 +76,21 @@ class Client:
             return self._json(b"".join([part async for part in parts]))
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON value that the server answers; errors as for `get`."""
+        """The JSON value that the server answers to a JSON body.
+
+        Raises:
+            RequestError, CapacityError: as for `get`.
+        """
         async with self._exchange("POST", path, body) as parts:
             return self._json(b"".join([part async for part in parts]))
 
     async def card(self, model: str | None = None) -> Mapping[str, Any]:
-        """What the server says of a model; None takes the first that it serves.
+        """The entry of `/v1/models` for a model; None takes the first.
 
         Raises:
-            RequestError: as for `get`, or it does not list its models as OpenAI does.
-            ConfigError: it does not serve this model.
+            RequestError: as for `get`, or the server does not list its models as OpenAI does.
+            CapacityError: as for `get`.
+            ConfigError: the server does not serve this model.
         """
         answer = await self.get("/v1/models")
         try:
@@ -97,7 +104,7 @@ class Client:
         return cards[model] if model is not None else next(iter(cards.values()))
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes]:
-        """The data of each server-sent event up to `[DONE]`, as JSON that is not read yet.
+        """The data of each server-sent event up to `[DONE]`, as JSON that is not parsed yet.
 
         Closing the iterator closes the connection, which ends the request.
 
@@ -106,11 +113,11 @@ class Client:
             CapacityError: the server has no room.
         """
         async with self._exchange("POST", path, body) as parts:
-            rest = b""
+            rest = b""  # the beginning of a line whose end has not come
             async for part in parts:
                 *lines, rest = (rest + part).split(b"\n")
                 for line in lines:
-                    if not line.startswith(b"data:"):
+                    if not line.startswith(b"data:"):  # an empty line, or a comment
                         continue
                     data = line[5:].strip()
                     if data == _DONE:
@@ -122,18 +129,22 @@ class Client:
     async def _exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None
     ) -> AsyncGenerator[AsyncGenerator[bytes]]:
-        """Send a request; the parts of the answer's body, once the server has accepted."""
+        """Send a request; gives the parts of the response's body if its status is 200.
+
+        Raises:
+            RequestError, CapacityError: as for `get`.
+        """
         writer: asyncio.StreamWriter | None = None
         try:
             context = ssl.create_default_context() if self.secure else None
-            async with asyncio.timeout(_CONNECT_S):
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 reader, writer = await asyncio.open_connection(self.host, self.port, ssl=context)
             writer.write(self._request(method, path, body))
             await writer.drain()
-            status, headers = await _head(reader)
-            async with aclosing(_body(reader, headers)) as parts:
+            status, headers = await _read_head(reader)
+            async with aclosing(_read_body(reader, headers)) as parts:
                 if status != 200:
-                    self._refused(status, path, b"".join([part async for part in parts]))
+                    self._raise_refusal(status, path, b"".join([part async for part in parts]))
                 yield parts
         except MorError:
             raise
@@ -156,14 +167,14 @@ class Client:
             lines.append(f"Authorization: Bearer {self.api_key}")
         return "\r\n".join([*lines, "", ""]).encode() + content
 
-    def _refused(self, status: int, path: str, body: bytes) -> None:
-        """Raise what the server says, in OpenAI's shape or not."""
+    def _raise_refusal(self, status: int, path: str, body: bytes) -> None:
+        """Raise the server's error message, whether it has OpenAI's shape or not."""
         try:
-            said = str(json.loads(body)["error"]["message"])
+            message = str(json.loads(body)["error"]["message"])
         except (ValueError, KeyError, TypeError):
-            said = body[:200].decode(errors="replace").strip() or "no reason given"
+            message = body[:200].decode(errors="replace").strip() or "no reason given"
         error = CapacityError if status in _BUSY else RequestError
-        raise error(f"{self.url}{path} answers {status}: {said}")
+        raise error(f"{self.url}{path} answers {status}: {message}")
 
     def _json(self, body: bytes) -> Any:
         try:
@@ -173,10 +184,10 @@ class Client:
 
 
 def read_event(data: bytes) -> dict[str, Any]:
-    """What a stream's event says.
+    """The JSON object of a stream's event.
 
     Raises:
-        RequestError: it is an error of the server, or no JSON object.
+        RequestError: the event tells an error of the server, or is no JSON object.
     """
     try:
         event = json.loads(data)
@@ -185,13 +196,13 @@ def read_event(data: bytes) -> dict[str, Any]:
     if not isinstance(event, dict):
         raise RequestError(f"the stream holds {data[:80]!r}, which is no JSON object.")
     if "error" in event:
-        said = event["error"]
-        raise RequestError(str(said.get("message", said) if isinstance(said, dict) else said))
+        error = event["error"]
+        raise RequestError(str(error.get("message", error) if isinstance(error, dict) else error))
     return event
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[int, Headers]:
-    """Status and headers, their names in small letters."""
+async def _read_head(reader: asyncio.StreamReader) -> tuple[int, Headers]:
+    """A response's status and its headers, by their names in small letters."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     first, *lines = head.split("\r\n")
     version, status = first.split(" ")[:2]
@@ -201,13 +212,14 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, Headers]:
     return int(status), {name.lower(): value.strip() for name, _, value in pairs}
 
 
-async def _body(reader: asyncio.StreamReader, headers: Headers) -> AsyncGenerator[bytes]:
-    """The body in the parts that it comes in."""
+async def _read_body(reader: asyncio.StreamReader, headers: Headers) -> AsyncGenerator[bytes]:
+    """A response's body in the parts in which it comes."""
     if "chunked" in headers.get("transfer-encoding", "").lower():
+        # A chunk is its size in hexadecimal digits and its data, each with a line end; 0 ends it.
         while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
             yield (await reader.readexactly(size + 2))[:-2]
     elif "content-length" in headers:
         yield await reader.readexactly(int(headers["content-length"]))
-    else:
+    else:  # the body ends with the connection
         while part := await reader.read(1 << 16):
             yield part

@@ -1,48 +1,54 @@
-"""Connections that do not wait for ever: a request's head has to arrive in time."""
+"""`Connection`: an HTTP/1.1 connection that closes if a request's head does not arrive in time."""
 
 import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_HEAD_SECONDS = 20.0
+_HEAD_TIMEOUT_S = 20.0
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection; without this it waits for a head, once begun, as long as it takes."""
+    """uvicorn's connection with a timeout from its opening to the end of the first request's head.
 
-    _patience: asyncio.TimerHandle | None = None
+    The same holds from the first byte of each later request on. uvicorn's own timeout covers only
+    connections that are idle between two requests: a client could hold one open for ever by sending
+    half a head.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come."""
+        """Start the timer: the client has just connected."""
         super().connection_made(transport)
-        self._wait()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Part of a request has come."""
+        """Parse what came; stop the timer if a head is complete, start it if one has begun."""
         super().data_received(data)
         if not self._awaits_head:
-            self._stop_waiting()
-        elif self._patience is None:
-            self._wait()
+            self._stop_timer()
+        elif self._head_timer is None:
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
-        self._stop_waiting()
+        """Stop the timer: the connection is closed."""
+        self._stop_timer()
         super().connection_lost(exc)
 
     @property
     def _awaits_head(self) -> bool:
+        # `cycle` is uvicorn's request and response in progress; it is set when a head is complete.
         return self.cycle is None or self.cycle.response_complete
 
-    def _wait(self) -> None:
-        self._patience = self.loop.call_later(_HEAD_SECONDS, self._give_up)
+    def _start_timer(self) -> None:
+        self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self._close_if_waiting)
 
-    def _stop_waiting(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _give_up(self) -> None:
-        self._patience = None
+    def _close_if_waiting(self) -> None:
+        self._head_timer = None
         if self._awaits_head:
             self.transport.close()

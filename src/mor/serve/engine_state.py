@@ -1,4 +1,4 @@
-"""`EngineState`: who runs, and which pages are held at which depth, at one moment."""
+"""`EngineState`: how many requests run, and the KV pages held at each depth, at one moment."""
 
 from dataclasses import dataclass
 
@@ -8,27 +8,34 @@ from mor.engine.pages import PageTable
 
 @dataclass(frozen=True, kw_only=True)
 class EngineState:
-    """A look at the engine between two ticks; taken in its thread."""
+    """Numbers of the engine between two steps; read in its thread.
+
+    A page that several sequences share counts once.
+    """
 
     running: int
+    """Sequences in flight."""
     waiting: int
+    """Sequences that have not started, or were preempted."""
     tokens_by_depth: list[int]
-    """Tokens generated so far by their recursion count, from 0 to R."""
+    """(R + 1,) tokens generated so far by their recursion count, from 0 to R."""
     pages_by_depth: list[int]
     """(R,) pages that running sequences hold at each depth; only the first where depths share."""
     pages_unshared: int
-    """Pages that they hold for prelude and coda."""
+    """Pages that running sequences hold for prelude and coda."""
     pages_cached: int
-    """Further pages, which only the prefix cache holds."""
+    """Pages that only the prefix cache holds."""
     pages_used: int
     """Pages that are not free."""
     pages_total: int
     page_bytes: int
+    """Bytes of one page, keys and values together."""
     preemptions: int
+    """Sequences that were preempted so far."""
 
     @classmethod
     def of(cls, llm: LLM) -> "EngineState":
-        """The state now."""
+        """The state of an engine, now."""
         running = llm.scheduler.running
         held = {page for s in running for table in s.page_tables for page in table.pages}
         cached = (
@@ -36,8 +43,9 @@ class EngineState:
         )
         depths: list[list[PageTable]] = [[] for _ in range(llm.model_config.num_recursions)]
         for sequence in running:
-            for depth, table in zip(depths, sequence.depth_tables, strict=False):
-                depth.append(table)
+            # A sequence has one table where all depths share their KV entries, otherwise R.
+            for tables, table in zip(depths, sequence.depth_tables, strict=False):
+                tables.append(table)
         return cls(
             running=len(running),
             waiting=len(llm.scheduler.waiting),
@@ -55,5 +63,5 @@ class EngineState:
 
 
 def _distinct(tables: list[PageTable]) -> int:
-    """Pages of these tables; one that several share counts once."""
+    """How many different pages these tables hold."""
     return len({page for table in tables for page in table.pages})

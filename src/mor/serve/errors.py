@@ -1,4 +1,4 @@
-"""Errors as clients see them: OpenAI's shape, one clear sentence, never a stack trace."""
+"""`HTTPError` and its making: errors in OpenAI's shape, one sentence each, never a stack trace."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ _TYPES = (  # by status, as OpenAI names them
     (404, "not_found_error"),
     (429, "rate_limit_error"),
 )
-_MAX_MESSAGE = 1000
+_MAX_MESSAGE = 1000  # characters; messages may quote what a client sent
 
 
 class HTTPError(Exception):
-    """An answer that is an error.
+    """An error with the HTTP response that tells it to the client.
 
     Args:
         status: HTTP status.
         message: one sentence, cause and cure.
-        param: the field that is wrong.
-        code: a short name for programs.
-        headers: of the answer.
+        param: the field of the request that is wrong.
+        code: a short name for programs, such as `model_not_found`.
+        headers: of the response.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class HTTPError(Exception):
 
     @property
     def body(self) -> ErrorResponse:
-        """What the client reads."""
+        """The JSON value of the response."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return ErrorResponse(
             error=ErrorDetail(
@@ -58,32 +58,32 @@ class HTTPError(Exception):
 
     @property
     def response(self) -> Response:
-        """The whole answer."""
+        """The HTTP response."""
         return json_response(self.body.model_dump(), self.status, self.headers)
 
 
 def json_response(
     content: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """JSON; what is no Unicode text (half of a surrogate pair) becomes a question mark."""
+    """A JSON response; lone surrogates, which UTF-8 cannot hold, become question marks."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     data = text.encode("utf-8", "replace")
     return Response(data, status, dict(headers or {}), media_type="application/json")
 
 
 def truncate(text: str) -> str:
-    """At most a thousand characters of it."""
+    """The text, cut after a thousand characters."""
     return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}.."
 
 
 def from_engine_error(error: MorError) -> HTTPError:
-    """An error of the engine: what it cannot serve is the request's fault."""
+    """A 400 with the engine's message: what the engine refuses is wrong with the request."""
     code = "capacity_exceeded" if isinstance(error, CapacityError) else None
     return HTTPError(400, str(error), code=code)
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> HTTPError:
-    """What is wrong with a body, from pydantic's list: the first field, and all it says of it."""
+    """A 400 for a request body, from pydantic's errors: the first wrong field, all its errors."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return HTTPError(400, f"the body is not valid JSON: {_reason(first)}.")
@@ -95,18 +95,21 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> HTTPError:
         return HTTPError(400, message, param=name, code="unsupported_field")
     if kind == "missing":
         return HTTPError(400, f"{name} is missing: the request needs it.", param=name)
-    about = dict.fromkeys(_sentence(e) for e in errors if _field(e).startswith(name.split(".")[0]))
-    return HTTPError(400, f"{name}: {' '.join(about)}", param=name)
+    # A field that is a union has an error for each of its branches, several of them alike.
+    sentences = dict.fromkeys(
+        _sentence(e) for e in errors if _field(e).startswith(name.split(".")[0])
+    )
+    return HTTPError(400, f"{name}: {' '.join(sentences)}", param=name)
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """Path of the field, e.g. messages.0.content; without the branches of unions."""
+    """The path of the wrong field, such as `messages.0.content`, without the branches of unions."""
     path = [part for part in error["loc"][1:] if not _is_branch(part)]
     return truncate(".".join(map(str, path)))
 
 
 def _is_branch(part: int | str) -> bool:
-    """Whether pydantic names a union's branch here, such as `list[str]`."""
+    """Whether a part of pydantic's path names a union's branch, such as `list[str]`."""
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "function-after"))
 
 

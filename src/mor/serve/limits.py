@@ -1,4 +1,4 @@
-"""Limits on what a client may send: a body's size, and the time that it takes to arrive."""
+"""`BodyLimit`: ASGI middleware that limits a request body's size and how long it may take."""
 
 import asyncio
 
@@ -9,7 +9,11 @@ from mor.serve.errors import HTTPError
 
 
 class BodyLimit:
-    """ASGI middleware that reads the body, so that nobody else waits for a slow client."""
+    """Reads the whole body before the application sees the request; answers 408 or 413.
+
+    Args:
+        seconds: that the body may take to arrive.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self._app = app
@@ -17,11 +21,12 @@ class BodyLimit:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Pass a request on once its body is complete, or answer 408 or 413."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
+            # What the client claims; `_read` counts what really comes.
             length = Headers(scope=scope).get("content-length", "0")
             if not length.isdigit() or int(length[:20]) > self._max_bytes:
                 raise self._too_large()
@@ -39,7 +44,7 @@ class BodyLimit:
                 await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None if the client has gone."""
+        """The whole body; None if the client disconnected before its end."""
         parts: list[bytes] = []
         size = 0
         while True:
@@ -63,7 +68,7 @@ class BodyLimit:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once, then what the connection says."""
+    """A `receive` that gives the body as one message, then what comes on the connection."""
     rest: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

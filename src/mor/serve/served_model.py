@@ -1,4 +1,4 @@
-"""`ServedModel`: one model, served; what all routes share."""
+"""`ServedModel`: a model with its engine, tokenizer and metrics, which all routes share."""
 
 import time
 
@@ -25,10 +25,10 @@ from mor.serve.text.prompt_processor import PromptProcessor, context_length_erro
 
 
 class ServedModel:
-    """A model behind the routes.
+    """What the routes need of one model.
 
     Args:
-        llm: the engine; the service's from now on.
+        llm: the engine, which nobody else may use from now on.
 
     Raises:
         ConfigError: the settings do not fit the model.
@@ -38,7 +38,7 @@ class ServedModel:
         self.config = config
         self.model = llm.model_config
         self.max_model_len = config.max_model_len or self.model.max_position_embeddings
-        self._check_room(llm)
+        self._check_memory(llm)
         files = llm.tokenizer.sidecar_files if llm.tokenizer is not None else {}
         template = ChatTemplate.of(files, config.chat_template)
         self.prompt_processor = PromptProcessor(llm.tokenizer, template, self.max_model_len)
@@ -52,7 +52,7 @@ class ServedModel:
         self.created = int(time.time())
         _warm_up(llm)
 
-    def _check_room(self, llm: LLM) -> None:
+    def _check_memory(self, llm: LLM) -> None:
         limit = self.model.max_position_embeddings
         if self.max_model_len > limit:
             raise ConfigError(f"max_model_len={self.max_model_len}: the model takes {limit}.")
@@ -66,12 +66,12 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """What answers call the model."""
+        """The name of the model in responses."""
         return self.config.model_names[0]
 
     @property
     def card(self) -> ModelCard:
-        """What `/v1/models` says."""
+        """The model as `/v1/models` lists it."""
         return ModelCard(
             id=self.name,
             created=self.created,
@@ -81,7 +81,7 @@ class ServedModel:
         )
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not served.
+        """Raise if a request names a model that is not served.
 
         Raises:
             HTTPError: 404.
@@ -103,21 +103,22 @@ class ServedModel:
         logprobs: int | None,
         prompt_logprobs: bool = False,
     ) -> SamplingParams:
-        """What the engine must know of a request.
+        """The engine's sampling parameters for a request.
 
         Args:
+            prompts: token ids of all its prompts, which share the parameters.
             max_tokens: None takes what fits; 0 only scores the prompt, for which the engine
                 generates a token that nobody sees.
+            logprobs: likeliest tokens to report in each place; None reports none.
 
         Raises:
             HTTPError: 400, a value is out of range or the prompt does not fit.
         """
-        max_length = max(map(len, prompts))
-        maximum = (
-            max(1, self.max_model_len - max_length) if max_tokens is None else max(1, max_tokens)
-        )
-        if max_length + maximum > self.max_model_len:
-            raise context_length_error(max_length, maximum, self.max_model_len)
+        longest = max(map(len, prompts))
+        room = self.max_model_len - longest
+        maximum = max(1, room if max_tokens is None else max_tokens)
+        if longest + maximum > self.max_model_len:
+            raise context_length_error(longest, maximum, self.max_model_len)
         try:
             return SamplingParams(
                 max_tokens=maximum,
@@ -143,26 +144,30 @@ class ServedModel:
             raise from_engine_error(error) from error
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
-        """The token ids of a text or of a conversation."""
+        """Answer of `/tokenize`: the token ids of a text or of a conversation.
+
+        Raises:
+            HTTPError: 404 for another model, 400 for what cannot be encoded.
+        """
         self.check_model(request.model)
         if request.messages is not None:
             ids: Prompt = await self.prompt_processor.encode_messages(request.messages)
         else:
             ids = await self.prompt_processor.encode(request.prompt) if request.prompt else []
-        texts = (
+        strings = (
             [self.prompt_processor.token_text(i) for i in ids]
             if request.return_token_strs
             else None
         )
         return TokenizeResponse(
-            count=len(ids), max_model_len=self.max_model_len, tokens=list(ids), token_strs=texts
+            count=len(ids), max_model_len=self.max_model_len, tokens=list(ids), token_strs=strings
         )
 
     def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
-        """The text of token ids.
+        """Answer of `/detokenize`: the text of token ids.
 
         Raises:
-            HTTPError: 400, an id is unknown.
+            HTTPError: 404 for another model, 400 for an unknown id.
         """
         self.check_model(request.model)
         size = self.prompt_processor.tokenizer.vocab_size
@@ -173,7 +178,7 @@ class ServedModel:
         return DetokenizeResponse(prompt=self.prompt_processor.decode(request.tokens))
 
     async def depths(self) -> DepthsResponse:
-        """The engine at this moment."""
+        """Answer of `/depths`: what the engine holds now."""
         state = await self.engine.call(EngineState.of)
         return DepthsResponse(
             model=self.name,
@@ -191,7 +196,8 @@ class ServedModel:
 
 
 def _warm_up(llm: LLM) -> None:
-    """Compile the kernels now, so that no client waits for it; leaves no trace."""
+    """Run a few requests so that kernels are compiled before a client waits; leaves no trace."""
+    # Greedy and random sampling, with and without log-probabilities, are compiled separately.
     for temperature in (0.0, 1.0):
         llm.generate([[0]], SamplingParams(max_tokens=1, temperature=temperature, logprobs=1))
         llm.generate([[0]], SamplingParams(max_tokens=1, temperature=temperature))

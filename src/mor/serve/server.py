@@ -1,4 +1,4 @@
-"""The process: a socket, signals, and an end that loses nothing."""
+"""`Server`: uvicorn with a graceful end; and `bind`, the socket that it listens on."""
 
 import logging
 import signal
@@ -16,14 +16,17 @@ from mor.serve.errors import HTTPError
 
 _log = logging.getLogger("mor.serve")
 
-_LAST_WORDS = 5  # seconds for connections to close once nothing is under way
+_CLOSE_TIMEOUT_S = 5  # for connections to close once no request is under way
 
 
 class Server(uvicorn.Server):
-    """A server that finishes what it has accepted when it is told to stop.
+    """A server that finishes the requests it has accepted before it ends.
 
-    The first SIGTERM or SIGINT starts that: new requests get 503, and when the last answer is sent,
-    or `drain_timeout` has passed, the server ends. A second signal ends it at once.
+    The first SIGTERM or SIGINT starts the drain: new requests get 503, and when the last response
+    is sent, or `drain_timeout` has passed, the server ends. A second signal ends it at once.
+
+    Args:
+        options: further settings of `uvicorn.Config`.
     """
 
     def __init__(self, app: App, **options: Any) -> None:
@@ -36,16 +39,16 @@ class Server(uvicorn.Server):
                 server_header=False,
                 ws="none",
                 lifespan="on",
-                timeout_graceful_shutdown=_LAST_WORDS,
+                timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
                 **options,
             )
         )
         self._app = app
-        self._asked: float | None = None  # when it was told to stop
+        self._stop_time: float | None = None  # of the first signal, by `time.monotonic`
         self._is_draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open for requests.
+        """Listen on the sockets and log their addresses.
 
         Raises:
             ConfigError: another process has begun to listen there since `bind`.
@@ -57,59 +60,67 @@ class Server(uvicorn.Server):
             host, port = each.getsockname()[:2]
             scheme = "https" if self.config.is_ssl else "http"
             where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-            _log.info("%s is served at %s", self._app.service.name, where)
+            _log.info("%s is served at %s", self._app.served_model.name, where)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come; what it may interrupt does not bear more than this."""
-        if self._asked is not None or sig not in (signal.SIGINT, signal.SIGTERM):
+        """Note the time of a first signal; end at once on a second one.
+
+        Runs in the middle of whatever the signal interrupts, so that it only sets values; `on_tick`
+        acts on them.
+        """
+        if self._stop_time is not None or sig not in (signal.SIGINT, signal.SIGTERM):
             self.should_exit = self.force_exit = True
-        self._asked = time.monotonic()
+        self._stop_time = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether it is time to end; asked ten times a second."""
-        if self._asked is None or self.should_exit:
+        """Whether to end now; uvicorn calls this ten times a second."""
+        if self._stop_time is None or self.should_exit:
             return await super().on_tick(counter)
-        bridge = self._app.service.engine
+        engine = self._app.served_model.engine
         if not self._is_draining:
             self._is_draining = True
-            bridge.drain()
+            engine.drain()
             _log.info("stopping: %d requests are under way", self._app.num_active)
         if not self._app.num_active:
             return True
-        if time.monotonic() < self._asked + self._app.service.config.drain_timeout:
+        if time.monotonic() < self._stop_time + self._app.served_model.config.drain_timeout:
             return await super().on_tick(counter)
         _log.warning("%d requests did not finish in time", self._app.num_active)
-        bridge.fail_all(HTTPError(503, "the server stops: try another one."))
+        engine.fail_all(HTTPError(503, "the server stops: try another one."))
         return True
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+    """A socket bound to an address, not listening yet; port 0 takes a free one.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: there is no such address, or it is taken.
     """
-    listening: socket.socket | None = None
+    bound: socket.socket | None = None
     try:
         if not 0 <= port < 2**16:
             raise OverflowError("ports end at 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
-        if listening is not None:
-            listening.close()
+        if bound is not None:
+            bound.close()
         raise ConfigError(
             f"--host={host} --port={port}: nothing can listen there ({error}): choose another."
         ) from error
-    return listening
+    return bound
 
 
 def _listen(bound: socket.socket, backlog: int) -> None:
-    """Two processes may bind one port, but only one can listen: the model loads in between."""
+    """Start to listen; two processes may bind one port, but only one of them can listen.
+
+    Raises:
+        ConfigError: the other one did, while our model was loading.
+    """
     host, port = bound.getsockname()[:2]
     try:
         bound.listen(backlog)

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`."""
+"""The route `/v1/chat/completions`: answers to a conversation, whole or streamed."""
 
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -28,99 +28,105 @@ from mor.serve.served_model import ServedModel
 
 
 async def create_chat_completion(
-    service: ServedModel, body: ChatRequest, request: Request
+    served_model: ServedModel, body: ChatRequest, request: Request
 ) -> Response:
-    """Answer a conversation.
+    """Generate `n` answers to a conversation; the response is JSON or an event stream.
 
     Raises:
         HTTPError: the request cannot be served.
     """
-    service.check_model(body.model)
-    prompts = [await service.prompt_processor.encode_messages(body.messages)]
-    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    served_model.check_model(body.model)
+    prompts = [await served_model.prompt_processor.encode_messages(body.messages)]
+    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = service.params(body, prompts, asked, logprobs=logprobs)
-    ticket = await service.engine.submit(prompts, params)
-    work = _Chat(service, body, ticket, request.state.id)
-    return await respond(service, request, ticket, work.chunks() if body.stream else work.whole())
+    params = served_model.params(body, prompts, max_tokens, logprobs=logprobs)
+    stream = await served_model.engine.submit(prompts, params)
+    chat = _ChatAnswers(served_model, body, stream, request.state.id)
+    work = chat.chunks() if body.stream else chat.whole()
+    return await respond(served_model, request, stream, work)
 
 
-class _Chat:
-    """The answers to one request."""
+class _ChatAnswers:
+    """Writes a stream's tokens as OpenAI's chat objects."""
 
     def __init__(
-        self, service: ServedModel, body: ChatRequest, ticket: RequestStream, name: str
+        self, served_model: ServedModel, body: ChatRequest, stream: RequestStream, request_id: str
     ) -> None:
-        self._service, self._body, self._ticket = service, body, ticket
-        self._name, self._created = f"chatcmpl-{name}", int(time.time())
-        self._done: list[Completion] = []
+        self._served_model = served_model
+        self._body = body
+        self._stream = stream
+        self._id = f"chatcmpl-{request_id}"
+        self._created = int(time.time())
+        self._completions: list[Completion] = []
+        """Those of the requests that are finished."""
 
     async def chunks(self) -> AsyncIterator[ChatChunk]:
-        """First the roles, then what is added by each batch of tokens."""
-        for number in range(self._body.n):
+        """For each answer a chunk with the role, then one for each batch of its tokens."""
+        for index in range(self._body.n):
             delta = ChatDelta(role="assistant", content="")
-            yield self._chunk(number, delta, [])
-        async for tokens in self._ticket:
-            for number, events in group_by_choice(tokens).items():
-                delta = ChatDelta(content="".join(event.text for event in events))
-                yield self._chunk(number, delta, events)
+            yield self._chunk(index, delta, [])
+        async for pairs in self._stream:
+            for index, outputs in group_by_choice(pairs).items():
+                delta = ChatDelta(content="".join(output.text for output in outputs))
+                yield self._chunk(index, delta, outputs)
         if self._body.includes_usage:
             yield self._response([], self._usage())
 
     async def whole(self) -> Response:
-        """The answer."""
-        tokens = [pair async for tokens in self._ticket for pair in tokens]
+        """One response with all answers, when all tokens have come."""
+        collected = [pair async for pairs in self._stream for pair in pairs]
         choices: list[ChatChoice] = []
-        for number, events in sorted(group_by_choice(tokens).items()):
-            self._note(events)
-            reason = events[-1].finish_reason
+        for index, outputs in sorted(group_by_choice(collected).items()):
+            self._collect(outputs)
+            reason = outputs[-1].finish_reason
             assert reason is not None, "a choice is done when its request is"
             choice = ChatChoice(
-                index=number,
-                message=ChatMessage(content="".join(event.text for event in events)),
-                logprobs=self._logprobs(events),
+                index=index,
+                message=ChatMessage(content="".join(output.text for output in outputs)),
+                logprobs=self._logprobs(outputs),
                 finish_reason=reason,
-                token_ids=[event.token_id for event in events],
-                recursion_counts=[event.recursion_count for event in events],
+                token_ids=[output.token_id for output in outputs],
+                recursion_counts=[output.recursion_count for output in outputs],
             )
             choices.append(choice)
         response = ChatResponse(
-            id=self._name,
+            id=self._id,
             created=self._created,
-            model=self._service.name,
+            model=self._served_model.name,
             choices=choices,
             usage=self._usage(),
         )
         return json_response(response.model_dump())
 
-    def _chunk(self, number: int, delta: ChatDelta, events: Sequence[TokenOutput]) -> ChatChunk:
-        self._note(events)
+    def _chunk(self, index: int, delta: ChatDelta, outputs: Sequence[TokenOutput]) -> ChatChunk:
+        self._collect(outputs)
         choice = ChatChunkChoice(
-            index=number,
+            index=index,
             delta=delta,
-            logprobs=self._logprobs(events) if events else None,
-            finish_reason=events[-1].finish_reason if events else None,
-            token_ids=[event.token_id for event in events],
-            recursion_counts=[event.recursion_count for event in events],
+            logprobs=self._logprobs(outputs) if outputs else None,
+            finish_reason=outputs[-1].finish_reason if outputs else None,
+            token_ids=[output.token_id for output in outputs],
+            recursion_counts=[output.recursion_count for output in outputs],
         )
         return self._response([choice])
 
     def _response(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(
-            id=self._name,
+            id=self._id,
             created=self._created,
-            model=self._service.name,
+            model=self._served_model.name,
             choices=choices,
             usage=usage,
         )
 
-    def _logprobs(self, events: Sequence[TokenOutput]) -> ChatLogprobs | None:
-        return (
-            chat_logprobs(self._service.prompt_processor, events) if self._body.logprobs else None
-        )
+    def _logprobs(self, outputs: Sequence[TokenOutput]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(self._served_model.prompt_processor, outputs)
 
-    def _note(self, events: Sequence[TokenOutput]) -> None:
-        self._done += [c for event in events for c in event.completions or ()]
+    def _collect(self, outputs: Sequence[TokenOutput]) -> None:
+        """Keep the completions that come with a request's last token; the usage needs them."""
+        self._completions += [c for output in outputs for c in output.completions or ()]
 
     def _usage(self) -> Usage:
-        return compute_usage(self._service.model, self._done, scored=False)
+        return compute_usage(self._served_model.model, self._completions, only_scores=False)

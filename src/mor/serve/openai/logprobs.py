@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes."""
+"""Log-probabilities in OpenAI's two shapes: that of completions and that of chats."""
 
 import codecs
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,31 @@ from mor.serve.openai.protocol import ChatLogprobs, CompletionLogprobs, TokenLog
 from mor.serve.text.prompt_processor import PromptProcessor
 
 _MIN = -9999.0
-"""JSON knows no infinity, nor what is no number."""
+"""Stands for minus infinity, which JSON cannot hold; OpenAI sends the same number."""
 
 
 class CompletionScores:
-    """Log-probabilities of one choice of `/v1/completions`, as its tokens come."""
+    """Log-probabilities of one choice of `/v1/completions`, call by call in the text's order.
 
-    def __init__(self, codec: PromptProcessor) -> None:
-        self._codec = codec
+    Remembers between calls where in the text the next token begins. Offsets count characters; the
+    bytes of a character that several tokens make up count where the last of them is.
+    """
+
+    def __init__(self, processor: PromptProcessor) -> None:
+        self._processor = processor
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def prompt(self, prompt: Completion) -> CompletionLogprobs:
-        """Those of the prompt's tokens; nothing precedes the first."""
+        """Of the prompt's tokens; the first has none, because nothing precedes it."""
         tops = prompt.prompt_top_logprobs
         return self._scores(prompt.prompt_token_ids, prompt.prompt_logprobs, tops)
 
-    def output(self, events: Sequence[TokenOutput]) -> CompletionLogprobs:
-        """Those of tokens that have come."""
-        ids, scores = [e.token_id for e in events], [e.logprob for e in events]
-        return self._scores(ids, scores, [e.top_logprobs for e in events])
+    def output(self, outputs: Sequence[TokenOutput]) -> CompletionLogprobs:
+        """Of generated tokens."""
+        ids = [output.token_id for output in outputs]
+        scores = [output.logprob for output in outputs]
+        return self._scores(ids, scores, [output.top_logprobs for output in outputs])
 
     def _scores(
         self,
@@ -39,8 +44,9 @@ class CompletionScores:
         offsets: list[int] = []
         for token in ids:
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._codec.token_bytes(token)))
-        text = self._codec.token_text
+            self._offset += len(self._decoder.decode(self._processor.token_bytes(token)))
+        text = self._processor.token_text
+        # The chosen token is always listed, even where it is none of the likeliest.
         likeliest: list[dict[str, float] | None] = []
         for token, score, top in zip(ids, scores, tops, strict=True):
             if top is None or score is None:
@@ -48,7 +54,7 @@ class CompletionScores:
                 continue
             named: dict[str, float] = {}
             for other, value in {**top, token: score}.items():
-                # The likelier of two that are written alike.
+                # Tokens may be written alike; the first, which is the likelier, keeps the key.
                 named.setdefault(text(other), max(_MIN, value))
             likeliest.append(named)
         return CompletionLogprobs(
@@ -59,8 +65,8 @@ class CompletionScores:
         )
 
 
-def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
-    """Of some tokens and of those that follow."""
+def concat(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    """The entries of both, one after the other."""
     return CompletionLogprobs(
         tokens=first.tokens + second.tokens,
         token_logprobs=first.token_logprobs + second.token_logprobs,
@@ -69,19 +75,21 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
     )
 
 
-def chat_logprobs(codec: PromptProcessor, events: Sequence[TokenOutput]) -> ChatLogprobs:
-    """Of tokens that have come, as `/v1/chat/completions` gives them."""
+def chat_logprobs(processor: PromptProcessor, outputs: Sequence[TokenOutput]) -> ChatLogprobs:
+    """The log-probabilities of generated tokens as `/v1/chat/completions` gives them."""
 
-    def of(token: int, score: float) -> TopLogprob:
-        data = codec.token_bytes(token)
-        return TopLogprob(token=codec.token_text(token), logprob=max(_MIN, score), bytes=list(data))
+    def entry(token: int, score: float) -> TopLogprob:
+        data = processor.token_bytes(token)
+        return TopLogprob(
+            token=processor.token_text(token), logprob=max(_MIN, score), bytes=list(data)
+        )
 
     return ChatLogprobs(
         content=[
             TokenLogprob(
-                **of(event.token_id, event.logprob).model_dump(),
-                top_logprobs=[of(token, score) for token, score in event.top_logprobs.items()],
+                **entry(output.token_id, output.logprob).model_dump(),
+                top_logprobs=[entry(token, score) for token, score in output.top_logprobs.items()],
             )
-            for event in events
+            for output in outputs
         ]
     )

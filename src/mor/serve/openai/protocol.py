@@ -1,6 +1,7 @@
-"""What clients send and get: OpenAI's shapes, with recursion counts.
+"""The bodies of requests and responses: OpenAI's shapes, with recursion counts.
 
-A field that is not listed here is refused by name: nothing that a client asks for is ignored.
+First the requests, then the responses. A request's field that is not listed here is refused by
+name: nothing that a client asks for is ignored.
 """
 
 from typing import Annotated, Literal
@@ -13,28 +14,28 @@ FinishReason = Literal["stop", "length", "abort"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Absent = Field(default=None, exclude_if=lambda value: value is None)
-"""Not sent where there is nothing to say; other fields are null then, as OpenAI's are."""
+"""Default of a field that is left out where it is None; other fields are null, as OpenAI's are."""
 MAX_N = 128
 MAX_STOPS = 64
 
 
 class RequestModel(BaseModel):
-    """Base of what comes in: unknown fields are errors, and types must be right as they are."""
+    """Base of request bodies: unknown fields are errors, and no value is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ResponseModel(BaseModel):
-    """Base of what goes out."""
+    """Base of response bodies."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(RequestModel):
-    """How to stream."""
+    """The value of `stream_options`."""
 
     include_usage: bool = False
-    """A last chunk, without choices, that holds the usage."""
+    """Send a last chunk, without choices, that holds the usage."""
 
 
 class SamplingRequest(RequestModel):
@@ -94,13 +95,13 @@ class CompletionRequest(SamplingRequest):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     """null: what fits the model. 0 with `echo` scores a prompt."""
     echo: bool = False
-    """Give the prompt back, in front of the text; with `logprobs` its log-probabilities, too."""
+    """Put the prompt in front of the text, and with `logprobs` its log-probabilities, too."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Likeliest tokens to report in each place, beside the chosen one."""
 
 
 class TextPart(RequestModel):
-    """A part of a message's content; only texts can be read."""
+    """A part of a message's content; texts are the only kind."""
 
     type: Literal["text"]
     text: str
@@ -165,16 +166,16 @@ class DetokenizeRequest(RequestModel):
     tokens: list[TokenId]
 
 
-# -- answers ------------------------------------------------------------------------------------
+# -- responses ----------------------------------------------------------------------------------
 
 
 class ErrorDetail(ResponseModel):
-    """What went wrong."""
+    """The value of `error`."""
 
     message: str
     type: str
     param: str | None = None
-    """The field that is wrong."""
+    """The request's field that is wrong."""
     code: str | None = None
 
 
@@ -185,7 +186,7 @@ class ErrorResponse(ResponseModel):
 
 
 class Usage(ResponseModel):
-    """What a request cost."""
+    """Tokens of a request, and what routing saved."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -193,11 +194,11 @@ class Usage(ResponseModel):
     mean_recursions: float | None
     """Of the generated tokens; null where there are none."""
     flops_saved: float
-    """Share of the FLOPs of prompt and output that routing spared, against full depth."""
+    """1 - FLOPs of prompt and output / FLOPs if all their tokens had taken all recursions."""
 
 
 class CompletionLogprobs(ResponseModel):
-    """Log-probabilities, one entry for each token."""
+    """Log-probabilities of a completion; each list has one entry for each token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -206,7 +207,7 @@ class CompletionLogprobs(ResponseModel):
 
 
 class CompletionChoice(ResponseModel):
-    """One completion, or what a chunk adds to it."""
+    """One completion, or the part that a chunk adds to it."""
 
     index: int
     text: str
@@ -214,15 +215,15 @@ class CompletionChoice(ResponseModel):
     finish_reason: FinishReason | None = None
     token_ids: list[int]
     recursion_counts: list[int]
-    """Passes that went into each of `token_ids`."""
+    """For each of `token_ids`, the recursions of the position that produced it."""
     prompt_token_ids: list[int] | None = Absent
-    """With `echo`."""
+    """Only with `echo`."""
     prompt_recursion_counts: list[int] | None = Absent
-    """With `echo`: passes that each token of the prompt took."""
+    """Only with `echo`: recursions of each token of the prompt."""
 
 
 class CompletionResponse(ResponseModel):
-    """Answer of `/v1/completions`, or a chunk of it."""
+    """Response of `/v1/completions`, or a chunk of its stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -233,7 +234,7 @@ class CompletionResponse(ResponseModel):
 
 
 class TopLogprob(ResponseModel):
-    """A likely token."""
+    """A token and its log-probability."""
 
     token: str
     logprob: float
@@ -241,7 +242,7 @@ class TopLogprob(ResponseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A chosen token, and the likeliest ones in its place."""
+    """A chosen token with the likeliest ones in its place."""
 
     top_logprobs: list[TopLogprob]
 
@@ -253,14 +254,14 @@ class ChatLogprobs(ResponseModel):
 
 
 class ChatMessage(ResponseModel):
-    """The model's turn."""
+    """The message that the model generated."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class ChatChoice(ResponseModel):
-    """One answer."""
+    """One of the `n` answers."""
 
     index: int
     message: ChatMessage
@@ -271,7 +272,7 @@ class ChatChoice(ResponseModel):
 
 
 class ChatResponse(ResponseModel):
-    """Answer of `/v1/chat/completions`."""
+    """Response of `/v1/chat/completions`."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -282,14 +283,14 @@ class ChatResponse(ResponseModel):
 
 
 class ChatDelta(ResponseModel):
-    """What a chunk adds to the model's turn."""
+    """The part of a message that a chunk adds."""
 
     role: Literal["assistant"] | None = Absent
     content: str | None = Absent
 
 
 class ChatChunkChoice(ResponseModel):
-    """What a chunk adds to one answer."""
+    """The part of an answer that a chunk adds."""
 
     index: int
     delta: ChatDelta
@@ -323,14 +324,14 @@ class ModelCard(ResponseModel):
 
 
 class ModelList(ResponseModel):
-    """Answer of `/v1/models`."""
+    """Response of `/v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class TokenizeResponse(ResponseModel):
-    """Answer of `/tokenize`."""
+    """Response of `/tokenize`."""
 
     count: int
     max_model_len: int
@@ -339,19 +340,19 @@ class TokenizeResponse(ResponseModel):
 
 
 class DetokenizeResponse(ResponseModel):
-    """Answer of `/detokenize`."""
+    """Response of `/detokenize`."""
 
     prompt: str
 
 
 class VersionResponse(ResponseModel):
-    """Answer of `/version`."""
+    """Response of `/version`."""
 
     version: str
 
 
 class DepthsResponse(ResponseModel):
-    """Answer of `/depths`: the engine at this moment."""
+    """Response of `/depths`: what the engine holds now."""
 
     model: str
     num_recursions: int
@@ -360,13 +361,13 @@ class DepthsResponse(ResponseModel):
     kv_pages_by_depth: list[int]
     """Pages that running requests hold at each depth of the block."""
     kv_pages_unshared: int
-    """Pages that they hold for the layers around the block."""
+    """Pages that running requests hold for prelude and coda."""
     kv_pages_cached: int
-    """Further pages, which only the prefix cache holds."""
+    """Pages that only the prefix cache holds."""
     kv_pages_used: int
-    """The sum of these."""
+    """The sum of the three above."""
     kv_pages_total: int
     tokens_per_s: float
-    """Over the last seconds."""
+    """Generated tokens per second over the last five seconds."""
     running: int
     waiting: int

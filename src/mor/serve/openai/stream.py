@@ -1,4 +1,4 @@
-"""Answers that come in parts, and clients that leave before the end."""
+"""`respond`: sends an answer whole or as server-sent events, and ends it if the client leaves."""
 
 import asyncio
 import json
@@ -17,40 +17,46 @@ from mor.serve.errors import HTTPError
 from mor.serve.request_stream import RequestStream
 from mor.serve.served_model import ServedModel
 
-_PING = 15  # seconds between the comments that keep a silent connection open
+_PING_S = 15  # between the comments that keep a silent connection open
 _DONE = b"data: [DONE]\n\n"
-_CLIENT_LEFT = 499  # nobody reads it but the log
+_CLIENT_LEFT = 499  # nginx's status for it; only our log shows it
 
 
 class TokenStream(EventSourceResponse):
-    """Server-sent events of a request; when they end, for whatever reason, so does the request."""
+    """A response of server-sent events; when it ends, for whatever reason, so does the request.
+
+    Args:
+        send_timeout: seconds that the client may take to read an event.
+    """
 
     def __init__(
         self,
         chunks: AsyncIterator[BaseModel],
-        bridge: AsyncEngine,
-        ticket: RequestStream,
+        engine: AsyncEngine,
+        stream: RequestStream,
         send_timeout: float,
     ) -> None:
         super().__init__(
             _events(chunks),
-            ping=_PING,
+            ping=_PING_S,
             send_timeout=send_timeout,
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-        self._bridge, self._ticket = bridge, ticket
+        self._engine = engine
+        self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the events, then release the stream."""
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:  # the client does not read: its connection is closed
+        except SendTimeoutError:  # the client does not read: its connection is closed by now
             pass
         finally:
-            self._bridge.release(self._ticket)
+            self._engine.release(self._stream)
 
 
 async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
+    """An event for each chunk, then `[DONE]`; or an event with the error, and no `[DONE]`."""
     try:
         async for chunk in chunks:
             yield f"data: {chunk.model_dump_json()}\n\n".encode()
@@ -61,14 +67,20 @@ async def _events(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
 
 
 async def respond(
-    service: ServedModel,
+    served_model: ServedModel,
     request: Request,
-    ticket: RequestStream,
+    stream: RequestStream,
     work: AsyncIterator[BaseModel] | Coroutine[Any, Any, Response],
 ) -> Response:
-    """A stream, or the whole answer; if the client leaves before, the work is given up."""
+    """The response that `work` makes; the stream is released when it is sent or the client leaves.
+
+    Args:
+        work: an iterator over chunks to be streamed, or a coroutine of the whole response.
+    """
     if isinstance(work, AsyncIterator):
-        return TokenStream(work, service.engine, ticket, service.config.send_timeout)
+        timeout = served_model.config.send_timeout
+        return TokenStream(work, served_model.engine, stream, timeout)
+    # Nothing is sent before the end, so that only reading from the connection shows a client gone.
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request))
     try:
@@ -77,9 +89,10 @@ async def respond(
     finally:
         for each in (task, gone):
             each.cancel()
-        service.engine.release(ticket)
+        served_model.engine.release(stream)
 
 
 async def _disconnect(request: Request) -> None:
+    """Return when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

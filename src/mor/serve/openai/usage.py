@@ -1,4 +1,4 @@
-"""What a request cost, and what routing spared."""
+"""`compute_usage`: the tokens of a request, and the FLOPs that routing saved in it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,20 +9,26 @@ from mor.model.sampling import Completion
 from mor.serve.openai.protocol import Usage
 
 
-def compute_usage(config: MoRConfig, completions: Sequence[Completion], *, scored: bool) -> Usage:
-    """Usage of a client's request.
+def compute_usage(
+    config: MoRConfig, completions: Sequence[Completion], *, only_scores: bool
+) -> Usage:
+    """The `usage` of a client's request.
 
     Args:
-        completions: all of it.
-        scored: whether the prompts were only scored; their next token then does not count.
+        completions: all completions of all its prompts.
+        only_scores: the prompts were only scored: the one token that the engine generated for each
+            is neither shown nor counted.
     """
-    outputs = [count for c in completions if not scored for count in c.recursion_counts]
-    spent, full = 0.0, 0.0
+    outputs = [count for c in completions if not only_scores for count in c.recursion_counts]
+    spent = 0.0  # FLOPs at the counts that routing gave the tokens
+    full = 0.0  # FLOPs if every token had taken all recursions
     for completion in completions:
-        # The last token of the output never went through the model.
+        # An output token's count is that of the position before it, which computed it. The first
+        # one's is thus the prompt's last count again, and the last token never went through.
         counts = [*completion.prompt_recursion_counts, *completion.recursion_counts[1:]]
         spent += _flops(config, counts)
         full += _flops(config, [config.num_recursions] * len(counts))
+    # A prompt counts once, however many completions it has.
     prompt_tokens = sum(len(c.prompt_token_ids) for c in completions if c.index == 0)
     return Usage(
         prompt_tokens=prompt_tokens,
@@ -34,7 +40,7 @@ def compute_usage(config: MoRConfig, completions: Sequence[Completion], *, score
 
 
 def _flops(config: MoRConfig, counts: Sequence[int]) -> float:
-    """Forward FLOPs of a sequence whose tokens took so many recursions."""
+    """Forward FLOPs of a sequence, given the recursion count of each of its tokens."""
     numbers = Counter(counts)
     histogram = [numbers[count] for count in range(config.num_recursions + 1)]
     depth_fractions = depth_fractions_of(config, histogram)

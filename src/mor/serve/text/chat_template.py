@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as the text that a model was trained on, and its token ids."""
+"""`ChatTemplate`: turns a conversation into the token ids that a model was trained on."""
 
 import json
 import re
@@ -15,20 +15,23 @@ from mor.serve.errors import HTTPError
 from mor.serve.openai.protocol import Message
 
 _TEMPLATE = "chat_template.jinja"
-_GUARD = "\ufdd0"  # no character: marks what a user wrote, and is gone before anybody reads it
+_GUARD = "\ufdd0"
+"""A code point that is no character. It is put into what looks like a special token in a message,
+so that it can be told from the template's own ones, and taken out before the text is encoded."""
 
 
 class ChatTemplate:
     """A Jinja template in the form that `transformers` uses.
 
-    Special tokens are those that the template writes; what looks like one in a message is text.
+    Only what the template itself writes becomes special tokens; what looks like one in a message
+    stays text, so that a client cannot end a turn or begin another one.
 
     Args:
-        source: the template.
-        tokens: further variables of it, such as `eos_token`.
+        source: the template's text.
+        tokens: further variables of the template, such as `eos_token`.
 
     Raises:
-        ConfigError: it is not valid.
+        ConfigError: the template is not valid.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -44,10 +47,10 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, files: Mapping[str, str], source: str | None = None) -> "ChatTemplate | None":
-        """The template among the files beside a tokenizer, or another one; None if there is none.
+        """The template `source`, or without it the one among a tokenizer's files, or None.
 
         Raises:
-            ConfigError: it cannot be used.
+            ConfigError: the template or the tokenizer's configuration is not valid.
         """
         try:
             values = dict(json.loads(files.get(TOKENIZER_CONFIG, "{}")))
@@ -63,19 +66,21 @@ class ChatTemplate:
         return None if source is None else cls(source, tokens)
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-        """The token ids of a conversation, up to where the model's turn begins.
+        """The token ids of a conversation, up to the beginning of the model's turn.
 
         Raises:
             HTTPError: 400, the template refuses the conversation.
         """
         special = tokenizer.special_tokens
+        # The longest first, because one may begin with another; (?!) matches nothing.
         names = map(re.escape, sorted(special, key=len, reverse=True))
         pattern = re.compile(f"({'|'.join(names)})" if special else r"(?!)")
         turns = [
-            {"role": m.role, "content": pattern.sub(_guarded, m.text.replace(_GUARD, ""))}
+            {"role": m.role, "content": pattern.sub(_guard, m.text.replace(_GUARD, ""))}
             for m in messages
         ]
         ids: list[int] = []
+        # Splitting at a group keeps what matched: texts and special tokens take turns.
         for part in pattern.split(self.render(turns)):
             known = special.get(part)
             ids += tokenizer.encode(part.replace(_GUARD, "")) if known is None else [known]
@@ -84,7 +89,11 @@ class ChatTemplate:
         return ids
 
     def render(self, turns: Sequence[Mapping[str, str]]) -> str:
-        """The text of a conversation."""
+        """The text of a conversation, up to the beginning of the model's turn.
+
+        Raises:
+            HTTPError: 400, the template refuses the conversation or fails.
+        """
         try:
             return self._template.render(messages=turns, add_generation_prompt=True)
         except HTTPError:
@@ -98,17 +107,19 @@ class ChatTemplate:
 
 
 def _named(templates: Any) -> str | None:
-    """The default among several templates."""
+    """The template itself, or the one called `default` if there are several."""
     if isinstance(templates, list):
         return {t["name"]: t["template"] for t in templates}.get("default")
     return templates if isinstance(templates, str) else None
 
 
-def _guarded(match: re.Match[str]) -> str:
+def _guard(match: re.Match[str]) -> str:
+    """A special token's text with the guard after its first character."""
     return match[0][0] + _GUARD + match[0][1:]
 
 
 def _tojson(value: Any, **options: Any) -> str:
+    # Jinja's own escapes what HTML needs, which would change the text.
     return json.dumps(value, ensure_ascii=False, **options)
 
 

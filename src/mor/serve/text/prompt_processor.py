@@ -1,4 +1,4 @@
-"""Between texts and token ids, for requests and for answers."""
+"""`PromptProcessor`: encodes prompts and conversations, and decodes token ids."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,12 +9,17 @@ from mor.serve.errors import HTTPError, from_engine_error
 from mor.serve.openai.protocol import Message, Prompts
 from mor.serve.text.chat_template import ChatTemplate
 
-_INLINE = 2000
-"""Characters that are encoded on the spot; a longer text goes to another thread."""
+_MAX_INLINE = 2000
+"""Characters that are encoded on the event loop, which takes less than handing a text to another
+thread; a longer text goes to one, so that other clients need not wait."""
 
 
 class PromptProcessor:
-    """A model's tokenizer and chat template, either of which may be missing."""
+    """A model's tokenizer and chat template, either of which may be missing.
+
+    Args:
+        max_model_len: tokens of prompt and output together; longer texts are refused unread.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer | None, template: ChatTemplate | None, max_model_len: int
@@ -24,7 +29,7 @@ class PromptProcessor:
         self._max_model_len = max_model_len
         ids = range(tokenizer.vocab_size if tokenizer is not None else 0)
         self._bytes = [tokenizer.token_bytes(i) for i in ids] if tokenizer is not None else []
-        self._max_length = max(map(len, self._bytes), default=0)  # bytes of a token
+        self._max_token_bytes = max(map(len, self._bytes), default=0)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -39,7 +44,7 @@ class PromptProcessor:
         return self._tokenizer
 
     async def prompts(self, given: Prompts) -> list[list[int]]:
-        """The token ids of one prompt or several.
+        """The token ids of each prompt, from any of the four forms that OpenAI's API takes.
 
         Raises:
             HTTPError: 400, a text cannot be encoded, or there is no prompt.
@@ -57,10 +62,14 @@ class PromptProcessor:
         return found
 
     async def encode(self, text: str) -> list[int]:
-        """Token ids of a text; the end of text, which starts one as well, for an empty one."""
+        """The token ids of a text; an empty text becomes the end-of-text token.
+
+        Raises:
+            HTTPError: 400, the text is too long or cannot be encoded.
+        """
         self._check_length(text)
         try:
-            if len(text) <= _INLINE:
+            if len(text) <= _MAX_INLINE:
                 ids = self.tokenizer.encode(text)
             else:
                 ids = await asyncio.to_thread(self.tokenizer.encode, text)
@@ -69,7 +78,11 @@ class PromptProcessor:
             raise from_engine_error(error) from error
 
     async def encode_messages(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the model's turn begins."""
+        """The token ids of a conversation, up to the beginning of the model's turn.
+
+        Raises:
+            HTTPError: 400, there is no template, or it refuses the conversation.
+        """
         if self._template is None:
             raise HTTPError(
                 400,
@@ -82,15 +95,15 @@ class PromptProcessor:
         return await asyncio.to_thread(self._template.encode, messages, self.tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """The text of token ids; empty without a tokenizer."""
         return self._tokenizer.decode(ids) if self._tokenizer is not None else ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token."""
+        """The bytes of a token; none for an id that the tokenizer does not know."""
         return self._bytes[token_id] if token_id < len(self._bytes) else b""
 
     def token_text(self, token_id: int) -> str:
-        """A token as a text; `bytes:\\xe7..` where it is only part of a character."""
+        """A token as text; `bytes:\\xe7..` where it is only part of a character."""
         data = self.token_bytes(token_id)
         try:
             return data.decode()
@@ -98,14 +111,19 @@ class PromptProcessor:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _check_length(self, text: str) -> None:
-        """Refuse a text that cannot fit, before time is spent on it."""
-        minimum = len(text) // max(1, self._max_length)
-        if self._max_length and minimum > self._max_model_len:
+        """Raise if a text cannot fit, however well it is encoded, before time is spent on it."""
+        # A character takes at least a byte, and no token holds more bytes than the longest one.
+        minimum = len(text) // max(1, self._max_token_bytes)
+        if self._max_token_bytes and minimum > self._max_model_len:
             raise context_length_error(f"at least {minimum}", 0, self._max_model_len)
 
 
 def context_length_error(prompt: int | str, max_tokens: int, limit: int) -> HTTPError:
-    """The error of a prompt that does not fit the model."""
+    """A 400 for a prompt that does not fit the model.
+
+    Args:
+        prompt: its tokens, or words such as "at least 5000".
+    """
     return HTTPError(
         400,
         f"the prompt has {prompt} tokens and max_tokens is {max_tokens}; the model takes {limit} "

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunFolder:
     """A folder that `mor train` has written."""
 
     name: str
@@ -30,7 +30,7 @@ class Run:
     """Lines of `metrics.jsonl`, one per step."""
 
     @classmethod
-    def open(cls, folder: Path, name: str = "") -> "Run":
+    def open(cls, folder: Path, name: str = "") -> "RunFolder":
         """Read a run's folder; the run may still go on.
 
         Raises:

@@ -16,7 +16,7 @@ from mor.bench.serve import (
     ArrivalProcess,
     BenchRequest,
     RawResponse,
-    bodies,
+    completion_bodies,
     file_requests,
     parse_response,
     random_requests,
@@ -32,16 +32,16 @@ def event(**choice: Any) -> bytes:
     return json.dumps({"choices": [choice] if choice else []}).encode()
 
 
-def outcome(times: list[float], started: float = 10.0) -> RawResponse:
+def response(times: list[float], start: float = 10.0) -> RawResponse:
     """A request whose tokens came at these seconds after its start."""
-    events = [event(text="a", token_ids=[1], recursion_counts=[1 + i % 2]) for i in times_(times)]
+    events = [event(text="a", token_ids=[1], recursion_counts=[1 + i % 2]) for i in indices(times)]
     usage = {"prompt_tokens": 7, "completion_tokens": len(times)}
     last = json.dumps({"choices": [], "usage": usage}).encode()
-    arrivals = [started + t for t in times]
-    return RawResponse(started=started, times=[*arrivals, started + 99], events=[*events, last])
+    arrivals = [start + t for t in times]
+    return RawResponse(start=start, times=[*arrivals, start + 99], events=[*events, last])
 
 
-def times_(times: list[float]) -> range:
+def indices(times: list[float]) -> range:
     return range(len(times))
 
 
@@ -65,17 +65,17 @@ def test_arrivals_have_the_rate_and_the_burstiness(burstiness: float) -> None:
 
 
 @pytest.mark.parametrize("values", [{"request_rate": 0}, {"burstiness": 0}, {"max_concurrency": 0}])
-def test_traffic_that_cannot_be(values: dict[str, float]) -> None:
+def test_arrivals_that_cannot_be(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"^--(request-rate|burstiness|max-concurrency)="):
         ArrivalProcess(**values)
 
 
 def test_random_prompts_stay_in_the_vocabulary_and_in_their_lengths() -> None:
-    asks = random_requests(200, input_len=10, output_len=20, vocab_size=5, spread=0.5, seed=3)
-    assert {t for ask in asks for t in ask.prompt} == set(range(5))
-    assert {len(ask.prompt) for ask in asks} == set(range(5, 16))
-    assert {ask.max_tokens for ask in asks} == set(range(10, 31))
-    assert asks == random_requests(
+    requests = random_requests(200, input_len=10, output_len=20, vocab_size=5, spread=0.5, seed=3)
+    assert {t for request in requests for t in request.prompt} == set(range(5))
+    assert {len(request.prompt) for request in requests} == set(range(5, 16))
+    assert {request.max_tokens for request in requests} == set(range(10, 31))
+    assert requests == random_requests(
         200, input_len=10, output_len=20, vocab_size=5, spread=0.5, seed=3
     )
 
@@ -83,12 +83,12 @@ def test_random_prompts_stay_in_the_vocabulary_and_in_their_lengths() -> None:
 def test_prompts_from_a_file_repeat_if_they_must(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "output_tokens": 3}\n')
-    asks = file_requests(path, 4, output_len=9, seed=0)
-    assert sorted(asks, key=lambda a: a.max_tokens) == [
+    requests = file_requests(path, 4, output_len=9, seed=0)
+    assert sorted(requests, key=lambda a: a.max_tokens) == [
         *([BenchRequest(prompt="b", max_tokens=3)] * 2),
         *([BenchRequest(prompt="a", max_tokens=9)] * 2),
     ]
-    assert asks[:2] == asks[2:]
+    assert requests[:2] == requests[2:]
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_an_answer_is_read_from_times_and_events() -> None:
-    answer = parse_response(outcome([0.5, 0.6, 0.9]))
-    assert answer.ttft == pytest.approx(0.5)
-    assert answer.e2el == pytest.approx(0.9)  # not the time of the usage, 99
-    assert answer.itl == pytest.approx([0.1, 0.3])
-    assert answer.tpot == pytest.approx(0.2)
-    assert (answer.prompt_tokens, answer.output_tokens) == (7, 3)
-    assert answer.recursions == [1, 2, 1]
+    result = parse_response(response([0.5, 0.6, 0.9]))
+    assert result.ttft == pytest.approx(0.5)
+    assert result.e2el == pytest.approx(0.9)  # not the time of the usage, 99
+    assert result.itl == pytest.approx([0.1, 0.3])
+    assert result.tpot == pytest.approx(0.2)
+    assert (result.prompt_tokens, result.output_tokens) == (7, 3)
+    assert result.recursions == [1, 2, 1]
 
 
 def test_a_summary_has_rates_percentiles_and_goodput() -> None:
-    quick, slow = outcome([0.1, 0.2, 0.3]), outcome([1.0, 3.0])
+    quick, slow = response([0.1, 0.2, 0.3]), response([1.0, 3.0])
     failed = RawResponse(error="no room.")
     goodput = {"ttft": 500.0, "tpot": 150.0}
     found = summarize([quick, slow, failed], 4.0, percentiles=[50, 100], goodput=goodput)
@@ -134,7 +134,7 @@ def test_a_summary_has_rates_percentiles_and_goodput() -> None:
 
 
 def test_a_single_token_has_no_time_per_output_token() -> None:
-    found = summarize([outcome([0.1])], 1.0)
+    found = summarize([response([0.1])], 1.0)
     assert found["mean_tpot_ms"] is None
     assert found["p99_itl_ms"] is None
     assert found["request_goodput"] is None
@@ -154,7 +154,9 @@ def test_no_answer_at_all_is_an_error(bad: RawResponse) -> None:
 
 
 def test_requests_carry_the_options() -> None:
-    (body,) = bodies([BenchRequest(prompt=[1, 2], max_tokens=3)], "m", {"ignore_eos": True})
+    (body,) = completion_bodies(
+        [BenchRequest(prompt=[1, 2], max_tokens=3)], "m", {"ignore_eos": True}
+    )
     assert body["prompt"] == [1, 2]
     assert (body["model"], body["max_tokens"], body["ignore_eos"]) == ("m", 3, True)
     assert body["stream"] is True
@@ -297,7 +299,7 @@ def test_http_against_the_engine(bench: Call, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--against", "offlin"), "did you mean 'offline'?"),
-        (("--against=offline", "--max-concurrency", "0"), "streams=0 must be at least 1"),
+        (("--against=offline", "--max-concurrency", "0"), "--max-concurrency=0 must be at least 1"),
         (("--against=offline", "--goodput", "ttft:1"), "unknown option --goodput"),
     ],
 )

@@ -28,17 +28,17 @@ from mor.model.cost import decode_flops, sequence_flops
 from tiny import tiny_config, tiny_model
 
 
-class TinyPlan(ThroughputConfig):
-    """The same plan for tiny models."""
+class TinyConfig(ThroughputConfig):
+    """The same settings for tiny models."""
 
-    def config(self, recursions: int) -> MoRConfig:
+    def model_config(self, recursions: int) -> MoRConfig:
         kind = "expert" if recursions > 1 else "vanilla"
         return tiny_config(kind, **({"num_recursions": recursions} if recursions > 1 else {}))
 
 
-def plan(**changes: Any) -> TinyPlan:
-    values: dict[str, Any] = {"sequences": 4, "prompt": 8, "output": 6, "seconds": 0.05}
-    return TinyPlan(**{**values, "rounds": 2, "recursions": (3,), **changes})
+def settings(**changes: Any) -> TinyConfig:
+    values: dict[str, Any] = {"max_num_seqs": 4, "prompt": 8, "output": 6, "seconds": 0.05}
+    return TinyConfig(**{**values, "rounds": 2, "recursions": (3,), **changes})
 
 
 def test_a_load_keeps_its_sequences_in_flight() -> None:
@@ -49,13 +49,15 @@ def test_a_load_keeps_its_sequences_in_flight() -> None:
         load.llm.check_integrity()
 
 
-def test_a_window_counts_what_the_engine_generated() -> None:
+def test_a_measurement_counts_what_the_engine_generated() -> None:
     load = SteadyLoad(engine(tiny_model(), 4), 4, RequestShape(prompt=8, output=6))
     load.reset()
-    window = load.run(0.2)
-    assert window.tokens == load.llm.stats.tokens > 0
-    assert window.tokens_per_s == pytest.approx(window.steady / window.seconds)
-    assert window.entered % 8 == 0
+    measurement = load.run(0.2)
+    assert measurement.tokens == load.llm.stats.tokens > 0
+    assert measurement.tokens_per_s == pytest.approx(
+        measurement.steady_tokens / measurement.seconds
+    )
+    assert measurement.prompt_tokens % 8 == 0
 
 
 def test_decode_only_starts_no_new_requests() -> None:
@@ -78,17 +80,17 @@ def test_random_models_keep_the_configured_share_at_each_depth() -> None:
     assert all(count > 0 for count in histogram[1:])
 
 
-def test_a_window_counts_work_in_the_long_runs_mix() -> None:
-    load = plan().load(1)
-    windows = [load.run(0.1) for _ in range(6)]
-    whole = sum(windows, Measurement())
-    assert whole.tokens == sum(w.tokens for w in windows)
+def test_a_measurement_counts_work_in_the_long_runs_mix() -> None:
+    load = settings().load(1)
+    measured = [load.run(0.1) for _ in range(6)]
+    whole = sum(measured, Measurement())
+    assert whole.tokens == sum(w.tokens for w in measured)
     decode = decode_flops(load.llm.model_config, 8 + 3).mean
     prompt = sequence_flops(load.llm.model_config, 8)
     each = prompt.mean - prompt.head
-    work = whole.tokens * decode + whole.entered * each
-    assert whole.steady * (decode + each * 8 / 6) == pytest.approx(work)
-    assert whole.entered % 8 == 0 < whole.entered
+    work = whole.tokens * decode + whole.prompt_tokens * each
+    assert whole.steady_tokens * (decode + each * 8 / 6) == pytest.approx(work)
+    assert whole.prompt_tokens % 8 == 0 < whole.prompt_tokens
 
 
 def test_request_flops_are_prefill_and_decode() -> None:
@@ -100,15 +102,15 @@ def test_request_flops_are_prefill_and_decode() -> None:
 
 
 def test_the_bound_is_one_for_a_model_like_vanilla() -> None:
-    same = plan()
+    same = settings()
     assert flops_bound(same, 1, [0, 10]) == pytest.approx(1)
     assert flops_bound(same, 3, [0, 10, 0, 0]) > flops_bound(same, 3, [0, 0, 0, 10])
-    decode = plan(decode_only=True)
+    decode = settings(decode_only=True)
     assert flops_bound(decode, 3, [0, 10, 0, 0]) > flops_bound(decode, 3, [0, 0, 0, 10])
 
 
-def test_ticks_alternate_and_the_first_round_does_not_count() -> None:
-    a, b = plan().load(3), plan().load(1)
+def test_steps_alternate_and_the_first_round_does_not_count() -> None:
+    a, b = settings().load(3), settings().load(1)
     turns: list[str] = []
     for name, load in (("a", a), ("b", b)):
         step = load._step
@@ -124,32 +126,35 @@ def test_ticks_alternate_and_the_first_round_does_not_count() -> None:
 
 
 def test_the_ratio_is_the_median_of_rounds() -> None:
-    windows = [Measurement(seconds=1, steady=n) for n in (10, 30, 20)]
-    one = Measurement(seconds=1, steady=10)
-    found = ratios([(w, one) for w in windows])
+    measured = [Measurement(seconds=1, steady_tokens=n) for n in (10, 30, 20)]
+    one = Measurement(seconds=1, steady_tokens=10)
+    found = ratios([(w, one) for w in measured])
     assert (found["ratio"], found["ratio_min"], found["ratio_max"]) == (2, 1, 3)
     assert found["ratio_of_sums"] == 2
     longer = ratios(
-        [(Measurement(seconds=3, steady=30), one), (Measurement(seconds=1, steady=30), one)]
+        [
+            (Measurement(seconds=3, steady_tokens=30), one),
+            (Measurement(seconds=1, steady_tokens=30), one),
+        ]
     )
     assert (longer["ratio"], longer["ratio_of_sums"]) == (2, 1.5)
 
 
 def test_too_long_requests_are_refused() -> None:
     with pytest.raises(ConfigError, match="positions"):
-        plan(prompt=90, output=90).load(3)
+        settings(prompt=90, output=90).load(3)
 
 
-def test_bursts_are_held_against_vanilla_in_bursts_and_ticks_against_ticks() -> None:
+def test_multi_step_runs_are_compared_with_their_like() -> None:
     loads: list[tuple[int, str]] = []
 
-    class Noting(TinyPlan):
+    class Noting(TinyConfig):
         def load(self, *args: Any, **fields: Any) -> SteadyLoad:
             found = super().load(*args, **fields)
             loads.append((found.llm.backend.num_scheduler_steps, found.llm.config.batching))
             return found
 
-    tiny = {"sequences": 3, "prompt": 8, "output": 6, "seconds": 0.02, "rounds": 1}
+    tiny = {"max_num_seqs": 3, "prompt": 8, "output": 6, "seconds": 0.02, "rounds": 1}
     record = measure(Noting(**tiny, recursions=(3,), num_scheduler_steps=2), lambda _: None)
     assert loads == [(2, "depth"), (2, "depth"), (1, "sequence"), (1, "depth")]
     assert record["depth_over_sequence"]["mor3"] > 0

@@ -10,7 +10,7 @@ from mor.bench import timing
 from mor.bench import train_step as steps
 from mor.bench.timing import PairedTimes, paired
 from mor.bench.train_ab import Comparison, Stepper, compare, comparisons, saved_bytes
-from mor.bench.train_step import StepPlan
+from mor.bench.train_step import TrainStepConfig
 from mor.cli.main import main
 from mor.errors import ConfigError
 from mor.machine import machine
@@ -93,15 +93,17 @@ def test_the_two_comparisons_are_the_promised_ones() -> None:
 
 
 def test_steps_report_what_the_bars_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = StepPlan(preset="demo", models=("mor2", "token3"), rounds=2, batch_size=2, length=32)
+    config = TrainStepConfig(
+        preset="demo", models=("mor2", "token3"), rounds=2, batch_size=2, length=32
+    )
     asked: dict[bool, list[str]] = {False: [], True: []}
 
-    def peak_bytes(plan: StepPlan, name: str, resident: bool = False) -> int:
+    def peak_bytes(config: TrainStepConfig, name: str, resident: bool = False) -> int:
         asked[resident].append(name)
         return len(name) + 2 * resident
 
     monkeypatch.setattr(steps, "peak_bytes", peak_bytes)
-    record = json.loads(json.dumps(steps.measure(plan)))
+    record = json.loads(json.dumps(steps.measure(config)))
     assert asked[False] == list(record["step_s"]) == ["vanilla", "mor3", "mor2", "token3"]
     assert asked[True] == asked[False]
     for name in ("mor2", "mor3"):
@@ -121,21 +123,21 @@ def test_steps_report_what_the_bars_need(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_forced_token_choice_is_ragged_and_as_deep_as_expert_choice() -> None:
-    plan = StepPlan(preset="demo", batch_size=2, length=48)
-    counts = plan.stepper("token3").model(torch.zeros(2, 48, dtype=torch.long)).recursion_counts
+    config = TrainStepConfig(preset="demo", batch_size=2, length=48)
+    counts = config.stepper("token3").model(torch.zeros(2, 48, dtype=torch.long)).recursion_counts
     assert torch.bincount(counts.reshape(-1)).tolist() == [0, 32, 32, 32]
     assert (counts[0] > 1).sum() != (counts[1] > 1).sum()
-    assert sum(plan.config("mor3").depth_capacities) == pytest.approx(2)
+    assert sum(config.model_config("mor3").depth_capacities) == pytest.approx(2)
     with pytest.raises(ConfigError, match=r"--models 'mor1' is unknown: vanilla, mor2"):
-        plan.config("mor1")
+        config.model_config("mor1")
 
 
 @pytest.mark.slow
 def test_peak_memory_falls_with_fewer_tokens_and_with_recomputed_activations() -> None:
-    plan = StepPlan(preset="demo", batch_size=6, length=512)
-    assert steps.peak_bytes(plan, "mor3") < steps.peak_bytes(plan, "vanilla")
+    config = TrainStepConfig(preset="demo", batch_size=6, length=512)
+    assert steps.peak_bytes(config, "mor3") < steps.peak_bytes(config, "vanilla")
     recompute = [
-        steps.peak_bytes(dataclasses.replace(plan, activation_checkpointing=mode), "mor3")
+        steps.peak_bytes(dataclasses.replace(config, activation_checkpointing=mode), "mor3")
         for mode in ("none", "recursion", "full")
     ]
     assert recompute == sorted(recompute, reverse=True)

@@ -1,4 +1,4 @@
-"""Other engines on the same weights, measured beside ours in one process."""
+"""Our engine against transformers on the same weights, and int8 against float32 weights."""
 
 import random
 import statistics
@@ -27,13 +27,17 @@ def transformers_twin(model: MoRModel) -> Any:
     except ImportError as error:
         raise MissingExtraError("transformers", "hf") from error
     config: MoRConfig = model.config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
-    names += ("tie_word_embeddings",)
-    values = {name: getattr(config, name) for name in names}
     theirs = LlamaForCausalLM(
         LlamaConfig(
-            **values,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=config.tie_word_embeddings,
             num_hidden_layers=config.num_block_layers,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         )
@@ -49,7 +53,7 @@ def transformers_twin(model: MoRModel) -> Any:
 
 
 class _TokenTimes:
-    """Notes the time after each token that `generate` makes; never stops it."""
+    """A stopping criterion that stores the time after each token and never stops `generate`."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -60,71 +64,80 @@ class _TokenTimes:
 
 
 def against_transformers(
-    plan: ThroughputConfig, sequences: int, tokens: int, progress: Callable[[str], None]
+    config: ThroughputConfig, sequences: int, tokens: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Decode tokens/s of our vanilla engine over those of `transformers` `generate`, greedy.
+    """Greedy decode tokens/s of our vanilla engine over those of `generate` of transformers.
 
-    Both have the same prompts and weights. Theirs counts from the first generated token on; ours
-    from the tick after all prompts have entered.
+    Both have the same weights and the same random prompts. Theirs is timed from the first generated
+    token on, ours from the first step after all prompts were computed.
+
+    Args:
+        tokens: that are generated for each sequence.
+        progress: is told what is being measured.
     """
     progress(f"our engine against transformers, {sequences} sequences")
-    model = random_model(plan.config(1), 64)
+    model = random_model(config.model_config(1), 64)
     theirs = transformers_twin(model)
     draw = random.Random(0)
-    vocabulary = model.config.vocab_size
-    prompts = [[draw.randrange(vocabulary) for _ in range(plan.prompt)] for _ in range(sequences)]
+    vocab_size = model.config.vocab_size
+    prompts = [[draw.randrange(vocab_size) for _ in range(config.prompt)] for _ in range(sequences)]
     rates: list[tuple[float, float]] = []
     same = 0.0
-    for number in range(plan.rounds + 1):
-        sides: dict[str, tuple[float, list[list[int]]]] = {}
-        for side in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
-            run = _ours if side == "ours" else _theirs
-            subject: Any = (model, plan) if side == "ours" else theirs
-            sides[side] = run(subject, prompts, tokens)
-        if number:
-            rates.append((sides["ours"][0], sides["theirs"][0]))
-        pairs = zip(sides["ours"][1], sides["theirs"][1], strict=True)
+    for round_ in range(config.rounds + 1):
+        if round_ % 2 == 0:  # in turns: neither always runs second
+            our_rate, our_ids = _decode_ours(model, config, prompts, tokens)
+            their_rate, their_ids = _decode_theirs(theirs, prompts, tokens)
+        else:
+            their_rate, their_ids = _decode_theirs(theirs, prompts, tokens)
+            our_rate, our_ids = _decode_ours(model, config, prompts, tokens)
+        if round_:  # the first one warms up
+            rates.append((our_rate, their_rate))
+        pairs = zip(our_ids, their_ids, strict=True)
         same = statistics.mean(a[:tokens] == b[:tokens] for a, b in pairs)
-    values = [a / b for a, b in rates]
+    ratios_by_round = [a / b for a, b in rates]
     return {
         "sequences": sequences,
         "tokens": tokens,
-        "tokens_per_s": [statistics.median(side) for side in zip(*rates, strict=True)],
-        "ratio": statistics.median(values),
-        "ratio_min": min(values),
-        "ratio_max": max(values),
+        "tokens_per_s": [statistics.median(column) for column in zip(*rates, strict=True)],
+        "ratio": statistics.median(ratios_by_round),
+        "ratio_min": min(ratios_by_round),
+        "ratio_max": max(ratios_by_round),
         "same_output": same,
     }
 
 
-def _ours(
-    subject: tuple[MoRModel, ThroughputConfig], prompts: list[list[int]], tokens: int
+def _decode_ours(
+    model: MoRModel, config: ThroughputConfig, prompts: list[list[int]], tokens: int
 ) -> tuple[float, list[list[int]]]:
-    model, plan = subject
-    llm = engine(model, len(prompts), dtype=plan.dtype, quantization=plan.quantization)
+    """Our decode tokens/s, and the token ids of each output."""
+    llm = engine(model, len(prompts), dtype=config.dtype, quantization=config.quantization)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    names = [llm.add_request(prompt, params) for prompt in prompts]
-    output: dict[str, list[int]] = {}
-    times: list[float] = []
-    counted = 0
+    request_ids = [llm.add_request(prompt, params) for prompt in prompts]
+    token_ids: dict[str, list[int]] = {}
+    start: float | None = None  # when the first step without a prompt began
+    num_timed = 0  # tokens since then
     while llm.has_unfinished_requests:
         prefilling = (
             any(s.num_unscheduled_tokens > 1 for s in llm.scheduler.running)
             or llm.scheduler.waiting
         )
-        if not prefilling and not times:
-            times.append(time.perf_counter())
-        events = llm.step()
-        counted += len(events) if times else 0
-        for event in events:
-            if event.completions:
-                output[event.request_id] = event.completions[0].token_ids
-    times.append(time.perf_counter())
-    return counted / (times[-1] - times[0]), [output[name] for name in names]
+        if not prefilling and start is None:
+            start = time.perf_counter()
+        outputs = llm.step()
+        num_timed += len(outputs) if start is not None else 0
+        for output in outputs:
+            if output.completions:
+                token_ids[output.request_id] = output.completions[0].token_ids
+    assert start is not None, "a request has more than one token"
+    rate = num_timed / (time.perf_counter() - start)
+    return rate, [token_ids[request_id] for request_id in request_ids]
 
 
-def _theirs(theirs: Any, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-    stamps, ids = _TokenTimes(), torch.tensor(prompts)
+def _decode_theirs(
+    theirs: Any, prompts: list[list[int]], tokens: int
+) -> tuple[float, list[list[int]]]:
+    """Decode tokens/s of transformers, and the token ids of each output."""
+    token_times, ids = _TokenTimes(), torch.tensor(prompts)
     with torch.inference_mode():
         out = theirs.generate(
             ids,
@@ -133,23 +146,23 @@ def _theirs(theirs: Any, prompts: list[list[int]], tokens: int) -> tuple[float, 
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
-            stopping_criteria=[stamps],
+            stopping_criteria=[token_times],
         )
-    elapsed = stamps.times[-1] - stamps.times[0]
-    return len(prompts) * (len(stamps.times) - 1) / elapsed, out[:, ids.shape[1] :].tolist()
+    times = token_times.times
+    return len(prompts) * (len(times) - 1) / (times[-1] - times[0]), out[:, ids.shape[1] :].tolist()
 
 
-def quantized(plan: ThroughputConfig, recursions: int, sequences: int) -> dict[str, Any]:
-    """Decode tokens/s with int8 weights over those with fp32 weights."""
+def quantized(config: ThroughputConfig, recursions: int, sequences: int) -> dict[str, Any]:
+    """Decode tokens/s with int8 weights over those with fp32 weights, for one model."""
     from mor.bench.throughput import interleave, ratios
 
-    model = random_model(plan.config(recursions), 256)
+    model = random_model(config.model_config(recursions), 256)
     loads = [
         SteadyLoad(
-            engine(model, sequences, quantization=kind), sequences, plan.shape, staggered=False
+            engine(model, sequences, quantization=kind), sequences, config.shape, staggered=False
         )
         for kind in ("int8", None)
     ]
-    pairs = interleave(loads[0], loads[1], rounds=plan.rounds, seconds=plan.seconds)
-    sides = [[pair[i].tokens_per_s for pair in pairs] for i in (0, 1)]
-    return {"tokens_per_s": [statistics.median(side) for side in sides], **ratios(pairs)}
+    pairs = interleave(loads[0], loads[1], rounds=config.rounds, seconds=config.seconds)
+    rates = [statistics.median(pair[i].tokens_per_s for pair in pairs) for i in (0, 1)]
+    return {"tokens_per_s": rates, **ratios(pairs)}

@@ -1,4 +1,4 @@
-"""Reading shards: which share of a training step does it take?
+"""The share of a training step that reading its batch from shards takes.
 
 A corpus of random tokens is written into a temporary folder, in several shards, and read as
 training reads it: shuffled windows, a batch at a time, one corpus or a mixture of three. The file
@@ -21,13 +21,13 @@ from mor.data.mixture import MixedBatches
 from mor.data.shards import INDEX_FILE, CorpusIndex, ShardWriter
 
 BAR = 0.01
-"""Most that reading may take of a step."""
+"""Share of a step's time that reading its batch may take at most."""
 _TOKENS, _SHARDS, _DOCUMENT = 2**21, 4, 700
-_READS = 50  # batches that are read for each step that is timed
+_READS = 50  # batches that are read for each step that is timed: one takes too little time
 
 
 def write_random_corpus(folder: Path, vocab_size: int, tokens: int = _TOKENS) -> Path:
-    """A training split of random tokens; nothing else of a corpus."""
+    """A corpus whose training split is random tokens, and whose validation split is empty."""
     folder.mkdir(parents=True)
     index, draw = CorpusIndex(vocab_size, 0, {}), np.random.default_rng(0)
     with ShardWriter(folder, "train", index, tokens // _SHARDS) as writer:
@@ -39,7 +39,7 @@ def write_random_corpus(folder: Path, vocab_size: int, tokens: int = _TOKENS) ->
 
 
 def measure(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
-    """Steps of the comparison's model A and reads of its batches, in turns; plain data."""
+    """Time steps of the comparison's model A and reads of its batches, in turns; a JSON object."""
     size, length = comparison.batch_size, comparison.sequence_length
     stepper = Stepper(comparison.a, size, length)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def measure(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
 
 
 def _read_s(at: Callable[[int], torch.Tensor], first: int, device: torch.device) -> float:
-    """Seconds of reading one batch and taking it to the device."""
+    """Seconds that reading a batch and copying it to the device takes, mean of `_READS`."""
 
     def read() -> None:
         for index in range(first, first + _READS):

@@ -1,4 +1,4 @@
-"""`mor eval` against lm-eval's own `hf` model: the same items, time and scores of both."""
+"""`mor eval` against lm-eval's model class `hf`: seconds and scores of both on the same items."""
 
 import tempfile
 import time
@@ -21,15 +21,16 @@ from mor.io.tokenizer import Tokenizer
 def measure(
     model: str, exported: str, data: Path, items: Mapping[str, int], batch_size: int, rounds: int
 ) -> dict[str, Any]:
-    """Seconds of both for each task, the ratio of their sums by round, and the scores of both.
+    """Seconds and scores of both; `ratio` is the median over rounds of hf's seconds over ours.
 
-    Models are loaded and compiled kernels warm before the clock starts; both sides then read the
-    same task files and score the same items, in turns.
+    Models are loaded and kernels compiled before the clock starts; then both read the same task
+    files and score the same items, in turns.
 
     Args:
         model: a checkpoint's folder.
         exported: the same model as `mor convert to-hf` wrote it, or as transformers did.
-        items: how many items of which task.
+        data: folder of the tasks' data.
+        items: by task, how many items are scored.
         batch_size: of `hf`.
 
     Raises:
@@ -41,7 +42,7 @@ def measure(
         raise MissingExtraError("lm-eval", "eval") from error
     tokenizer = Tokenizer.load(resolve(model))
     loaded = load(model)
-    words = HFStyleTokenizer(tokenizer, loaded.config)
+    hf_tokenizer = HFStyleTokenizer(tokenizer, loaded.config)
     settings = EngineConfig(max_num_seqs=128, chunked_prefill_size=512, kv_cache_memory_bytes=2**30)
     scorer = EngineScorer(LLM(loaded, settings, tokenizer=tokenizer))
     theirs = HFLM(
@@ -50,7 +51,7 @@ def measure(
         device="cpu",
         dtype="float32",
         batch_size=batch_size,
-        prefix_token_id=words.prefix_id,
+        prefix_token_id=hf_tokenizer.prefix_id,
     )
     seconds: list[dict[str, float]] = []
     scores: dict[str, dict[str, Any]] = {"mor": {}, "hf": {}}
@@ -62,7 +63,7 @@ def measure(
                 options: dict[str, Any] = {"include": [Path(folder)], "limit": 2 if warm else count}
                 scorer.llm.reset_prefix_cache()
                 began = time.perf_counter()
-                scores["mor"] |= evaluate(scorer, words, [task], **options)
+                scores["mor"] |= evaluate(scorer, hf_tokenizer, [task], **options)
                 between = time.perf_counter()
                 scores["hf"] |= run_tasks(lambda: theirs, [task], **options)
                 taken["mor"] += between - began

@@ -1,4 +1,4 @@
-"""One request at a time: prefill of a prompt, and the time between tokens."""
+"""Prefill of one prompt at a time: MoR against vanilla, and against the ratio of their FLOPs."""
 
 import random
 import statistics
@@ -14,34 +14,34 @@ from mor.model.sampling import SamplingParams
 
 
 class Prefill:
-    """An engine that gets one prompt after another; a call is one prompt up to its first token."""
+    """An engine with one prompt at a time; each call computes a new one up to its first token."""
 
-    def __init__(self, plan: ThroughputConfig, recursions: int, tokens: int) -> None:
-        model = random_model(plan.config(recursions), min(512, tokens))
+    def __init__(self, config: ThroughputConfig, recursions: int, tokens: int) -> None:
+        model = random_model(config.model_config(recursions), min(512, tokens))
         self.llm: LLM = engine(
-            model, 1, dtype=plan.dtype, quantization=plan.quantization, chunked_prefill_size=512
+            model, 1, dtype=config.dtype, quantization=config.quantization, chunked_prefill_size=512
         )
         self.tokens = tokens
         self.counts: list[int] = []
-        """Recursion counts of the last prompt's tokens."""
+        """Recursion counts of the latest prompt's tokens."""
         self._random = random.Random(0)
 
     def __call__(self) -> None:
-        """One prompt, one token."""
+        """Compute one random prompt and generate one token."""
         vocabulary = self.llm.model_config.vocab_size
         prompt = [self._random.randrange(vocabulary) for _ in range(self.tokens)]
-        (done,) = self.llm.generate([prompt], SamplingParams(max_tokens=1))
-        self.counts = done.prompt_recursion_counts
+        (completion,) = self.llm.generate([prompt], SamplingParams(max_tokens=1))
+        self.counts = completion.prompt_recursion_counts
 
 
-def prefill(plan: ThroughputConfig, recursions: int, tokens: int) -> dict[str, Any]:
-    """A MoR model's prefill against vanilla's: seconds, and against the ratio of FLOPs."""
-    mor, vanilla = Prefill(plan, recursions, tokens), Prefill(plan, 1, tokens)
-    times = paired(mor, vanilla, rounds=plan.rounds)
+def prefill(config: ThroughputConfig, recursions: int, tokens: int) -> dict[str, Any]:
+    """A MoR model's prefill of so many tokens against vanilla's, and the ratio of their FLOPs."""
+    mor, vanilla = Prefill(config, recursions, tokens), Prefill(config, 1, tokens)
+    times = paired(mor, vanilla, rounds=config.rounds)
     histogram = [mor.counts.count(r) for r in range(recursions + 1)]
     flops = []
     for one, depth_fractions in (
-        (mor, depth_fractions_of(plan.config(recursions), histogram)),
+        (mor, depth_fractions_of(config.model_config(recursions), histogram)),
         (vanilla, None),
     ):
         each = sequence_flops(one.llm.model_config, tokens, depth_fractions=depth_fractions)
@@ -52,16 +52,16 @@ def prefill(plan: ThroughputConfig, recursions: int, tokens: int) -> dict[str, A
         "time": times.as_dict(),
         "flops_ratio": ratio,
         "time_over_flops": times.ratio / ratio,
-        "tokens_per_s": [tokens / statistics.median(side) for side in (times.a, times.b)],
+        "tokens_per_s": [tokens / statistics.median(seconds) for seconds in (times.a, times.b)],
     }
 
 
-def measure(plan: ThroughputConfig, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(config: ThroughputConfig, progress: Callable[[str], None]) -> dict[str, Any]:
     """Prefill of several lengths for each number of recursions."""
-    lengths = [n for n in (128, 512, 2047) if n < plan.config(1).max_position_embeddings]
+    lengths = [n for n in (128, 512, 2047) if n < config.model_config(1).max_position_embeddings]
     record: dict[str, Any] = {}
-    for recursions in plan.recursions:
+    for recursions in config.recursions:
         for tokens in lengths:
             progress(f"mor{recursions}: prefill of {tokens} tokens")
-            record[f"mor{recursions}_prefill_{tokens}"] = prefill(plan, recursions, tokens)
+            record[f"mor{recursions}_prefill_{tokens}"] = prefill(config, recursions, tokens)
     return record

@@ -1,7 +1,8 @@
-"""A load on an OpenAI-compatible server: how long its tokens take, and how many come.
+"""Sends requests to an OpenAI-compatible server and computes their latencies and throughput.
 
-Names and meanings are those of vLLM's `vllm bench serve`. While requests run, an event's bytes and
-its time are kept and nothing else is done; they are read when all are over.
+Names and meanings are those of vLLM's `vllm bench serve`. While requests run, only each event's
+bytes and time are stored; they are parsed when all requests have ended, so that parsing does not
+delay what is being timed.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """One request: a prompt as text or token ids, and the tokens wanted."""
+    """A prompt, as text or token ids, and the number of tokens to generate."""
 
     prompt: str | list[int]
     max_tokens: int
@@ -35,14 +36,14 @@ class BenchRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ArrivalProcess:
-    """When requests are sent."""
+    """When requests are sent: the gaps between them have a gamma distribution."""
 
     request_rate: float = math.inf
     """Requests per second; infinite sends all at once."""
     burstiness: float = 1.0
-    """1 is a Poisson process, less comes in bursts, more comes evenly."""
+    """Shape of that distribution: 1 is a Poisson process, less comes in bursts, more evenly."""
     max_concurrency: int | None = None
-    """Requests under way at most; later ones wait on this side, which is not counted."""
+    """Requests under way at most; the time that others wait for their turn is not counted."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,43 +55,51 @@ class ArrivalProcess:
             raise ConfigError(f"--max-concurrency={self.max_concurrency} must be at least 1.")
 
     def delays(self, count: int) -> list[float]:
-        """Seconds from the start to each request."""
+        """Seconds from the start to the sending of each request; the first is 0."""
         if math.isinf(self.request_rate):
             return [0.0] * count
         draw, at = random.Random(self.seed), 0.0
         times: list[float] = []
         for _ in range(count):
             times.append(at)
+            # The mean of a gap is shape * scale = 1 / request_rate.
             at += draw.gammavariate(self.burstiness, 1 / (self.request_rate * self.burstiness))
         return times
 
 
 @dataclass(kw_only=True)
 class RawResponse:
-    """What came of a request, as it came."""
+    """The events of a request, not parsed. Times are in seconds of `time.perf_counter`."""
 
-    started: float = 0.0
+    start: float = 0.0
+    """When the request was sent."""
     times: list[float] = field(default_factory=list)
+    """When each of the events came."""
     events: list[bytes] = field(default_factory=list)
     error: str = ""
+    """Why the request failed; empty if it did not."""
 
 
 @dataclass(kw_only=True)
 class RequestResult:
-    """A request's outcome, read. Times are in seconds."""
+    """Latencies and tokens of a request that succeeded. Times are in seconds."""
 
     ttft: float
+    """From sending the request to the first token."""
     e2el: float
+    """From sending the request to the last token."""
     itl: list[float]
+    """Between each two events with tokens that follow each other."""
     prompt_tokens: int
     output_tokens: int
     token_ids: list[int]
-    """Empty where the server does not tell them."""
+    """Of the output; empty where the server does not send them."""
     recursions: list[int]
+    """Recursion count of each output token; empty where the server does not send them."""
 
     @property
     def tpot(self) -> float | None:
-        """None where there is no second token."""
+        """Mean time per output token after the first; None where there is no second one."""
         if self.output_tokens < 2:
             return None
         return (self.e2el - self.ttft) / (self.output_tokens - 1)
@@ -99,7 +108,12 @@ class RequestResult:
 def random_requests(
     count: int, *, input_len: int, output_len: int, vocab_size: int, spread: float, seed: int
 ) -> list[BenchRequest]:
-    """Prompts of random token ids, lengths even within `1 - spread` to `1 + spread` of those given.
+    """Requests whose prompts are random token ids.
+
+    Args:
+        input_len: mean length of a prompt.
+        output_len: mean number of tokens to generate.
+        spread: lengths are drawn evenly from `1 - spread` to `1 + spread` times their mean.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -123,9 +137,12 @@ def random_requests(
 
 
 def file_requests(path: Path, count: int, *, output_len: int, seed: int) -> list[BenchRequest]:
-    """Prompts of a file of JSON lines with the keys `prompt` and, if wanted, `output_tokens`.
+    """Requests from a file of JSON lines with the key `prompt` and optionally `output_tokens`.
 
-    They come in a random order, again and again if the file has fewer than `count`.
+    They come in a random order, which repeats if the file has fewer than `count`.
+
+    Args:
+        output_len: tokens to generate where a line names no `output_tokens`.
 
     Raises:
         DataError: the file cannot be read, or a line is not as it should be.
@@ -137,89 +154,90 @@ def file_requests(path: Path, count: int, *, output_len: int, seed: int) -> list
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the prompts cannot be read ({error}).") from error
-    asks = [
+    requests = [
         _read_request(path, n, line, output_len) for n, line in enumerate(lines, 1) if line.strip()
     ]
-    if not asks:
+    if not requests:
         raise DataError(f"{path}: there is no prompt in it.")
-    random.Random(seed).shuffle(asks)
-    return [asks[number % len(asks)] for number in range(count)]
+    random.Random(seed).shuffle(requests)
+    return [requests[i % len(requests)] for i in range(count)]
 
 
 def _read_request(path: Path, number: int, line: str, output_len: int) -> BenchRequest:
     try:
         value = json.loads(line)
-        prompt, wanted = value["prompt"], value.get("output_tokens", output_len)
+        prompt = value["prompt"]
+        max_tokens = value.get("output_tokens", output_len)
     except (ValueError, KeyError, TypeError, AttributeError):
-        prompt = wanted = None
-    if not isinstance(prompt, str) or not isinstance(wanted, int) or wanted < 1:
+        prompt, max_tokens = None, None
+    if not isinstance(prompt, str) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise DataError(f'{path}, line {number}: write {{"prompt": "a text"}}, one object a line.')
-    return BenchRequest(prompt=prompt, max_tokens=wanted)
+    return BenchRequest(prompt=prompt, max_tokens=max_tokens)
 
 
-def bodies(
-    asks: Sequence[BenchRequest], model: str, extra: Mapping[str, Any]
+def completion_bodies(
+    requests: Sequence[BenchRequest], model: str, extra: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The requests as the API takes them; `extra` holds sampling options."""
+    """Bodies of `/v1/completions` for the requests; `extra` holds sampling options."""
     common = {"model": model, "stream": True, "stream_options": {"include_usage": True}, **extra}
-    return [{**common, "prompt": ask.prompt, "max_tokens": ask.max_tokens} for ask in asks]
+    return [{**common, "prompt": r.prompt, "max_tokens": r.max_tokens} for r in requests]
 
 
 async def send_all(
-    client: Client, requests: Sequence[Mapping[str, Any]], traffic: ArrivalProcess
+    client: Client, bodies: Sequence[Mapping[str, Any]], arrivals: ArrivalProcess
 ) -> tuple[list[RawResponse], float]:
-    """Send completion requests; their outcomes in order, and the seconds that all took."""
-    gate = asyncio.Semaphore(traffic.max_concurrency or max(1, len(requests)))
+    """Send completion requests; their responses in the same order, and the seconds of them all."""
+    places = asyncio.Semaphore(arrivals.max_concurrency or max(1, len(bodies)))
     began = time.perf_counter()
 
-    async def one(request: Mapping[str, Any], delay: float) -> RawResponse:
+    async def send(body: Mapping[str, Any], delay: float) -> RawResponse:
         await asyncio.sleep(began + delay - time.perf_counter())
-        outcome = RawResponse()
-        async with gate:
-            outcome.started = time.perf_counter()
+        response = RawResponse()
+        async with places:
+            response.start = time.perf_counter()
             try:
-                async with aclosing(client.stream("/v1/completions", request)) as events:
+                async with aclosing(client.stream("/v1/completions", body)) as events:
                     async for data in events:
-                        outcome.times.append(time.perf_counter())
-                        outcome.events.append(data)
+                        response.times.append(time.perf_counter())
+                        response.events.append(data)
             except MorError as error:
-                outcome.error = str(error)
-        return outcome
+                response.error = str(error)
+        return response
 
-    delays = traffic.delays(len(requests))
-    outcomes = await asyncio.gather(*map(one, requests, delays))
-    return outcomes, time.perf_counter() - began
+    delays = arrivals.delays(len(bodies))
+    responses = await asyncio.gather(*map(send, bodies, delays))
+    return responses, time.perf_counter() - began
 
 
-def parse_response(outcome: RawResponse) -> RequestResult:
-    """What an outcome's events say.
+def parse_response(response: RawResponse) -> RequestResult:
+    """The latencies and tokens of a response.
 
     Raises:
-        RequestError: the request failed, or nothing came.
+        RequestError: the request failed, or no token came.
     """
-    if outcome.error:
-        raise RequestError(outcome.error)
-    times: list[float] = []
+    if response.error:
+        raise RequestError(response.error)
+    times: list[float] = []  # of events with tokens
     token_ids: list[int] = []
     recursions: list[int] = []
-    counted = 0
+    counted = 0  # tokens, for servers that send no usage
     usage: dict[str, Any] = {}
-    for at, data in zip(outcome.times, outcome.events, strict=True):
+    for at, data in zip(response.times, response.events, strict=True):
         event = read_event(data)
         usage = event.get("usage") or usage
         for choice in event.get("choices") or ():
             ids = choice.get("token_ids") or ()
             if not ids and not choice.get("text"):
                 continue
-            counted += len(ids) or 1
+            counted += len(ids) or 1  # without ids an event counts as one token
             times.append(at)
             token_ids.extend(ids)
             recursions.extend(choice.get("recursion_counts") or ())
     if not times:
         raise RequestError("the server sent no token.")
     return RequestResult(
-        ttft=times[0] - outcome.started,
-        e2el=times[-1] - outcome.started,
+        ttft=times[0] - response.start,
+        e2el=times[-1] - response.start,
         itl=[later - earlier for earlier, later in pairwise(times)],
         prompt_tokens=usage.get("prompt_tokens", 0),
         output_tokens=usage.get("completion_tokens", counted),
@@ -229,68 +247,70 @@ def parse_response(outcome: RawResponse) -> RequestResult:
 
 
 def summarize(
-    outcomes: Sequence[RawResponse],
+    responses: Sequence[RawResponse],
     seconds: float,
     *,
     percentiles: Sequence[float] = (99,),
     goodput: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Rates and latencies of a run, under the keys that vLLM's results have.
+    """Throughput and latencies of a run, under the keys that vLLM's results have.
 
     Args:
-        goodput: the most milliseconds of `METRICS` that a good request takes.
+        seconds: from the first request to the end of the last.
+        percentiles: of every latency, from 0 to 100.
+        goodput: by name in `METRICS`, the milliseconds that a good request takes at most.
 
     Raises:
-        RequestError: no request came through; says why the first did not.
+        RequestError: no request succeeded; tells why the first did not.
     """
-    answers: list[RequestResult] = []
+    results: list[RequestResult] = []
     errors: list[str] = []
-    for outcome in outcomes:
+    for response in responses:
         try:
-            answers.append(parse_response(outcome))
+            results.append(parse_response(response))
         except RequestError as error:
             errors.append(str(error))
-    if not answers:
-        raise RequestError(f"none of {len(outcomes)} requests came through: {errors[0]}")
-    tokens_in = sum(a.prompt_tokens for a in answers)
-    tokens_out = sum(a.output_tokens for a in answers)
-    recursions = [count for a in answers for count in a.recursions]
-    good = sum(_is_good(a, goodput or {}) for a in answers) / seconds
+    if not results:
+        raise RequestError(f"none of {len(responses)} requests came through: {errors[0]}")
+    tokens_in = sum(r.prompt_tokens for r in results)
+    tokens_out = sum(r.output_tokens for r in results)
+    recursions = [count for r in results for count in r.recursions]
+    good = sum(_is_good(r, goodput or {}) for r in results) / seconds
     return {
         "duration": seconds,
-        "completed": len(answers),
+        "completed": len(results),
         "failed": len(errors),
         "errors": sorted(set(errors))[:3],
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
-        "request_throughput": len(answers) / seconds,
+        "request_throughput": len(results) / seconds,
         "request_goodput": good if goodput else None,
         "output_throughput": tokens_out / seconds,
         "total_token_throughput": (tokens_in + tokens_out) / seconds,
         "mean_recursions": sum(recursions) / len(recursions) if recursions else None,
-        **_latencies(answers, percentiles),
+        **_latencies(results, percentiles),
     }
 
 
-def _values(answer: RequestResult, metric: str) -> list[float]:
-    """Milliseconds of a metric in one answer; none where it is not defined."""
-    value = getattr(answer, metric)
+def _values(result: RequestResult, metric: str) -> list[float]:
+    """The values of a metric in one result, in milliseconds; none where it is not defined."""
+    value = getattr(result, metric)
     values = value if isinstance(value, list) else [value]
     return [1e3 * v for v in values if v is not None]
 
 
-def _is_good(answer: RequestResult, goodput: Mapping[str, float]) -> bool:
+def _is_good(result: RequestResult, goodput: Mapping[str, float]) -> bool:
     return all(
-        max(_values(answer, name), default=0) <= maximum for name, maximum in goodput.items()
+        max(_values(result, name), default=0) <= maximum for name, maximum in goodput.items()
     )
 
 
 def _latencies(
-    answers: Sequence[RequestResult], percentiles: Sequence[float]
+    results: Sequence[RequestResult], percentiles: Sequence[float]
 ) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name in METRICS:
-        values = [value for answer in answers for value in _values(answer, name)]
+        values = [value for result in results for value in _values(result, name)]
         for label, of in (("mean", np.mean), ("median", np.median), ("std", np.std)):
             found[f"{label}_{name}_ms"] = float(of(values)) if values else None
         for p in percentiles:

@@ -1,7 +1,7 @@
-"""What HTTP costs: a server's streams against the same engine without a server, in turns.
+"""Measures what HTTP costs: a server's streams against the same engine without a server, in turns.
 
 The server runs in a process of its own, the engine in this one; each waits while the other works.
-Both sides get the same prompts, new ones in every round, since both cache prefixes.
+Both get the same prompts, new ones in every round, since both cache prefixes.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from mor.bench.serve import (
     ArrivalProcess,
     BenchRequest,
     RequestResult,
-    bodies,
+    completion_bodies,
     parse_response,
     send_all,
 )
@@ -37,67 +37,78 @@ from mor.model.sampling import SamplingParams
 from mor.serve.client import Client
 
 MAX_COST = 0.08
-"""Share of the offline tokens/s that HTTP may cost."""
+"""Share of the engine's tokens/s that HTTP may cost."""
 MAX_WAIT = 1.3
-"""Time to first token over the bare prefill."""
+"""Time to the first token over HTTP may be so many times the engine's."""
 
 _SERVED = re.compile(r"is served at (http://\S+)")
-_START_S = 600.0  # the first start on a machine compiles kernels
-_STOP_S = 60.0
-_WAITS_PER_ROUND = 4  # single requests are short: more of them for a steady median
+_START_TIMEOUT_S = 600.0  # the first start on a machine compiles kernels
+_STOP_TIMEOUT_S = 60.0
+_SINGLES_PER_ROUND = 4  # single requests are short: more of them for a steady median
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverheadConfig:
-    """What to compare."""
+    """Settings of `mor bench serve --against offline`, under the names of its options.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
 
     model: Path
-    streams: int = 32
-    prompt: int = 128
+    """Folder of a checkpoint."""
+    max_concurrency: int = 32
+    """Streams at once; the engine's `max_num_seqs`."""
+    random_input_len: int = 128
     """Tokens of each prompt."""
-    output: int = 128
-    """Tokens generated for each."""
+    random_output_len: int = 128
+    """Tokens that are generated for each."""
     rounds: int = 5
     seed: int = 0
     dtype: str | None = None
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("streams", "prompt", "output", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("max_concurrency", "random_input_len", "random_output_len", "rounds"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least 1.")
 
     def engine(self) -> LLM:
-        """The engine, set up as the server's is."""
+        """An engine in this process with the settings of the server's.
+
+        Raises:
+            MorError: it cannot run the model, or the lengths exceed the model's positions.
+        """
         values = {
-            "max_num_seqs": self.streams,
+            "max_num_seqs": self.max_concurrency,
             "dtype": self.dtype,
             "quantization": self.quantization,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         }
         llm = LLM(self.model, EngineConfig.from_dict(values))
         maximum = llm.model_config.max_position_embeddings
-        if self.prompt + self.output > maximum:
+        if self.random_input_len + self.random_output_len > maximum:
             raise ConfigError(
-                f"{self.prompt} tokens of a prompt and {self.output} of output exceed the "
-                f"model's {maximum} positions: ask for fewer."
+                f"--random-input-len={self.random_input_len} and --random-output-len="
+                f"{self.random_output_len} exceed the model's {maximum} positions: ask for fewer."
             )
         return llm
 
     @property
-    def options(self) -> list[str]:
-        """The server's, so that its engine is the same."""
+    def server_options(self) -> list[str]:
+        """Options of `mor serve` that give its engine the same settings."""
         given = {"--dtype": self.dtype, "--quantization": self.quantization}
         chosen = [part for name, value in given.items() if value for part in (name, value)]
-        return ["--max-num-seqs", str(self.streams), *chosen]
+        return ["--max-num-seqs", str(self.max_concurrency), *chosen]
 
 
 @contextmanager
 def serving(model: Path, options: list[str]) -> Generator[Client]:
-    """`mor serve` in a process of its own, on a free port.
+    """Run `mor serve` in a process of its own on a free port; gives a client of it.
 
     Raises:
-        RequestError: it does not start; says why.
+        RequestError: the server does not start; tells why.
     """
     command = [sys.executable, "-m", "mor", "serve", str(model), "--port", "0", *options]
     environment = {name: value for name, value in os.environ.items() if name != "MOR_API_KEY"}
@@ -106,63 +117,70 @@ def serving(model: Path, options: list[str]) -> Generator[Client]:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
         )
         try:
-            yield Client.of(_address(process, log))
+            yield Client.of(_wait_for_address(process, log))
         finally:
             process.terminate()
             try:
-                process.wait(_STOP_S)
+                process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
 
-def _address(process: "subprocess.Popen[bytes]", log: Any) -> str:
-    """Where it serves, once it does."""
-    end = time.monotonic() + _START_S
+def _wait_for_address(process: "subprocess.Popen[bytes]", log: Any) -> str:
+    """The server's address, which its log tells once requests are accepted."""
+    end = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < end:
-        done = process.poll() is not None
+        has_ended = process.poll() is not None  # asked before reading, so that no line is missed
         log.seek(0)
         text = log.read()
         if found := _SERVED.search(text):
             return found[1]
-        if done:
+        if has_ended:
             break
         time.sleep(0.05)
     raise RequestError(f"the server does not start: {' '.join(text.split())[-400:]}")
 
 
 class ServerAndOffline:
-    """Both sides of the comparison; each call works through the next prompts of its side."""
+    """Generates the same random prompts with a server and with an engine in this process."""
 
-    def __init__(self, plan: OverheadConfig, llm: LLM, client: Client, model: str) -> None:
-        self._plan, self._llm, self._client, self._model = plan, llm, client, model
-        self._draws = {side: random.Random(plan.seed) for side in ("http", "offline")}
+    def __init__(self, config: OverheadConfig, llm: LLM, client: Client, model: str) -> None:
+        self._config = config
+        self._llm = llm
+        self._client = client
+        self._model = model
+        # One generator each, so that both get the same prompts in whichever order they run.
+        self._draws = {side: random.Random(config.seed) for side in ("http", "offline")}
         self.tokens: dict[str, list[list[list[int]]]] = {"http": [], "offline": []}
-        self.waits: list[float] = []
-        """Seconds to the first token of single requests."""
+        """(calls, streams) token ids of every output."""
+        self.ttfts: list[float] = []
+        """For each call of `http` the median of its streams' seconds to the first token."""
 
     def http(self, streams: int, output: int) -> None:
-        """Streams over HTTP, all at once."""
-        asks = [BenchRequest(prompt=p, max_tokens=output) for p in self._prompts("http", streams)]
-        requests = bodies(asks, self._model, {"ignore_eos": True, "temperature": 0})
-        outcomes, _ = asyncio.run(send_all(self._client, requests, ArrivalProcess()))
-        answers: list[RequestResult] = [parse_response(outcome) for outcome in outcomes]
-        self.waits.append(statistics.median(answer.ttft for answer in answers))
-        self.tokens["http"].append([answer.token_ids for answer in answers])
+        """Generate `output` tokens for each of the next prompts over HTTP, all at once."""
+        prompts = self._prompts("http", streams)
+        requests = [BenchRequest(prompt=prompt, max_tokens=output) for prompt in prompts]
+        sent = completion_bodies(requests, self._model, {"ignore_eos": True, "temperature": 0})
+        responses, _ = asyncio.run(send_all(self._client, sent, ArrivalProcess()))
+        results: list[RequestResult] = [parse_response(response) for response in responses]
+        self.ttfts.append(statistics.median(result.ttft for result in results))
+        self.tokens["http"].append([result.token_ids for result in results])
 
     def offline(self, streams: int, output: int) -> None:
-        """The same by the engine."""
+        """Generate the same with the engine in this process."""
         params = SamplingParams(max_tokens=output, ignore_eos=True)
-        done = self._llm.generate(self._prompts("offline", streams), params)
-        self.tokens["offline"].append([completion.token_ids for completion in done])
+        completions = self._llm.generate(self._prompts("offline", streams), params)
+        self.tokens["offline"].append([completion.token_ids for completion in completions])
 
     def _prompts(self, side: str, count: int) -> list[list[int]]:
         draw, size = self._draws[side], self._llm.model_config.vocab_size
-        return [[draw.randrange(size) for _ in range(self._plan.prompt)] for _ in range(count)]
+        length = self._config.random_input_len
+        return [[draw.randrange(size) for _ in range(length)] for _ in range(count)]
 
     @property
-    def same(self) -> float:
-        """Share of the texts that came out equal; fp32 sums of other batches may tip a token."""
+    def same_share(self) -> float:
+        """Share of outputs that are equal. Not always 1: in fp32 other batches give other sums."""
         pairs = [
             pair
             for http, offline in zip(self.tokens["http"], self.tokens["offline"], strict=True)
@@ -171,48 +189,52 @@ class ServerAndOffline:
         return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def measure(plan: OverheadConfig, note: Callable[[str], None]) -> dict[str, Any]:
-    """Tokens/s of concurrent streams, and the wait for the first token at an idle server.
+def measure(config: OverheadConfig, note: Callable[[str], None]) -> dict[str, Any]:
+    """Tokens/s of concurrent streams, and the time to the first token at an idle server.
+
+    Args:
+        note: is told what is being measured.
 
     Raises:
-        MorError: the model cannot be served so.
+        MorError: the model cannot be served with these settings.
     """
     note("the server's start")
-    with serving(plan.model, plan.options) as client:
-        llm = plan.engine()
+    with serving(config.model, config.server_options) as client:
+        llm = config.engine()
         card = asyncio.run(client.card())
-        sides = ServerAndOffline(plan, llm, client, card["id"])
-        note(f"{plan.streams} streams")
+        both = ServerAndOffline(config, llm, client, card["id"])
+        note(f"{config.max_concurrency} streams")
         load = paired(
-            lambda: sides.http(plan.streams, plan.output),
-            lambda: sides.offline(plan.streams, plan.output),
-            rounds=plan.rounds,
+            lambda: both.http(config.max_concurrency, config.random_output_len),
+            lambda: both.offline(config.max_concurrency, config.random_output_len),
+            rounds=config.rounds,
         )
         note("single requests")
-        sides.waits.clear()
-        alone = paired(
-            lambda: sides.http(1, 1), lambda: sides.offline(1, 1),
-            rounds=_WAITS_PER_ROUND * plan.rounds,
-        )  # fmt: skip
-    tokens = plan.streams * plan.output
-    waits = sides.waits[1:]  # the first was the warm-up
-    ratios = [wait / prefill for wait, prefill in zip(waits, alone.b, strict=True)]
+        both.ttfts.clear()
+        single = paired(
+            lambda: both.http(1, 1),
+            lambda: both.offline(1, 1),
+            rounds=_SINGLES_PER_ROUND * config.rounds,
+        )
+    tokens = config.max_concurrency * config.random_output_len
+    ttfts = both.ttfts[1:]  # the first was the warm-up round of `paired`
+    ratios = [ttft / prefill for ttft, prefill in zip(ttfts, single.b, strict=True)]
     return {
         "against": "offline",
-        "model": str(plan.model),
-        "streams": plan.streams,
-        "prompt": plan.prompt,
-        "output": plan.output,
+        "model": str(config.model),
+        "streams": config.max_concurrency,
+        "prompt": config.random_input_len,
+        "output": config.random_output_len,
         "http_tokens_per_s": tokens / statistics.median(load.a),
         "offline_tokens_per_s": tokens / statistics.median(load.b),
         "http_cost": 1 - 1 / load.ratio,
         "http_cost_bar": MAX_COST,
         "load": load.as_dict(),
-        "ttft_ms": 1e3 * statistics.median(waits),
-        "prefill_ms": 1e3 * statistics.median(alone.b),
+        "ttft_ms": 1e3 * statistics.median(ttfts),
+        "prefill_ms": 1e3 * statistics.median(single.b),
         "ttft_ratio": statistics.median(ratios),
         "ttft_ratio_bar": MAX_WAIT,
         "ttft_ratio_min": min(ratios),
         "ttft_ratio_max": max(ratios),
-        "same_texts": sides.same,
+        "same_texts": both.same_share,
     }

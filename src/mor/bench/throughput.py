@@ -1,8 +1,8 @@
-"""Tokens per second, depth-wise batched MoR against vanilla, and against the FLOP bound.
+"""Tokens per second of MoR with depth-wise batching, against vanilla and against the FLOP bound.
 
-Every comparison runs two live engines in one process, tick by tick in turns, and takes the median
-of the rounds' ratios. The bound is what the saved FLOPs allow at best: FLOPs of a vanilla request
-over those of a MoR request, by the cost model, at the measured depth histogram.
+Every comparison runs two engines in one process, step by step in turns, and takes the median of the
+rounds' ratios. The bound is what the saved FLOPs allow at best: FLOPs of a vanilla request over
+those of a MoR request, by the cost model, at the measured depth histogram.
 """
 
 import statistics
@@ -32,30 +32,39 @@ VANILLA = "vanilla"
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputConfig:
-    """What to measure."""
+    """Settings of `mor bench throughput` and `mor bench latency`.
+
+    `max_num_seqs`, `dtype`, `quantization` and `num_scheduler_steps` are fields of `EngineConfig`,
+    and mean there and here the same.
+    """
 
     preset: str = "135m"
+    """Sizes of all models that are measured."""
     recursions: tuple[int, ...] = (2, 3, 4)
-    sequences: int = 64
+    """Numbers of recursions; each is a MoR model that is compared with vanilla."""
+    max_num_seqs: int = 64
+    """Sequences in flight, all the time."""
     prompt: int = 128
+    """Tokens of each prompt."""
     output: int = 128
+    """Tokens that are generated for each."""
     decode_only: bool = False
-    """Let all prompts enter before the clock starts, and start no new ones."""
+    """Compute all prompts before the clock starts, and start no further requests."""
     rounds: int = 5
+    """Measured rounds of each comparison."""
     seconds: float = 6.0
-    """Of each engine in a round."""
+    """That each of the two engines gets in a round."""
     dtype: str | None = None
     quantization: str | None = None
     num_scheduler_steps: int | None = None
-    """Decode ticks in a row, see `EngineConfig`."""
 
     @property
     def shape(self) -> RequestShape:
-        """Of the requests."""
+        """The size of the requests."""
         return RequestShape(prompt=self.prompt, output=self.output)
 
-    def config(self, recursions: int) -> MoRConfig:
-        """The model of so many recursions; 1 is vanilla.
+    def model_config(self, recursions: int) -> MoRConfig:
+        """The model with so many recursions; 1 is vanilla.
 
         The head is not tied to the embedding: an untrained tied model repeats its last token for
         ever, and its routers then see one token instead of many.
@@ -65,33 +74,42 @@ class ThroughputConfig:
         )
         return mor if recursions > 1 else mor.vanilla_twin()
 
-    def load(self, recursions: int, sequences: int | None = None, **settings: Any) -> SteadyLoad:
-        """A running engine."""
-        count = self.sequences if sequences is None else sequences
-        config = self.config(recursions)
+    def load(
+        self, recursions: int, max_num_seqs: int | None = None, **engine_options: Any
+    ) -> SteadyLoad:
+        """An engine with its requests in flight.
+
+        Args:
+            max_num_seqs: instead of the field.
+            engine_options: further fields of `EngineConfig`; they replace ours.
+
+        Raises:
+            ConfigError: prompt and output exceed the model's positions.
+        """
+        count = self.max_num_seqs if max_num_seqs is None else max_num_seqs
+        config = self.model_config(recursions)
         if self.prompt + self.output > config.max_position_embeddings:
             raise ConfigError(
                 f"--prompt {self.prompt} and --output {self.output} exceed the model's "
                 f"{config.max_position_embeddings} positions."
             )
         model = random_model(config, min(512, self.prompt + self.output))
-        chosen = {
+        options = {
             "dtype": self.dtype,
             "quantization": self.quantization,
             "num_scheduler_steps": self.num_scheduler_steps,
         }
-        chosen |= settings
-        llm = engine(model, count, **chosen)
+        llm = engine(model, count, **(options | engine_options))
         return SteadyLoad(llm, count, self.shape, staggered=not self.decode_only)
 
 
 def interleave(
     a: SteadyLoad, b: SteadyLoad, *, rounds: int, seconds: float
 ) -> list[tuple[Measurement, Measurement]]:
-    """Rounds of two engines, so many seconds for each; a first one does not count.
+    """Measurements of two engines in each of the rounds, in which each gets so many seconds.
 
-    Within a round whoever had less time so far takes the next tick: what slows the machine down for
-    a while meets both.
+    Within a round the engine that had less time so far takes the next step, so that whatever slows
+    the machine down for a while slows both. A first round warms up and is left out.
     """
     pairs: list[tuple[Measurement, Measurement]] = []
     for number in range(rounds + 1):
@@ -109,8 +127,11 @@ def interleave(
 
 
 def ratios(pairs: Sequence[tuple[Measurement, Measurement]]) -> dict[str, Any]:
-    """Median and spread of a's tokens per second over b's; and all rounds as one, which a machine
-    that changes its speed by the tick blurs less."""
+    """The ratio of a's tokens per second to b's: median and range over the rounds.
+
+    `ratio_of_sums` takes all rounds together; it varies less on a machine whose speed changes from
+    step to step.
+    """
     values = [a.tokens_per_s / b.tokens_per_s for a, b in pairs]
     mine, theirs = (sum(side, Measurement()) for side in zip(*pairs, strict=True))
     return {
@@ -122,9 +143,13 @@ def ratios(pairs: Sequence[tuple[Measurement, Measurement]]) -> dict[str, Any]:
     }
 
 
-def measure(plan: ThroughputConfig, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Each MoR model against vanilla, and against itself with `batching="sequence"`."""
-    vanilla = plan.load(1)
+def measure(config: ThroughputConfig, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Each MoR model against vanilla, and against itself with `batching="sequence"`.
+
+    Args:
+        progress: is told what is being measured.
+    """
+    vanilla = config.load(1)
     record: dict[str, Any] = {
         name: {}
         for name in (
@@ -133,32 +158,34 @@ def measure(plan: ThroughputConfig, progress: Callable[[str], None]) -> dict[str
         )
     }
     rates: list[float] = []
-    for recursions in plan.recursions:
+    for recursions in config.recursions:
         name = f"mor{recursions}"
         progress(f"{name} against vanilla")
-        depth = plan.load(recursions)
-        pairs = interleave(depth, vanilla, rounds=plan.rounds, seconds=plan.seconds)
-        rates += [window.tokens_per_s for _, window in pairs]
+        depth = config.load(recursions)
+        pairs = interleave(depth, vanilla, rounds=config.rounds, seconds=config.seconds)
+        rates += [b.tokens_per_s for _, b in pairs]
         histogram = depth.llm.stats.depth_histogram
         result = ratios(pairs)
-        bound = flops_bound(plan, recursions, histogram)
+        bound = flops_bound(config, recursions, histogram)
         record["tokens_per_s"][name] = statistics.median(a.tokens_per_s for a, _ in pairs)
         record["ratio"][name] = result["ratio"]
         record["bound"][name] = bound
         record["fraction_of_bound"][name] = result["ratio"] / bound
         total = sum(histogram)
         record["depth_histogram"][name] = [count / total for count in histogram]
-        record["gemm_share"][name] = gemm_share(depth, plan.sequences)
+        record["gemm_share"][name] = gemm_share(depth, config.max_num_seqs)
         record["overhead_share"][name] = overhead(depth.llm)
-        record["gemm_share"][VANILLA] = gemm_share(vanilla, plan.sequences)
+        record["gemm_share"][VANILLA] = gemm_share(vanilla, config.max_num_seqs)
         record["overhead_share"][VANILLA] = overhead(vanilla.llm)
         record["details"][name] = {"against_vanilla": result}
-        if not plan.decode_only:
+        if not config.decode_only:
             progress(f"{name}: depth-wise against sequence-wise batching")
-            whole = plan.load(recursions, batching="sequence", num_scheduler_steps=None)
-            if depth.llm.backend.num_scheduler_steps > 1:  # like with like: it has no bursts
-                depth = plan.load(recursions, num_scheduler_steps=1)
-            pairs = interleave(depth, whole, rounds=plan.rounds, seconds=plan.seconds)
+            whole = config.load(recursions, batching="sequence", num_scheduler_steps=None)
+            # Sequence-wise batching has no multi-step runs; without them on both sides, only the
+            # batching differs.
+            if depth.llm.backend.num_scheduler_steps > 1:
+                depth = config.load(recursions, num_scheduler_steps=1)
+            pairs = interleave(depth, whole, rounds=config.rounds, seconds=config.seconds)
             result = ratios(pairs)
             record["depth_over_sequence"][name] = result["ratio"]
             record["details"][name]["against_sequence"] = result
@@ -166,47 +193,49 @@ def measure(plan: ThroughputConfig, progress: Callable[[str], None]) -> dict[str
     return record
 
 
-def equal_memory(plan: ThroughputConfig, recursions: int) -> dict[str, Any]:
-    """Decode with as many MoR sequences as fit into the memory of `plan.sequences` vanilla ones."""
-    configs = plan.config(1), plan.config(recursions)
-    bytes_each = [kv_bytes_per_token(config) for config in configs]
-    sequences = int(plan.sequences * bytes_each[0] / bytes_each[1])
-    vanilla, mor = plan.load(1), plan.load(recursions, sequences)
-    pairs = interleave(mor, vanilla, rounds=plan.rounds, seconds=plan.seconds)
+def equal_memory(config: ThroughputConfig, recursions: int) -> dict[str, Any]:
+    """Decode with as many MoR sequences as fit into the memory of `max_num_seqs` vanilla ones."""
+    models = config.model_config(1), config.model_config(recursions)
+    bytes_each = [kv_bytes_per_token(model) for model in models]
+    sequences = int(config.max_num_seqs * bytes_each[0] / bytes_each[1])
+    vanilla, mor = config.load(1), config.load(recursions, sequences)
+    pairs = interleave(mor, vanilla, rounds=config.rounds, seconds=config.seconds)
     used = [kv_bytes_in_use(load.llm) for load in (mor, vanilla)]
     return {
-        "sequences": [sequences, plan.sequences],
+        "sequences": [sequences, config.max_num_seqs],
         "kv_bytes_in_use": used,
         **ratios(pairs),
     }
 
 
-def flops_bound(plan: ThroughputConfig, recursions: int, histogram: list[int]) -> float:
-    """FLOPs of vanilla over those of the model at this histogram."""
-    shape = plan.shape
-    if plan.decode_only:  # the prompts entered before
-        context = plan.prompt + plan.output // 2
-        config = plan.config(recursions)
-        mine = decode_flops(
-            config, context, depth_fractions=depth_fractions_of(config, histogram)
-        ).mean
-        return decode_flops(plan.config(1), context).mean / mine
-    vanilla = request_flops(plan.config(1), shape)
-    return vanilla / request_flops(plan.config(recursions), shape, histogram)
+def flops_bound(config: ThroughputConfig, recursions: int, histogram: list[int]) -> float:
+    """FLOPs of a vanilla request over those of a MoR request with this depth histogram."""
+    shape = config.shape
+    if config.decode_only:  # the prompts were computed before
+        context = config.prompt + config.output // 2  # tokens before a generated one, on average
+        mor = config.model_config(recursions)
+        fractions = depth_fractions_of(mor, histogram)
+        mine = decode_flops(mor, context, depth_fractions=fractions).mean
+        return decode_flops(config.model_config(1), context).mean / mine
+    vanilla = request_flops(config.model_config(1), shape)
+    return vanilla / request_flops(config.model_config(recursions), shape, histogram)
 
 
 def overhead(llm: LLM) -> float:
-    """Share of a tick in scheduling and Python: outside layers, head, routers and sampler."""
+    """Share of the engine's time outside layers, head, routers and sampler: scheduling, Python."""
     return 1 - llm.stats.compute_seconds / llm.stats.seconds
 
 
 def kv_bytes_in_use(llm: LLM) -> int:
-    """Bytes of the pages that are held."""
+    """Bytes of the KV pages that are not free."""
     return (llm.pool.num_pages - llm.pool.num_free) * llm.cache.page_bytes
 
 
 def gemm_share(load: SteadyLoad, rows: int) -> float | None:
-    """The rate of the block's products as a share of their best alone, packed, at so many rows."""
+    """FLOP/s of the block's matrix products over their best FLOP/s alone, with so many rows.
+
+    None where the engine does not count them: on other kernels than the CPU's.
+    """
     stack, kernels, rate = load.llm.runner.block, load.llm.runner.kernels, load.product_rate()
     if rate is None or not isinstance(stack, CpuStack) or not isinstance(kernels, CpuKernels):
         return None
@@ -214,7 +243,11 @@ def gemm_share(load: SteadyLoad, rows: int) -> float | None:
 
 
 def best_product_rate(kernels: CpuKernels, stack: CpuStack, rows: int, repeats: int = 9) -> float:
-    """FLOP/s of a stack's matrix products alone, one after another: the best of several runs."""
+    """FLOP/s of a stack's matrix products alone, one after another: the best of several runs.
+
+    Args:
+        rows: tokens of the batch.
+    """
     y, q, kv, mixed, gate_up, inner, *_ = kernels.workspace(rows)
     x = np.zeros((rows, y.shape[1]), np.float32)
     arrays = ((y, q), (y, kv), (mixed, x), (y, gate_up), (inner, x))

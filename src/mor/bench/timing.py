@@ -1,4 +1,4 @@
-"""Paired timing: on a shared machine only ratios of alternating runs mean anything."""
+"""Two tasks timed in turns: on a shared machine only ratios of alternating runs mean anything."""
 
 import statistics
 import time
@@ -17,16 +17,16 @@ class PairedTimes:
 
     @property
     def ratio(self) -> float:
-        """Median over rounds of a's seconds divided by b's."""
+        """The median of `ratios`."""
         return statistics.median(self.ratios)
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Of each round."""
+        """For each round, a's seconds over b's."""
         return tuple(x / y for x, y in zip(self.a, self.b, strict=True))
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: the median, its spread, and the medians of both sides."""
+        """A JSON object: median and range of the ratios, and the median seconds of each task."""
         return {
             "ratio": self.ratio,
             "ratio_min": min(self.ratios),
@@ -40,18 +40,17 @@ class PairedTimes:
 def paired(
     a: Callable[[], object], b: Callable[[], object], *, rounds: int, warmup: int = 1
 ) -> PairedTimes:
-    """Time two tasks in turns, after `warmup` rounds that do not count.
+    """Time two tasks in turns, after `warmup` rounds that are left out.
 
-    The order alternates between rounds, so that neither side always runs second.
+    The order alternates between rounds (A B, B A, A B, ..), so that neither always runs second.
     """
-    seconds: dict[int, list[float]] = {0: [], 1: []}
-    tasks = (a, b)
+    a_seconds: list[float] = []
+    b_seconds: list[float] = []
     for round_ in range(warmup + rounds):
-        for side in (0, 1) if round_ % 2 == 0 else (1, 0):
-            taken = timed(tasks[side])
-            if round_ >= warmup:
-                seconds[side].append(taken)
-    return PairedTimes(a=tuple(seconds[0]), b=tuple(seconds[1]))
+        order = ((a, a_seconds), (b, b_seconds))
+        for task, seconds in order if round_ % 2 == 0 else reversed(order):
+            seconds.append(timed(task))
+    return PairedTimes(a=tuple(a_seconds[warmup:]), b=tuple(b_seconds[warmup:]))
 
 
 def timed(task: Callable[[], object]) -> float:

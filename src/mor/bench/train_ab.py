@@ -1,6 +1,6 @@
-"""Training steps: does dropping tokens save the time and memory that the cost model promises?
+"""Two models' training steps in turns: time and memory against what the cost model predicts.
 
-`mor.bench.train_step` compares MoR with vanilla. Two more comparisons here, each paired in one run:
+`mor.bench.train_step` compares MoR with vanilla. Here are two more comparisons:
 
 `twin`      the demo's MoR against its vanilla twin: the step's time against the ratio of FLOPs.
 `dropping`  135M, R = 3, expert choice, batch 2 x 512, against the same model with all
@@ -28,7 +28,7 @@ from mor.train.parallelize import speed_up
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Model A against model B on the same batch."""
+    """Models A and B that train on batches of the same shape, and the bars of their ratios."""
 
     name: str
     a: MoRConfig
@@ -36,15 +36,15 @@ class Comparison:
     batch_size: int
     sequence_length: int
     time_bar: float
-    """Most that the time ratio may be, as a multiple of the FLOP ratio."""
+    """Bar of (A's time / B's) / (A's FLOPs / B's)."""
     memory_bar: float | None
-    """Likewise for activation memory."""
+    """Bar of (A's activation memory / B's) / (A's FLOPs / B's); None has no bar."""
     rounds_factor: int = 1
-    """Short steps are timed in more rounds: a neighbor's burst then weighs less."""
+    """Multiplies the number of rounds; short steps need more of them for a steady median."""
 
 
 def comparisons() -> tuple[Comparison, ...]:
-    """The two that `mor bench train` runs."""
+    """The comparisons `twin` and `dropping`."""
     demo = MoRConfig.preset("demo", num_recursions=3, vocab_size=4096)
     large = MoRConfig.preset("135m", num_recursions=3)
     return (
@@ -71,7 +71,7 @@ def comparisons() -> tuple[Comparison, ...]:
 
 
 class Stepper:
-    """A model, its optimizer and a batch: one call is one optimizer step."""
+    """A model with its optimizer and one random batch, which it trains on again and again."""
 
     def __init__(
         self,
@@ -90,25 +90,25 @@ class Stepper:
         self.batch = batch.to(device)
 
     def loss(self) -> Tensor:
-        """Forward pass."""
+        """Forward pass; the total loss."""
         batch = self.batch
         out = self.model(batch[:, :-1], targets=batch[:, 1:], return_logits=False)
         return out.total_loss
 
     def step(self) -> None:
-        """Forward, backward, clip, update."""
+        """One optimizer step: forward, backward, clip gradients, update, clear gradients."""
         self.loss().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def activation_bytes(self) -> int:
-        """Bytes that the forward pass keeps for the backward pass, parameters aside."""
+        """Bytes that the forward pass saves for the backward pass, without the parameters."""
         return saved_bytes(self.loss, exclude=self.model.parameters())
 
 
 def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages that autograd keeps during `forward`, those in `exclude` aside."""
+    """Bytes of storages that autograd saves during `forward`, each once, without `exclude`'s."""
     ignored = {p.untyped_storage().data_ptr() for p in exclude}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a freed storage's address would come back as another one's
@@ -128,7 +128,7 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int
 
 
 def compare(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
-    """Measure one comparison; the result is plain data."""
+    """Measure one comparison; the result is a JSON object."""
     shape = (comparison.batch_size, comparison.sequence_length)
     a, b = Stepper(comparison.a, *shape), Stepper(comparison.b, *shape)
     times = paired(a.step, b.step, rounds=rounds * comparison.rounds_factor)
@@ -163,5 +163,5 @@ def compare(comparison: Comparison, *, rounds: int) -> dict[str, Any]:
 
 
 def depth_fractions(config: MoRConfig, length: int) -> tuple[float, ...]:
-    """Shares that `topk` really selects: whole tokens."""
+    """Share of tokens at each depth that `topk` selects: capacities in whole tokens."""
     return tuple(max(1, int(c * length)) / length for c in config.depth_capacities)

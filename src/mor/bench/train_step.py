@@ -1,7 +1,7 @@
-"""Training steps of MoR against vanilla: do dropped tokens save the time and memory they should?
+"""Time and memory of training steps: MoR against vanilla, and against the ratio of their FLOPs.
 
-All models take turns in one process: a round is one optimizer step of each. Peak memory is that of
-a fresh process per model: what is alive in it, and beside it what is resident.
+All models take turns in one process: a round is one optimizer step of each. Peak memory is measured
+in a fresh process for each model, twice: bytes of live tensors, and resident bytes.
 """
 
 import dataclasses
@@ -26,32 +26,36 @@ from mor.model.router import RecursionLimits, RoutingOutput, TokenChoiceRouter
 from mor.train.config import ActivationCheckpointing, TrainConfig
 
 TIME_BAR = 1.07
-"""Most that a step's time may be, as a multiple of its FLOPs; both against vanilla's."""
+"""Bar of (time / vanilla's time) / (FLOPs / vanilla's FLOPs) of a step."""
 GEMM_BAR = 0.6
-"""Least share of the machine's rate in large products that vanilla's step must reach."""
+"""Lower bar of the FLOP/s of vanilla's step over those of a large matrix product."""
 MEMORY_BAR = 0.75
-"""Most peak memory of MoR with R = 2 against vanilla's."""
+"""Bar of the peak memory of MoR with R = 2 over vanilla's."""
 TOKEN_CHOICE_BAR = 1.15
-"""Most that a step of token choice may take against expert choice of the same mean depth."""
+"""Bar of a step's time with token choice over that with expert choice of the same mean depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """What `mor bench train` measures."""
+class TrainStepConfig:
+    """Settings of `mor bench train`."""
 
     preset: str = "135m"
+    """Sizes of all models."""
     models: tuple[str, ...] = ("mor2", "mor3", "mor4", "token3")
+    """Names as `model_config` takes them; vanilla is always measured, too."""
     rounds: int = 5
     batch_size: int = 2
+    """Sequences of a step."""
     length: int = 512
+    """Tokens of each sequence."""
     compile: bool = False
     activation_checkpointing: ActivationCheckpointing = "none"
 
-    def config(self, name: str) -> MoRConfig:
-        """`vanilla`, `morR` (expert choice) or `tokenR` (token choice with R recursions).
+    def model_config(self, name: str) -> MoRConfig:
+        """A model by its name: `vanilla`, `morR` (expert choice with R recursions) or `tokenR`.
 
         Raises:
-            ConfigError: another name.
+            ConfigError: there is no model of that name.
         """
         kind = name.rstrip("0123456789")
         digits = name.removeprefix(kind)
@@ -65,24 +69,26 @@ class StepPlan:
         return MoRConfig.preset(self.preset, max_position_embeddings=self.length, **fields)
 
     def stepper(self, name: str) -> Stepper:
-        """The model with its optimizer and a batch."""
+        """The model of that name with its optimizer and a random batch."""
         settings = TrainConfig(
             sequence_length=self.length,
             batch_size=self.batch_size,
             compile=self.compile,
             activation_checkpointing=self.activation_checkpointing,
         )
-        stepper = Stepper(self.config(name), self.batch_size, self.length, settings)
+        stepper = Stepper(self.model_config(name), self.batch_size, self.length, settings)
         if isinstance(stepper.model.router, TokenChoiceRouter):
             stepper.model.router = ForcedDepths(stepper.model.router)
         return stepper
 
 
 class ForcedDepths(TokenChoiceRouter):
-    """Token choice at work, whose decisions are replaced by ragged ones of known mean depth.
+    """Token choice with random recursion counts in place of the router's, of known mean depth.
 
-    Every count from 1 to R has the same share, which is expert choice's mean depth with its usual
-    capacities; which token takes which is drawn anew each time, so sequences differ in length.
+    The router computes its choice as always, so that its time is in the measurement. Every count
+    from 1 to R gets the same share, which is the mean depth of expert choice with its default
+    capacities. Which token gets which count is drawn anew in each step, so that sequences have
+    different numbers of tokens at a depth.
     """
 
     def __init__(self, router: TokenChoiceRouter) -> None:
@@ -96,37 +102,39 @@ class ForcedDepths(TokenChoiceRouter):
         record: RoutingOutput | None,
         limits: RecursionLimits | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(N,) counts and (N, 1) weights; see `TokenChoiceRouter.choose`."""
+        """The (N,) random recursion counts, and the router's (N, 1) weights."""
         _, weight = super().choose(x, ragged, record, limits)
         num = x.shape[0]
+        # 1, 2, .., R, 1, 2, ..: the shares are exact, before they are shuffled.
         counts = torch.arange(num, device=x.device) % self.config.num_recursions + 1
         return counts[torch.randperm(num, device=x.device)], weight
 
 
-def measure(plan: StepPlan) -> dict[str, Any]:
-    """Times, FLOPs and peak memory of all models; plain data."""
-    peers = [f"mor{n[5:]}" for n in plan.models if n.startswith("token")]
-    names = tuple(dict.fromkeys(("vanilla", *peers, *plan.models)))
-    configs = {name: plan.config(name) for name in names}
-    memory = {name: peak_bytes(plan, name) for name in names}
-    resident = {name: peak_bytes(plan, name, resident=True) for name in names}
-    steppers = {name: plan.stepper(name) for name in names}
+def measure(config: TrainStepConfig) -> dict[str, Any]:
+    """Times, FLOPs and peak memory of all models as a JSON object."""
+    # Token choice is compared with expert choice of as many recursions: it is measured, too.
+    peers = [f"mor{n[5:]}" for n in config.models if n.startswith("token")]
+    names = tuple(dict.fromkeys(("vanilla", *peers, *config.models)))
+    models = {name: config.model_config(name) for name in names}
+    memory = {name: peak_bytes(config, name) for name in names}
+    resident = {name: peak_bytes(config, name, resident=True) for name in names}
+    steppers = {name: config.stepper(name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks: list[float] = []
-    for round_ in range(plan.rounds + 1):  # the first does not count
+    for round_ in range(config.rounds + 1):  # the first one warms up, and is left out below
         peaks.append(gemm_gflops())
         for name in names if round_ % 2 else reversed(names):
             seconds[name].append(timed(steppers[name].step))
     times = {name: values[1:] for name, values in seconds.items()}
-    tokens = plan.batch_size * plan.length
+    tokens = config.batch_size * config.length
     flops = {
-        name: tokens * training_flops(config, plan.length, depth_fractions(config, plan.length))
-        for name, config in configs.items()
+        name: tokens * training_flops(model, config.length, depth_fractions(model, config.length))
+        for name, model in models.items()
     }
     rate = flops["vanilla"] / statistics.median(times["vanilla"]) / 1e9
     return {
-        "batch": [plan.batch_size, plan.length],
-        "compile": plan.compile,
+        "batch": [config.batch_size, config.length],
+        "compile": config.compile,
         "step_s": {name: statistics.median(values) for name, values in times.items()},
         "peak_bytes": memory,
         "resident_bytes": resident,
@@ -134,7 +142,7 @@ def measure(plan: StepPlan) -> dict[str, Any]:
             n: _against_vanilla(n, times, flops, memory)
             | {"resident_ratio": resident[n] / resident["vanilla"]}
             for n in names
-            if n[0] == "m"
+            if n.startswith("mor")
         },
         "vanilla_gflops": rate,
         "gemm_peak_gflops": max(peaks),
@@ -148,6 +156,7 @@ def measure(plan: StepPlan) -> dict[str, Any]:
 
 
 def _ratios(ours: list[float], theirs: list[float], bar: float) -> dict[str, Any]:
+    """Our seconds over theirs: all rounds, their median, and whether it meets the bar."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     ratio = statistics.median(ratios)
     return {"ratio": ratio, "ratios": ratios, "bar": bar, "ok": ratio <= bar}
@@ -156,6 +165,7 @@ def _ratios(ours: list[float], theirs: list[float], bar: float) -> dict[str, Any
 def _against_vanilla(
     name: str, times: dict[str, list[float]], flops: dict[str, float], memory: dict[str, int]
 ) -> dict[str, Any]:
+    """Time, FLOPs and memory of a MoR model, each over vanilla's."""
     flops_ratio = flops[name] / flops["vanilla"]
     found = _ratios(times[name], times["vanilla"], TIME_BAR * flops_ratio)
     found |= {"flops_ratio": flops_ratio, "time_over_flops": found["ratio"] / flops_ratio}
@@ -165,31 +175,33 @@ def _against_vanilla(
     return found
 
 
-def peak_bytes(plan: StepPlan, name: str, *, resident: bool = False, steps: int = 2) -> int:
-    """Most memory that a process holds that trains nothing but this model.
+def peak_bytes(
+    config: TrainStepConfig, name: str, *, resident: bool = False, steps: int = 2
+) -> int:
+    """Peak memory of a process of its own that trains one model for some steps.
 
     Args:
-        resident: as it trains, which on a CPU includes what malloc keeps for later or cannot use
-            again; otherwise what is alive, as a GPU's allocator would count it.
+        resident: on a CPU, resident bytes as malloc is set for training, with what it keeps for
+            later; otherwise malloc returns what is freed, so that live bytes are left.
     """
-    fields = dataclasses.asdict(plan)
+    fields = dataclasses.asdict(config)
     script = (
-        "import sys, json; import torch; from mor.bench.train_step import StepPlan;"
+        "import sys, json; import torch; from mor.bench.train_step import TrainStepConfig;"
         " from mor.train.throughput import peak_memory;"
         " from mor.ops.malloc import return_freed_memory;"
-        " plan, name, steps, threads, resident = json.loads(sys.argv[1]);"
-        " torch.set_num_threads(threads); stepper = StepPlan(**plan).stepper(name);"
+        " fields, name, steps, threads, resident = json.loads(sys.argv[1]);"
+        " torch.set_num_threads(threads); stepper = TrainStepConfig(**fields).stepper(name);"
         " resident or return_freed_memory();"
         " [stepper.step() for _ in range(steps)]; print(peak_memory(stepper.batch.device))"
     )
-    asked = json.dumps([fields, name, steps, torch.get_num_threads(), resident])
-    command = [sys.executable, "-c", script, asked]
+    arguments = json.dumps([fields, name, steps, torch.get_num_threads(), resident])
+    command = [sys.executable, "-c", script, arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return int(done.stdout.split()[-1])
 
 
 def tables(record: dict[str, Any]) -> Any:
-    """Header and rows of each table that people read."""
+    """Header and rows of each table that `mor bench train` prints."""
     models = record["models"].items()
     header = ("", "time ratio", "FLOP ratio", "time / FLOPs", "bar", "memory", "bar", "resident")
     rows = [

@@ -1,4 +1,4 @@
-"""Models and requests to measure an engine with."""
+"""Random models, and an engine that is kept busy with random requests."""
 
 import random
 import time
@@ -23,10 +23,10 @@ from mor.train.calibrate import calibrate
 
 
 def random_model(config: MoRConfig, length: int, seed: int = 0) -> MoRModel:
-    """Random weights; the thresholds such that each depth keeps the share its capacity says.
+    """A model with random weights whose depths keep the shares of tokens that capacities say.
 
-    Calibrated on random tokens in sequences of `length`: the depth mix is then the trained one, and
-    nothing else of a trained model matters for speed.
+    Thresholds are calibrated on random tokens in sequences of `length`. Depth shares are then those
+    of a trained model, and nothing else of training matters for speed.
     """
     torch.manual_seed(seed)
     model = MoRModel(config).eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,66 +39,72 @@ def random_model(config: MoRConfig, length: int, seed: int = 0) -> MoRModel:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestShape:
-    """Requests of one size."""
+    """The size of all requests of a load."""
 
     prompt: int
+    """Tokens of the prompt."""
     output: int
+    """Tokens that are generated."""
 
 
 @dataclass(kw_only=True)
 class Measurement:
-    """What happened in a stretch of time."""
+    """Tokens that an engine computed in a stretch of time."""
 
     seconds: float = 0.0
     tokens: int = 0
     """Generated tokens."""
-    entered: int = 0
-    """Prompt tokens that were computed."""
-    steady: float = 0.0
-    """Tokens that the same work would have generated in the load's long-run mix with prompts: in a
-    short window one prompt more or less counts for much."""
+    prompt_tokens: int = 0
+    """Prompt tokens of the requests that were added."""
+    steady_tokens: float = 0.0
+    """Tokens that the same FLOPs would have generated in the load's long-run mix of prompt and
+    output; in a short stretch one prompt more or less would change `tokens` a lot."""
 
     @property
     def tokens_per_s(self) -> float:
         """Generated tokens per second, in the long-run mix."""
-        return self.steady / self.seconds
+        return self.steady_tokens / self.seconds
 
     def __add__(self, other: "Measurement") -> "Measurement":
         return Measurement(
             seconds=self.seconds + other.seconds,
             tokens=self.tokens + other.tokens,
-            entered=self.entered + other.entered,
-            steady=self.steady + other.steady,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            steady_tokens=self.steady_tokens + other.steady_tokens,
         )
 
 
 class SteadyLoad:
-    """An engine with a constant number of sequences in flight.
+    """An engine with so many sequences in flight, whose prompts are computed when it is made.
 
-    Staggered, the first requests end at different times, and each is followed by another: prefill
-    and decode mix evenly. Otherwise all start together, and none follows.
+    Args:
+        staggered: the first requests have different lengths, and another request follows each one
+            that ends, so that prompts and decoding mix evenly. Otherwise all requests start
+            together, and none follows.
     """
 
     def __init__(
         self,
         llm: LLM,
-        sequences: int,
+        num_sequences: int,
         shape: RequestShape,
         *,
         staggered: bool = True,
         seed: int = 0,
     ) -> None:
         self.llm = llm
-        self._began = 0.0, 0
+        self._cycle_start = 0.0, 0  # time and the kernels' cycle counter, both at `reset`
         self.shape = shape
         self._random = random.Random(seed)
-        self._computed = 0
-        self._decode = decode_flops(llm.model_config, shape.prompt + shape.output // 2).mean
+        self._prompt_tokens = 0  # of all requests so far
+        self._decode_flops = decode_flops(llm.model_config, shape.prompt + shape.output // 2).mean
         prefill = sequence_flops(llm.model_config, shape.prompt)
-        self._prefill = prefill.mean - prefill.head  # of one prompt token
+        self._prefill_flops = prefill.mean - prefill.head  # of one prompt token
         self._staggered = staggered
-        for number in range(sequences):
-            self._add(1 + number * shape.output // sequences if staggered else shape.output)
+        for number in range(num_sequences):
+            # Staggered, the first requests have 1, .., output tokens, evenly spread.
+            output = 1 + number * shape.output // num_sequences if staggered else shape.output
+            self._add(output)
         while llm.scheduler.waiting or any(
             s.num_unscheduled_tokens > 1 for s in llm.scheduler.running
         ):
@@ -106,44 +112,49 @@ class SteadyLoad:
         self.reset()
 
     def reset(self) -> None:
-        """Start to count anew."""
+        """Clear the engine's statistics and start the cycle counter of the CPU kernels."""
         self.llm.stats.reset()
         stack = self.llm.runner.block
         if isinstance(stack, CpuStack):
             stack.clock[:] = 0
-            self._began = time.perf_counter(), stack.cycles()
+            self._cycle_start = time.perf_counter(), stack.cycles()
 
     def product_rate(self) -> float | None:
-        """FLOP/s of the block's matrix products since `reset`; None where nothing counts them."""
+        """FLOP/s of the block's matrix products since `reset`; None without the CPU's kernels."""
         stack = self.llm.runner.block
         if not isinstance(stack, CpuStack) or not stack.clock[0]:
             return None
-        elapsed = time.perf_counter() - self._began[0]
-        per_second = (stack.cycles() - self._began[1]) / elapsed
+        # The kernels count cycles in products; their length follows from both clocks since `reset`.
+        elapsed = time.perf_counter() - self._cycle_start[0]
+        cycles_per_s = (stack.cycles() - self._cycle_start[1]) / elapsed
         layer = 2 * num_layer_matrix_parameters(self.llm.model_config)
         flops = self.llm.stats.block_tokens * stack.num_layers * layer
-        return flops * per_second / int(stack.clock[0])
+        return flops * cycles_per_s / int(stack.clock[0])
 
     def _add(self, output: int) -> None:
-        vocabulary = self.llm.model_config.vocab_size
-        prompt = [self._random.randrange(vocabulary) for _ in range(self.shape.prompt)]
+        """Add a request with a random prompt and so many output tokens."""
+        vocab_size = self.llm.model_config.vocab_size
+        prompt = [self._random.randrange(vocab_size) for _ in range(self.shape.prompt)]
         self.llm.add_request(prompt, SamplingParams(max_tokens=output, ignore_eos=True))
-        self._computed += self.shape.prompt
+        self._prompt_tokens += self.shape.prompt
 
     def _step(self) -> int:
-        events = self.llm.step()
-        for event in events:
-            if event.finish_reason is not None and self._staggered:
+        """Run one step of the engine; the number of generated tokens."""
+        outputs = self.llm.step()
+        for output in outputs:
+            if output.finish_reason is not None and self._staggered:
                 self._add(self.shape.output)
-        return len(events)
+        return len(outputs)
 
     def run(self, seconds: float) -> Measurement:
-        """Keep going for about so long, a tick at least.
+        """Run steps for about so many seconds, and at least one.
 
         Raises:
-            ConfigError: the last request ended before.
+            ConfigError: all requests have ended before.
         """
-        before, began, tokens, elapsed = self._computed, time.perf_counter(), 0, 0.0
+        before = self._prompt_tokens
+        began = time.perf_counter()
+        tokens, elapsed = 0, 0.0
         while not elapsed or elapsed < seconds:
             if not self.llm.has_unfinished_requests:
                 raise ConfigError(
@@ -152,34 +163,43 @@ class SteadyLoad:
                 )
             tokens += self._step()
             elapsed = time.perf_counter() - began
-        entered = self._computed - before
-        each = self._decode  # FLOPs that stand behind a generated token
+        prompt_tokens = self._prompt_tokens - before
+        # FLOPs per generated token in the long run: its own, and its share of a prompt.
+        each = self._decode_flops
         if self._staggered:
-            each += self._prefill * self.shape.prompt / self.shape.output
-        steady = (tokens * self._decode + entered * self._prefill) / each
-        return Measurement(seconds=elapsed, tokens=tokens, entered=entered, steady=steady)
+            each += self._prefill_flops * self.shape.prompt / self.shape.output
+        spent = tokens * self._decode_flops + prompt_tokens * self._prefill_flops
+        return Measurement(
+            seconds=elapsed, tokens=tokens, prompt_tokens=prompt_tokens, steady_tokens=spent / each
+        )
 
 
 def request_flops(
     config: MoRConfig, shape: RequestShape, histogram: list[int] | None = None
 ) -> float:
-    """FLOPs of one request by the cost model: its prompt without the head, its output with it.
+    """FLOPs of one request by the cost model: prompt tokens without the head, output with it.
 
     Args:
-        histogram: measured tokens by recursion count, from 0 on; None takes the capacities.
+        histogram: (R + 1,) measured tokens by recursion count, from 0 on; None takes the
+            shares that the capacities say.
     """
     depth_fractions = depth_fractions_of(config, histogram)
     prefill = sequence_flops(config, shape.prompt, depth_fractions=depth_fractions)
     decode = decode_flops(config, shape.prompt + shape.output // 2, depth_fractions=depth_fractions)
-    head_once = prefill.head
-    return (
-        (prefill.mean - prefill.head) * shape.prompt + head_once + decode.mean * (shape.output - 1)
-    )
+    # The prompt's last token gives the first output token: the head runs there, too.
+    prompt = (prefill.mean - prefill.head) * shape.prompt + prefill.head
+    return prompt + decode.mean * (shape.output - 1)
 
 
-def engine(model: MoRModel, sequences: int, **settings: object) -> LLM:
-    """An engine for so many sequences, without prefix caching: prompts are random anyway."""
-    values = {"max_num_seqs": sequences, "max_num_batched_tokens": max(512, 2 * sequences)}
-    return LLM(
-        model, EngineConfig.from_dict({**values, "enable_prefix_caching": False, **settings})
-    )
+def engine(model: MoRModel, max_num_seqs: int, **options: object) -> LLM:
+    """An engine without prefix caching, since prompts are random.
+
+    Args:
+        options: further fields of `EngineConfig`; they replace ours.
+    """
+    fields = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max(512, 2 * max_num_seqs),
+        "enable_prefix_caching": False,
+    }
+    return LLM(model, EngineConfig.from_dict(fields | options))

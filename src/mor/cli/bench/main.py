@@ -150,10 +150,10 @@ def _steps(options: Any) -> tuple[dict[str, Any], Tables]:
             raise ConfigError(f"--{name} {getattr(options, name)} must be at least 1.")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    plan = steps.StepPlan(
+    plan = steps.TrainStepConfig(
         preset=options.preset,
-        models=tuple(options.models or steps.StepPlan.models),
-        rounds=options.rounds or steps.StepPlan.rounds,
+        models=tuple(options.models or steps.TrainStepConfig.models),
+        rounds=options.rounds or steps.TrainStepConfig.rounds,
         batch_size=options.batch,
         length=options.length,
         compile=options.compile,
@@ -176,7 +176,7 @@ def _plan(options: Any, sequences: int) -> Any:
     return ThroughputConfig(
         preset=options.preset,
         recursions=tuple(recursions),
-        sequences=sequences,
+        max_num_seqs=sequences,
         prompt=options.prompt,
         output=options.output,
         decode_only=options.decode_only or options.equal_memory,
@@ -201,12 +201,12 @@ def _throughput(options: Any) -> tuple[dict[str, Any], Tables]:
     plans = [_plan(options, count) for count in options.sequences]
     if options.against == "transformers":
         found = [
-            baselines.against_transformers(p, p.sequences, options.output, _note) for p in plans
+            baselines.against_transformers(p, p.max_num_seqs, options.output, _note) for p in plans
         ]
         return {"against": "transformers", "results": found}, [_ratio_table("sequences", found)]
     if options.against == "float32":
         found = [
-            {"model": r, "sequences": p.sequences, **baselines.quantized(p, r, p.sequences)}
+            {"model": r, "sequences": p.max_num_seqs, **baselines.quantized(p, r, p.max_num_seqs)}
             for p in plans
             for r in (1, *p.recursions)
         ]

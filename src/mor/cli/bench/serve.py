@@ -125,9 +125,9 @@ def _against_offline(args: Sequence[str]) -> int:
         raise ConfigError(f"--against {options.against!r} is unknown: {hint}")
     plan = serve_offline.OverheadConfig(
         model=resolve(options.model),
-        streams=options.max_concurrency,
-        prompt=options.random_input_len,
-        output=options.random_output_len,
+        max_concurrency=options.max_concurrency,
+        random_input_len=options.random_input_len,
+        random_output_len=options.random_output_len,
         rounds=options.rounds,
         seed=options.seed,
         dtype=options.dtype,
@@ -139,7 +139,7 @@ def _against_offline(args: Sequence[str]) -> int:
     if not options.json:
         rows = [
             (
-                f"tokens/s, {plan.streams} streams",
+                f"tokens/s, {plan.max_concurrency} streams",
                 f"{found['http_tokens_per_s']:.1f}",
                 f"{found['offline_tokens_per_s']:.1f}",
                 f"cost {found['http_cost']:.1%}",
@@ -185,7 +185,7 @@ async def _measure(
     extra = {name: getattr(options, name) for name in given if getattr(options, name) is not None}
     extra |= {"ignore_eos": True} if options.ignore_eos else {}
     extra |= {"temperature": options.temperature, "seed": options.seed}
-    requests = serve.bodies(_asks(options, card), card["id"], extra)
+    requests = serve.completion_bodies(_asks(options, card), card["id"], extra)
     first, _ = await serve.send_all(client, requests[:1], serve.ArrivalProcess())
     serve.parse_response(first[0])
     with err_console().status(f"{len(requests)} requests to {client.url} ..."):

@@ -11,7 +11,7 @@ import pytest
 
 from mor.report.charts import compact, nice_ticks, percent
 from mor.report.html import ColoredText, Section, Series, Table, bar_chart, line_chart, page
-from mor.report.palette import DARK_INK, DEPTH_SHADES, LIGHT_INK, SERIES_SHADES, shade_index
+from mor.report.palette import DARK_INK, DEPTH_COLORS, LIGHT_INK, SERIES_COLORS, depth_color_index
 
 DASH = "\N{EN DASH}"
 HOSTILE = '<script>alert("&")</script>\' --> </style> \x1b[2J'
@@ -299,10 +299,10 @@ def test_prompt_is_marked_and_left_out_of_the_shares() -> None:
 
 @pytest.mark.parametrize("num_recursions", range(1, 9))
 def test_every_count_has_its_own_shade(num_recursions: int) -> None:
-    shades = [shade_index(n, num_recursions) for n in range(1, num_recursions + 1)]
+    shades = [depth_color_index(n, num_recursions) for n in range(1, num_recursions + 1)]
     assert shades == sorted(set(shades))
     assert shades[0] == 0
-    assert num_recursions == 1 or shades[-1] == len(DEPTH_SHADES) - 1
+    assert num_recursions == 1 or shades[-1] == len(DEPTH_COLORS) - 1
     counts = range(1, num_recursions + 1)
     text = ColoredText(pieces="x" * num_recursions, counts=counts, num_recursions=num_recursions)
     assert len(Reader(text.html()).having("data-n")) == num_recursions
@@ -317,7 +317,7 @@ def test_impossible_counts_are_refused() -> None:
     with pytest.raises(AssertionError):
         ColoredText(pieces=["a"], counts=[1], num_recursions=3, prompt_tokens=2)
     with pytest.raises(AssertionError):
-        shade_index(1, 9)
+        depth_color_index(1, 9)
     Reader(ColoredText(pieces=[], counts=[], num_recursions=3).html())
 
 
@@ -363,11 +363,11 @@ def test_page_defines_every_variable_and_class_that_it_uses() -> None:
     used = set(re.findall(r"var\((--[\w-]+)", html)) - {"--shade"}
     for scheme in (light, dark):
         assert used <= set(re.findall(r"(--[\w-]+):#", scheme))
-    for shade in DEPTH_SHADES + SERIES_SHADES:
+    for shade in DEPTH_COLORS + SERIES_COLORS:
         assert f":{shade.light};" in light
         assert f":{shade.dark};" in dark
     style = Reader(html).tags("style")[0]
-    for i in range(len(DEPTH_SHADES)):
+    for i in range(len(DEPTH_COLORS)):
         assert f".d{i}{{" in style
     assert "@media print" in style
     assert "white-space:pre-wrap" in style
@@ -386,11 +386,11 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_palette_is_readable_and_ordered_without_hue() -> None:
-    assert all(contrast(shade.light, LIGHT_INK) >= 4.5 for shade in DEPTH_SHADES)
-    assert all(contrast(shade.dark, DARK_INK) >= 4.5 for shade in DEPTH_SHADES)
-    light = [luminance(shade.light) for shade in DEPTH_SHADES]
-    dark = [luminance(shade.dark) for shade in DEPTH_SHADES]
+    assert all(contrast(shade.light, LIGHT_INK) >= 4.5 for shade in DEPTH_COLORS)
+    assert all(contrast(shade.dark, DARK_INK) >= 4.5 for shade in DEPTH_COLORS)
+    light = [luminance(shade.light) for shade in DEPTH_COLORS]
+    dark = [luminance(shade.dark) for shade in DEPTH_COLORS]
     assert light == sorted(light, reverse=True)
     assert dark == sorted(dark)
-    assert all(contrast(shade.light, "#fdfdfb") >= 3 for shade in SERIES_SHADES)
-    assert all(contrast(shade.dark, "#15171b") >= 3 for shade in SERIES_SHADES)
+    assert all(contrast(shade.light, "#fdfdfb") >= 3 for shade in SERIES_COLORS)
+    assert all(contrast(shade.dark, "#15171b") >= 3 for shade in SERIES_COLORS)

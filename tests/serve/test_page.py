@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from live_server import KEY, Running
 
-from mor.report.palette import DEPTH_SHADES, shade_index
+from mor.report.palette import DEPTH_COLORS, depth_color_index
 
 CHROMIUM = Path("/usr/bin/chromium")
 PAGE = Path(__file__).parents[2] / "src/mor/serve/static"
@@ -25,8 +25,8 @@ PROMPT = "the cat sat on"
 def test_the_page_has_the_colors_of_the_reports() -> None:
     css = (PAGE / "page.css").read_text()
     light, dark = (re.findall(r"--d\d: (#\w{6})", part) for part in css.split("@media", 2)[:2])
-    assert light == [shade.light for shade in DEPTH_SHADES]
-    assert dark == [shade.dark for shade in DEPTH_SHADES]
+    assert light == [shade.light for shade in DEPTH_COLORS]
+    assert dark == [shade.dark for shade in DEPTH_COLORS]
 
 
 def test_the_page_holds_no_script_no_style_and_no_other_host() -> None:
@@ -151,9 +151,9 @@ def test_tokens_and_colors_are_those_of_the_answer(visit: Visit, server: Running
     assert "".join(token["text"] for token in tokens) == visible(choice["text"]) + end
     assert [t["prompt"] for t in tokens].count(True) == len(choice["prompt_token_ids"])
     for token in tokens:
-        shade = shade_index(token["count"], RECURSIONS)
+        shade = depth_color_index(token["count"], RECURSIONS)
         if not token["prompt"]:
-            assert token["color"] == rgb(DEPTH_SHADES[shade].light)
+            assert token["color"] == rgb(DEPTH_COLORS[shade].light)
         assert (token["line"] > 0) == (token["count"] > 1)
     rows = visit.page.locator(".pane .bars .value").all_text_contents()
     generated = choice["recursion_counts"]
@@ -317,7 +317,7 @@ def test_the_dark_page_on_a_phone(browser: Any, server: Running) -> None:
         assert visit.page.evaluate("document.documentElement.scrollWidth") == phone["width"]
         for token in visit.tokens():
             if not token["prompt"]:
-                shade = DEPTH_SHADES[shade_index(token["count"], RECURSIONS)]
+                shade = DEPTH_COLORS[depth_color_index(token["count"], RECURSIONS)]
                 assert token["color"] == rgb(shade.dark)
         upper, lower = (visit.page.locator(".pane").nth(i).bounding_box() for i in (0, 1))
         assert upper["y"] + upper["height"] <= lower["y"]

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.style import Style
 
-from mor.report.palette import DEPTH_SHADES, LIGHT_INK
+from mor.report.palette import DEPTH_COLORS, LIGHT_INK
 from mor.terminal.color import colored_text, depth_legend
 
 
@@ -31,7 +31,7 @@ def test_each_piece_has_the_style_of_its_count() -> None:
     assert deep == again != middle
     assert isinstance(deep, Style)
     assert deep.bgcolor is not None
-    assert deep.bgcolor.name == DEPTH_SHADES[-1].light
+    assert deep.bgcolor.name == DEPTH_COLORS[-1].light
     assert deep.color is not None
     assert deep.color.name == LIGHT_INK
 

@@ -1,32 +1,55 @@
 """Line and bar charts as self-contained inline SVG, written without a plotting library.
 
 Colors are CSS variables with fallbacks, so that a chart follows the light or dark scheme of the
-page around it and still looks right as a file of its own. All sizes are in SVG user units.
+page around it and still looks right as a file of its own. All sizes are in SVG user units. Why no
+library: docs/log.md compares the pages, their sizes and what there would be to install.
+
+A line chart from top to bottom:
+
+    title
+    legend                      one row or more
+    y label
+    ticks of y | plot | last values
+                 ticks of x
+                 x label
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 
-from mor.report.palette import SERIES_SHADES
+from mor.report.axes import (
+    HUGE,
+    Axis,
+    aligned,
+    compact,
+    extent,
+    linear_axis,
+    nice_ticks,
+    percent,
+    x_axis_of,
+)
+from mor.report.palette import SERIES_COLORS
 
 CHAR_WIDTH = 6.7
+"""Mean width of a character in `FONT`; texts are not measured, only estimated."""
 FONT = "font-family='system-ui,-apple-system,Segoe UI,Roboto,sans-serif' font-size='12.5'"
 LABEL_GAP = 15.0
+"""Least vertical distance between the last values at the right edge."""
 TOP_OF_LEGEND = 46.0
+"""Baseline of the legend's first row."""
 LEGEND_ROW = 20.0
-HUGE = 1e300
+"""Height of a row of the legend."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a chart: `ys[i]` at `xs[i]`, drawn in the given order.
+    """One line of a chart through the points (xs[i], ys[i]) in the given order.
 
-    A point where either value is not finite (or beyond 1e300) is a gap in the line.
+    A point with a value that is not finite (or beyond 1e300) is a gap in the line.
     """
 
     name: str
@@ -36,23 +59,6 @@ class Series:
 
     def __post_init__(self) -> None:
         assert len(self.xs) == len(self.ys), (self.name, len(self.xs), len(self.ys))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Axis:
-    """A mapping from data (`ends`) to user units (`span`), and its ticks: value and text."""
-
-    ends: tuple[float, float]
-    span: tuple[float, float]
-    ticks: tuple[tuple[float, str], ...]
-    log: bool = False
-
-    def place(self, value: float) -> float:
-        """The position of a finite data value (positive if the axis is logarithmic)."""
-        low, high = self.ends
-        if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return self.span[0] + (value - low) / (high - low) * (self.span[1] - self.span[0])
 
 
 def line_chart(
@@ -66,10 +72,11 @@ def line_chart(
     log_x: bool = False,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """An SVG element with one line per series and the last value of each at the right edge.
+    """An SVG element with a line for each series and its last value at the right edge.
 
-    Points that are not finite, and points with x <= 0 where `log_x`, are gaps. `y_range` fixes the
-    range shown (lines are clipped to it); without it the range follows the data.
+    Args:
+        log_x: the x axis is logarithmic; points with x <= 0 are gaps.
+        y_range: values that the y axis shows; lines are cut off there. None shows all values.
     """
     lines = [_drawable(s, log_x) for s in series]
     points = [point for line in lines for point in line if point is not None]
@@ -78,19 +85,21 @@ def line_chart(
     bottom = height - (46.0 if x_label else 28.0)
     assert bottom - top >= 40, f"height {height} leaves no room for the plot"
 
+    # The y axis comes first: the width of its ticks' texts decides where the plot begins.
     if y_range is None:
-        y_ticks = nice_ticks(*_extent([y for _, y in points]), 6, outward=True)
+        y_ticks = nice_ticks(*extent([y for _, y in points]), 6, outward=True)
         y_range = y_ticks[0], y_ticks[-1]
     else:
         y_ticks = nice_ticks(*y_range, 5)
-    y_axis = _linear(y_range, (bottom, top), y_ticks)
+    y_axis = linear_axis(y_range, (bottom, top), y_ticks)
     left = 14 + CHAR_WIDTH * max(len(text) for _, text in y_axis.ticks)
     ends = [next((p for p in reversed(line) if p is not None), None) for line in lines]
-    values = _aligned([p[1] for p in ends if p])
+    values = aligned([p[1] for p in ends if p])
     right = width - 22 - CHAR_WIDTH * max(map(len, values), default=0)
-    x_axis = _horizontal([x for x, _ in points], (left, right), log_x)
+    x_axis = x_axis_of([x for x, _ in points], (left, right), log_x)
 
     parts = [legend, _grid(x_axis, y_axis, x_label, y_label, upright=True)]
+    # A nested SVG cuts off what lies outside of it; 3 units are for half a line's width.
     parts.append(f'<svg x="{left - 3:.1f}" y="{top - 3:.1f}" width="{right - left + 6:.1f}" ')
     parts.append(f'height="{bottom - top + 6:.1f}" overflow="hidden" viewBox="{left - 3:.1f} ')
     parts.append(f'{top - 3:.1f} {right - left + 6:.1f} {bottom - top + 6:.1f}">')
@@ -99,7 +108,7 @@ def line_chart(
     parts.append(_last_values(ends, x_axis, y_axis))
     if not points:
         parts.append(_text((left + right) / 2, (top + bottom) / 2, "no data", "middle", True))
-    return _document(title, _describe(x_label, y_label, series, ends), parts, width, height)
+    return _svg(title, _describe(x_label, y_label, series, ends), parts, width, height)
 
 
 def bar_chart(
@@ -112,9 +121,11 @@ def bar_chart(
     width: int = 720,
     height: int = 320,
 ) -> str:
-    """An SVG element with one group of bars per category: shares (0..1), printed as percent.
+    """An SVG element with a group of bars for each category, one bar for each series.
 
-    Each series is a name and one share per category; a share that is not finite has no bar.
+    Args:
+        series: names, each with a share from 0 to 1 for each category, which is written as percent;
+            a share that is not finite has no bar.
     """
     for name, shares in series:
         assert len(shares) == len(categories), (name, len(shares), len(categories))
@@ -126,6 +137,7 @@ def bar_chart(
     group = (width - 8 - left) / max(1, len(categories))
     middles = tuple((left + group * (i + 0.5), text) for i, text in enumerate(categories))
     bar = min(56.0, group * 0.8 / max(1, len(series)))
+    # Percentages stand upright if one of them is wider than a bar.
     flat = CHAR_WIDTH * max((len(percent(share)) for share in shares), default=0) <= bar + 2
 
     legend, top = _legend([(name, False) for name, _ in series], width, bars=True)
@@ -133,8 +145,8 @@ def bar_chart(
     bottom = height - (48.0 if x_label else 30.0)
     assert bottom - top >= 40, f"height {height} leaves no room for the plot"
     y_ticks = tuple(zip(ticks, texts, strict=True))
-    y_axis = _Axis(ends=(0.0, ticks[-1]), span=(bottom, top), ticks=y_ticks)
-    x_axis = _Axis(ends=(left, width - 8.0), span=(left, width - 8.0), ticks=middles)
+    y_axis = Axis(ends=(0.0, ticks[-1]), span=(bottom, top), ticks=y_ticks)
+    x_axis = Axis(ends=(left, width - 8.0), span=(left, width - 8.0), ticks=middles)
     parts = [legend, _grid(x_axis, y_axis, x_label, y_label, upright=False)]
     for j, (name, values) in enumerate(series):
         for (middle, category), share in zip(middles, values, strict=True):
@@ -142,130 +154,47 @@ def bar_chart(
             parts.append(_bar(x, bar, share, f"{name}, {category}", j, y_axis, flat))
     rows = [f"{name}: " + ", ".join(map(percent, values)) for name, values in series]
     description = f"Shares for {', '.join(categories)}. " + ". ".join(rows)
-    return _document(title, description, parts, width, height)
-
-
-def nice_ticks(low: float, high: float, target: int, *, outward: bool = False) -> tuple[float, ...]:
-    """About `target` round numbers, 1, 2, 2.5 or 5 times a power of ten apart.
-
-    They lie within [low, high], or where `outward` they reach just far enough to enclose it.
-    """
-    assert low < high, (low, high)
-    rough = (high - low) / target
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10, 20) if m * power >= rough * 0.999)
-    first, last = low / step, high / step
-    if outward:
-        first, last = math.floor(first + 1e-6), math.ceil(last - 1e-6)
-    else:
-        first, last = math.ceil(first - 1e-6), math.floor(last + 1e-6)
-    return tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
-
-
-def compact(value: float) -> str:
-    """A number of about four digits with k, M, B or T for large values: 1.44M, 4.711, 0."""
-    value = float(f"{value:.4g}")
-    size = abs(value)
-    if size < 1e4 or size >= 1e15:
-        return f"{value:.4g}"
-    scale, unit = _scale(size)
-    return f"{value / scale:.4g}{unit}"
-
-
-def percent(share: float) -> str:
-    """A share as percent: 52%, 4.3%, <0.1%, and a dash where there is no finite share."""
-    if not math.isfinite(share):
-        return "\N{EN DASH}"
-    if 0 < share < 0.001:
-        return "<0.1%"
-    return f"{share:.1%}" if 0 < share < 0.0995 else f"{share:.0%}"
+    return _svg(title, description, parts, width, height)
 
 
 def series_color(index: int) -> str:
-    """The CSS color of series `index`: a page variable with the light shade as its fallback."""
-    index %= len(SERIES_SHADES)
-    return f"var(--series-{index},{SERIES_SHADES[index].light})"
-
-
-def _scale(size: float) -> tuple[float, str]:
-    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k"))
-    unit = next((u for u in units if size >= u[0]), (1.0, ""))
-    return (1e3, "k") if unit[1] == "k" else unit
-
-
-def _tick_texts(ticks: Sequence[float]) -> list[str]:
-    """One text per tick, all with the same unit and the same number of decimals."""
-    size = max((abs(tick) for tick in ticks), default=0.0)
-    if size >= 1e15 or (0 < size < 1e-3):
-        return [f"{tick:.3g}" for tick in ticks]
-    scale, unit = _scale(size)
-    step = min((b - a for a, b in pairwise(ticks)), default=size or 1.0) / scale
-    decimals = next((d for d in range(9) if abs(round(step, d) - step) < 1e-6 * step), 9)
-    return [f"{t / scale:.{decimals}f}{unit}" if t else "0" for t in ticks]
-
-
-def _extent(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
-    """Least and greatest value, moved apart where they are one; 1..10 where there are none."""
-    if not values:
-        return (1.0, 10.0) if log else (0.0, 1.0)
-    low, high = min(values), max(values)
-    if high - low > max(1e-9 * max(abs(low), abs(high)), 1 / HUGE):
-        return low, high
-    margin = 0.1 * abs(low) or 0.5
-    return low - margin, high + margin
-
-
-def _linear(ends: tuple[float, float], span: tuple[float, float], ticks: Sequence[float]) -> _Axis:
-    return _Axis(ends=ends, span=span, ticks=tuple(zip(ticks, _tick_texts(ticks), strict=True)))
-
-
-def _horizontal(values: Sequence[float], span: tuple[float, float], log: bool) -> _Axis:
-    """An x axis; if logarithmic, ticks are powers of ten, or 1-2-5, or round numbers."""
-    low, high = _extent(values, log=log)
-    if not log:
-        low = 0.0 if 0 < low < 0.1 * high else low
-        target = max(3, int(span[1] - span[0]) // 90)
-        return _linear((low, high), span, nice_ticks(low, high, target))
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    decades = [10.0**p for p in powers[:: -(-len(powers) // 9)]]
-    finer = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-    ticks: list[float] = []
-    for candidates in (decades, finer, nice_ticks(low, high, 4)):
-        ticks = [t for t in candidates if low * 0.999999 <= t <= high * 1.000001]
-        if len(ticks) >= 3:
-            break
-    texts = tuple((tick, compact(tick)) for tick in ticks)
-    return _Axis(ends=(low, high), span=span, ticks=texts, log=True)
+    """The CSS color of a series: the page's variable, or the light scheme's color without it."""
+    index %= len(SERIES_COLORS)
+    return f"var(--series-{index},{SERIES_COLORS[index].light})"
 
 
 def _drawable(series: Series, log_x: bool) -> list[Point | None]:
-    """The points of a series, None for each one that cannot be drawn."""
+    """The points of a series, None for each that is a gap."""
 
-    def visible(x: float, y: float) -> bool:
+    def is_drawable(x: float, y: float) -> bool:
         return abs(x) < HUGE and abs(y) < HUGE and (x > 0 or not log_x)
 
     pairs = zip(series.xs, series.ys, strict=True)
-    return [(float(x), float(y)) if visible(x, y) else None for x, y in pairs]
+    return [(float(x), float(y)) if is_drawable(x, y) else None for x, y in pairs]
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", muted: bool = False) -> str:
+    """A text whose baseline is at y; `anchor` says which end of it is at x."""
     fade = ' fill-opacity="0.68"' if muted else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{fade}>{_escape(text)}</text>'
 
 
 def _escape(text: str) -> str:
-    """Text that is safe inside XML, where control characters and lone surrogates may not appear."""
+    """Text for XML: blanks for control characters and lone surrogates, which XML cannot hold."""
     return escape("".join(c if c.isprintable() else " " for c in text))
 
 
 def _rule(x1: float, y1: float, x2: float, y2: float, strength: float) -> str:
+    """A thin straight line in the text's color; `strength` is its opacity."""
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} stroke="currentColor" stroke-opacity="{strength}"/>'
 
 
 def _stroke(index: int, dashed: bool) -> str:
-    """Presentation of line `index`; lines that have to reuse a color are dotted."""
-    dots = "7 5" if dashed else "1.5 4" if index >= len(SERIES_SHADES) else "none"
+    """SVG attributes of the line of a series; one that has to reuse a color is dotted."""
+    dots = "7 5" if dashed else "none"
+    if index >= len(SERIES_COLORS) and not dashed:
+        dots = "1.5 4"
     return (
         f'style="stroke:{series_color(index)}" fill="none" stroke-width="2" '
         f'stroke-linejoin="round" stroke-linecap="round" stroke-dasharray="{dots}"'
@@ -273,7 +202,12 @@ def _stroke(index: int, dashed: bool) -> str:
 
 
 def _legend(names: Sequence[tuple[str, bool]], width: int, *, bars: bool) -> tuple[str, float]:
-    """Swatches with names in as many rows as they need, and the y below them."""
+    """The legend in as many rows as it needs, and the y below it.
+
+    Args:
+        names: of the series, each with whether its line is dashed.
+        bars: show squares instead of lines.
+    """
     parts: list[str] = []
     x, y = 0.0, TOP_OF_LEGEND
     for i, (name, dashed) in enumerate(names):
@@ -290,8 +224,8 @@ def _legend(names: Sequence[tuple[str, bool]], width: int, *, bars: bool) -> tup
     return "".join(parts), y + 4 if names else TOP_OF_LEGEND - LEGEND_ROW + 4
 
 
-def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, *, upright: bool) -> str:
-    """Horizontal (and where `upright` vertical) grid lines, tick texts and axis labels."""
+def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, *, upright: bool) -> str:
+    """Grid lines, tick texts and labels of both axes; vertical lines only if `upright`."""
     (left, right), (bottom, top) = x_axis.span, y_axis.span
     parts = [_text(0, top - 14, y_label, muted=True)] if y_label else []
     for value, text in y_axis.ticks:
@@ -309,8 +243,8 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, *, upright: 
     return "".join(parts)
 
 
-def _path(series: Series, index: int, points: Sequence[Point | None], x: _Axis, y: _Axis) -> str:
-    """One line; a point alone between two gaps becomes a dot."""
+def _path(series: Series, index: int, points: Sequence[Point | None], x: Axis, y: Axis) -> str:
+    """The SVG path of a series; a point between two gaps becomes a dot."""
     steps: list[str] = []
     pen_down = False
     for i, point in enumerate(points):
@@ -319,17 +253,22 @@ def _path(series: Series, index: int, points: Sequence[Point | None], x: _Axis, 
             continue
         place = f"{x.place(point[0]):.1f} {y.place(point[1]):.1f}"
         alone = not pen_down and (i + 1 == len(points) or points[i + 1] is None)
+        # "h0" draws nothing but the round ends of the line.
         steps.append(("L" if pen_down else "M") + place + ("h0" if alone else ""))
         pen_down = True
     name = f"<title>{_escape(series.name)}</title>"
     return f'<path d="{"".join(steps)}" {_stroke(index, series.dashed)}>{name}</path>'
 
 
-def _last_values(ends: Sequence[Point | None], x_axis: _Axis, y_axis: _Axis) -> str:
-    """A dot at the end of each line and its value at the right edge, moved apart if need be."""
+def _last_values(ends: Sequence[Point | None], x_axis: Axis, y_axis: Axis) -> str:
+    """A dot at the end of each line and its value at the right edge; none if there is no room.
+
+    Args:
+        ends: the last point of each series, None if it has none.
+    """
     right, (bottom, top) = x_axis.span[1], y_axis.span
     drawn = [(i, end) for i, end in enumerate(ends) if end]
-    texts = _aligned([end[1] for _, end in drawn])
+    texts = aligned([end[1] for _, end in drawn])
     marks = sorted(
         (y_axis.place(end[1]), i, x_axis.place(end[0]), text)
         for (i, end), text in zip(drawn, texts, strict=True)
@@ -337,6 +276,7 @@ def _last_values(ends: Sequence[Point | None], x_axis: _Axis, y_axis: _Axis) -> 
     )
     if len(marks) * LABEL_GAP > bottom - top:
         return ""
+    # Downwards each value is moved below the one before, then upwards back into the plot.
     heights: list[float] = []
     for y, *_ in marks:
         heights.append(max(y, heights[-1] + LABEL_GAP) if heights else y)
@@ -355,19 +295,10 @@ def _last_values(ends: Sequence[Point | None], x_axis: _Axis, y_axis: _Axis) -> 
     return "".join(parts)
 
 
-def _aligned(values: Sequence[float]) -> list[str]:
-    """`compact` texts, all with the decimals of the longest where none has a unit or exponent."""
-    texts = [compact(value) for value in values]
-    if not all(text.replace(".", "").lstrip("-").isdigit() for text in texts):
-        return texts
-    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
-    return [f"{value:.{decimals}f}" for value in values]
-
-
 def _bar(
-    x: float, width: float, share: float, name: str, index: int, y_axis: _Axis, flat: bool
+    x: float, width: float, share: float, name: str, index: int, y_axis: Axis, flat: bool
 ) -> str:
-    """One bar with its percentage above it, which stands upright unless `flat`."""
+    """One bar with its percentage above it, which is turned by 90 degrees unless `flat`."""
     base, text = y_axis.span[0], percent(share)
     y = y_axis.place(share) if math.isfinite(share) else base
     middle = x + width / 2
@@ -381,6 +312,7 @@ def _bar(
 
 
 def _describe(x: str, y: str, series: Sequence[Series], ends: Sequence[Point | None]) -> str:
+    """A line chart in words, for readers who hear the page: the last point of each line."""
     parts = [f"{y} against {x}."]
     for line, end in zip(series, ends, strict=True):
         last = f"ends at {compact(end[1])} ({x} {compact(end[0])})" if end else "no data"
@@ -388,7 +320,8 @@ def _describe(x: str, y: str, series: Sequence[Series], ends: Sequence[Point | N
     return " ".join(parts)
 
 
-def _document(title: str, description: str, parts: Sequence[str], width: int, height: int) -> str:
+def _svg(title: str, description: str, parts: Sequence[str], width: int, height: int) -> str:
+    """The SVG element around the parts of a chart."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" {size} '

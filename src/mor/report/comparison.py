@@ -1,4 +1,4 @@
-"""Runs side by side: one table for people, one page with curves, depths and colored text."""
+"""A few runs side by side: a table, and the page that `mor demo` writes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,38 +12,41 @@ _SMOOTHING = 0.95  # weight of the past in the moving average of the training lo
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What one run cost and what it reached."""
+    """What a run cost and how good its model is."""
 
     name: str
     parameters: int
     parameters_non_embedding: int
     flops_per_token: float
-    """Forward, of an average token, at the training length."""
+    """Forward pass, mean over the tokens of a sequence of the training length."""
     training_flops: float
-    """Of the whole run."""
+    """FLOPs of the whole run."""
     tokens: int
+    """Tokens that were trained on."""
     seconds: float
-    """In training steps, evaluations and saves aside."""
+    """Time in training steps, without evaluations and saves."""
     memory_bytes: int
     """Weights, gradients, AdamW's moments and what the forward pass keeps for the backward pass."""
     nll_topk: float
+    """Nats per validation token, under the selection rule of training."""
     nll_threshold: float
+    """Nats per validation token, under the causal rule of generation."""
     depth_histogram: tuple[float, ...]
-    """(R + 1,) share of validation tokens by recursion count, from 0 on."""
+    """(R + 1,) shares of validation tokens by recursion count, from 0 on."""
     kv_bytes_per_token: float
-    """At 2 bytes a value and this depth histogram."""
+    """Bytes of keys and values, 2 for each value, at this depth histogram."""
     generated_per_s: float
-    """Tokens/s of the reference generator."""
+    """Tokens per second of the reference generator."""
     curve: tuple[tuple[int, float], ...]
     """(tokens, training loss) of each step."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A JSON object."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunSummary":
-        """The inverse of `as_dict`, tuples restored."""
+        """The summary in a JSON object that `as_dict` has made."""
         values = dict(values)
         values["depth_histogram"] = tuple(values["depth_histogram"])
         values["curve"] = tuple((int(x), float(y)) for x, y in values["curve"])
@@ -51,7 +54,7 @@ class RunSummary:
 
     @property
     def mean_recursions(self) -> float:
-        """Of a validation token."""
+        """Mean recursion count of a validation token."""
         return mean_recursions(self.depth_histogram)
 
 
@@ -73,19 +76,24 @@ _ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
 
 
 def depths(histogram: Sequence[float]) -> str:
-    """A histogram in a few characters: `1:34% 2:33% 3:33%`."""
+    """A depth histogram as a short text, such as `1:34% 2:33% 3:33%`."""
     shown = [(i, share) for i, share in enumerate(histogram) if i > 0 or share > 0]
     return " ".join(f"{i}:{share:.0%}" for i, share in shown)
 
 
 def comparison_rows(runs: Sequence[RunSummary]) -> list[list[str]]:
-    """Rows of the comparison: what is measured, then each run's value."""
+    """Rows of a table: what is compared, then its value in each run."""
     return [[label, *(show(run) for run in runs)] for label, show in _ROWS]
 
 
 def smoothed(curve: Sequence[tuple[int, float]]) -> list[float]:
-    """Moving average of a loss curve, without the bias towards its first value."""
-    average, weight = 0.0, 0.0
+    """Exponential moving average of a curve's values, without a bias towards the first one.
+
+    Args:
+        curve: pairs of x and value.
+    """
+    average = 0.0
+    weight = 0.0  # sum of the weights so far, which approaches 1; Adam's bias correction
     out: list[float] = []
     for _, loss in curve:
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
@@ -103,7 +111,12 @@ def report_page(
     verdict: str,
     footer: str,
 ) -> str:
-    """One self-contained HTML page."""
+    """A self-contained HTML page that compares the runs.
+
+    Args:
+        sample: a generated text.
+        verdict: a sentence below the table.
+    """
     table = Table(columns=["", *(r.name for r in runs)], rows=comparison_rows(runs))
     by_tokens = [
         Series(name=r.name, xs=[x for x, _ in r.curve], ys=smoothed(r.curve)) for r in runs

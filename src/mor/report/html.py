@@ -1,8 +1,8 @@
-"""Self-contained HTML reports: charts, tables and text colored by recursion count.
+"""HTML of the reports: tables, text colored by recursion count, tabs, and whole pages.
 
 Everything here is a pure function from values to text. A page makes no request to any host (its
-content security policy forbids it), needs no script, follows the light or dark scheme of the
-reader, prints in the light one, and shows depth by underlines and numbers as well as by color.
+content security policy forbids it), has no script, follows the light or dark scheme of the reader,
+prints in the light one, and shows depth by underlines and numbers as well as by color.
 """
 
 import re
@@ -13,11 +13,11 @@ from html import escape
 from mor.report.charts import Series, bar_chart, line_chart, percent
 from mor.report.palette import (
     DARK_INK,
-    DEPTH_SHADES,
+    DEPTH_COLORS,
     LIGHT_INK,
-    SERIES_SHADES,
+    SERIES_COLORS,
     ColorPair,
-    shade_index,
+    depth_color_index,
 )
 
 __all__ = ["ColoredText", "Section", "Series", "Table", "bar_chart", "line_chart", "page", "tabs"]
@@ -29,7 +29,7 @@ _BLANKS = ("", "-", "\N{EN DASH}", "\N{EM DASH}", "n/a")
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of plain texts; columns that hold only numbers are set flush right."""
+    """A table of texts; columns that hold only numbers are set flush right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -40,7 +40,7 @@ class Table:
             assert len(row) == len(self.columns), (tuple(self.columns), tuple(row))
 
     def html(self) -> str:
-        """The table as HTML, every text escaped, in a frame that scrolls if it is too wide."""
+        """The table with all texts escaped, in a frame that scrolls if it is too wide."""
         numeric = [i > 0 and self._is_numeric(i) for i in range(len(self.columns))]
         flush = [' class="number"' if n else "" for n in numeric]
         heads = "".join(
@@ -70,16 +70,16 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class ColoredText:
-    """Token texts with the recursion count (1..num_recursions) of each.
-
-    The first `prompt_tokens` pieces are the prompt: they are shown paler, up to a vertical bar,
-    and the shares in the legend leave them out if anything follows them.
-    """
+    """A text whose tokens are colored by their recursion counts."""
 
     pieces: Sequence[str]
+    """The text of each token."""
     counts: Sequence[int]
+    """The recursion count of each token, from 1 to `num_recursions`."""
     num_recursions: int
     prompt_tokens: int = 0
+    """How many tokens at the beginning are the prompt. They are shown paler, up to a vertical bar,
+    and are left out of the legend's shares if other tokens follow."""
 
     def __post_init__(self) -> None:
         assert len(self.pieces) == len(self.counts), (len(self.pieces), len(self.counts))
@@ -88,7 +88,7 @@ class ColoredText:
             assert 1 <= count <= self.num_recursions, (count, self.num_recursions)
 
     def html(self) -> str:
-        """A legend and the text, one span per token; the text alone is what a reader copies."""
+        """A legend and the text, a span for each token; copying the text copies nothing else."""
         tokens = list(map(self._token, self.pieces, self.counts))
         prompt, rest = tokens[: self.prompt_tokens], tokens[self.prompt_tokens :]
         marked = f'<span class="prompt">{"".join(prompt)}</span>' if prompt else ""
@@ -98,19 +98,20 @@ class ColoredText:
         )
 
     def _token(self, piece: str, count: int) -> str:
-        shade = shade_index(count, self.num_recursions)
+        color = depth_color_index(count, self.num_recursions)
         line = " newline" if "\n" in piece or "\r" in piece else ""
+        # HTML would turn a carriage return into a line feed, and drops a null character.
         text = escape(piece).replace("\r", "&#13;").replace("\0", "\N{SYMBOL FOR NULL}")
         title = f"recursions: {count} of {self.num_recursions}"
-        return f'<span class="d{shade}{line}" data-n="{count}" title="{title}">{text}</span>'
+        return f'<span class="d{color}{line}" data-n="{count}" title="{title}">{text}</span>'
 
     def _legend(self) -> str:
         counts = self.counts[self.prompt_tokens :] or self.counts
         items = ["<li><i>recursions per token</i></li>"]
         for n in range(1, self.num_recursions + 1):
             share = escape(percent(counts.count(n) / len(counts))) if counts else ""
-            shade = shade_index(n, self.num_recursions)
-            items.append(f'<li><b class="d{shade}">{n}</b> <i>{share}</i></li>')
+            color = depth_color_index(n, self.num_recursions)
+            items.append(f'<li><b class="d{color}">{n}</b> <i>{share}</i></li>')
         if counts:
             mean = f"{sum(counts) / len(counts):.2f} of {self.num_recursions}"
             items.append(f"<li>mean <i>{mean}</i></li>")
@@ -122,17 +123,23 @@ class ColoredText:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading, ready HTML (from the renderers of this module) and a plain text note below it."""
+    """A part of a page."""
 
     heading: str
     body_html: str
+    """HTML that `html()` of this module's classes or a chart has made; it is not escaped."""
     note: str = ""
+    """A text below the body."""
 
 
 def tabs(name: str, panels: Sequence[tuple[str, str]]) -> str:
-    """Ready HTML pieces of which one shows at a time, chosen by its label; at most six.
+    """At most six panels of which one is shown at a time, chosen by its label; on paper all are.
 
-    No script: the style sheet follows a group of radio buttons called `name`. On paper all show.
+    Without a script: the style sheet shows the panel whose radio button is checked.
+
+    Args:
+        name: of the group of radio buttons, unique on the page.
+        panels: labels and HTML, which is not escaped.
     """
     assert 0 < len(panels) <= _MAX_TABS, len(panels)
     labels = "".join(
@@ -145,7 +152,7 @@ def tabs(name: str, panels: Sequence[tuple[str, str]]) -> str:
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) -> str:
-    """A whole HTML document; every text but the sections' bodies is escaped."""
+    """A whole HTML document; all texts but the sections' bodies are escaped."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -166,23 +173,25 @@ def _section(section: Section) -> str:
 
 
 def _scheme() -> str:
-    """The CSS variables of both schemes and the class of every depth shade."""
+    """CSS: variables of both color schemes, a class for each depth color, rules for tabs."""
 
     def variables(ink: str, rest: str, dark: bool) -> str:
-        def pick(shade: ColorPair) -> str:
-            return shade.dark if dark else shade.light
+        def pick(color: ColorPair) -> str:
+            return color.dark if dark else color.light
 
-        depths = "".join(f"--d{i}:{pick(shade)};" for i, shade in enumerate(DEPTH_SHADES))
-        lines = "".join(f"--series-{i}:{pick(s)};" for i, s in enumerate(SERIES_SHADES))
+        depths = "".join(f"--d{i}:{pick(c)};" for i, c in enumerate(DEPTH_COLORS))
+        lines = "".join(f"--series-{i}:{pick(c)};" for i, c in enumerate(SERIES_COLORS))
         return f":root{{--ink:{ink};{rest}{depths}{lines}}}"
 
     light = variables(LIGHT_INK, "--paper:#fdfdfb;--soft:#5b606b;--rule:#dcdde0;", False)
     dark = variables(DARK_INK, "--paper:#15171b;--soft:#a3a9b5;--rule:#33373f;", True)
-    last = len(DEPTH_SHADES) - 1
+    last = len(DEPTH_COLORS) - 1
+    # The deeper a token, the thicker its underline.
     classes = "".join(
         f".d{i}{{--shade:var(--d{i});border-bottom-width:{3 * i / last:.2g}px}}"
         for i in range(last + 1)
     )
+    # Browsers without :has() show all panels.
     shown = ",".join(
         f".tabs:has(label:nth-of-type({i}) :checked)>div:nth-of-type({i})"
         for i in range(1, _MAX_TABS + 1)

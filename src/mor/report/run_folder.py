@@ -1,4 +1,4 @@
-"""Reading run folders: what a run was told, what it measured, and curves of it."""
+"""`RunFolder`: the settings and measurements in a folder that `mor train` has written."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,25 +16,31 @@ from mor.train.metrics_file import MetricsFile
 from mor.yaml_config import read_yaml
 
 Row = dict[str, Any]
+"""A line of `metrics.jsonl`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """A folder that `mor train` has written."""
+    """A training run, finished or not, as its folder tells it."""
 
     name: str
+    """Of the run in reports."""
     folder: Path
     config: TrainConfig
+    """From `config.yaml`."""
     model: MoRConfig
     rows: Sequence[Row]
-    """Lines of `metrics.jsonl`, one per step."""
+    """The lines of `metrics.jsonl`, one for each step; at least one."""
 
     @classmethod
     def open(cls, folder: Path, name: str = "") -> "RunFolder":
-        """Read a run's folder; the run may still go on.
+        """Read a folder; its run may still go on.
+
+        Args:
+            name: of the run in reports; the folder's own if empty.
 
         Raises:
-            DataError: it is no run's folder, or the run has not measured anything yet.
+            DataError: it is no folder of a run, or its run has not measured anything yet.
         """
         file = folder / "metrics.jsonl"
         rows = MetricsFile(file).rows()
@@ -49,23 +55,23 @@ class RunFolder:
 
     @property
     def evaluations(self) -> list[Row]:
-        """Lines with an evaluation."""
+        """The lines that hold an evaluation."""
         return [row for row in self.rows if "nll_threshold" in row]
 
     @property
     def finished(self) -> bool:
         """Whether the last step is done, evaluated and saved."""
         last, newest = self.rows[-1], newest_step(self.folder)
-        over = last["step"] == last.get("total_steps", self.config.steps) and "nll_topk" in last
-        return over and newest is not None and newest.name == f"step-{last['step']:08d}"
+        is_over = last["step"] == last.get("total_steps", self.config.steps) and "nll_topk" in last
+        return is_over and newest is not None and newest.name == f"step-{last['step']:08d}"
 
     @property
     def command(self) -> str:
-        """What repeats this run, in a folder of its own."""
+        """A command that repeats this run in another folder."""
         return f"mor train {self.folder / 'config.yaml'} --out {self.folder}-again"
 
     def summary(self) -> Row:
-        """The final numbers; None where something was not measured."""
+        """The run's final numbers by name; None for what was not measured."""
         last = self.rows[-1]
         final = next(reversed(self.evaluations), {})
         seconds = sum(row["step_s"] for row in self.rows)

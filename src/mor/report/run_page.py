@@ -1,4 +1,4 @@
-"""One page of curves of several training runs laid over each other; `mor report` writes it."""
+"""The page of `mor report`: final numbers and curves of one training run or several."""
 
 import json
 import math
@@ -14,8 +14,8 @@ from mor.report.comparison import depths, smoothed
 from mor.report.html import Section, Series, Table, bar_chart, line_chart, page, tabs
 from mor.report.run_folder import Row, RunFolder
 
-_POINTS = 400  # of a line; more cannot be seen
-_START = 0.25  # of a run, whose steep fall would press the rest of a loss chart flat
+_POINTS = 400  # of a line at most; more cannot be seen
+_START = 0.25  # share of a run that a loss chart may cut off: its steep fall would flatten the rest
 
 _NUMBERS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
     {
@@ -42,10 +42,10 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """Open run folders, and all runs of an experiment's folder.
+    """Open the folders: a run's own, or an experiment's, which stands for all of its runs.
 
     Raises:
-        DataError: one holds neither.
+        DataError: a folder is neither.
     """
     found: list[Path] = []
     for folder in folders:
@@ -56,7 +56,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
 
 
 def _inside(experiment: Path) -> list[Path]:
-    """The runs of an experiment in the order of its results."""
+    """The runs' folders of an experiment, in the order of its results; none if it is none."""
     found = sorted(file.parent for file in experiment.glob("runs/*/metrics.jsonl"))
     try:
         results = json.loads((experiment / "results.json").read_text(encoding="utf-8"))
@@ -67,7 +67,10 @@ def _inside(experiment: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, of an experiment without the parts that are the same in all."""
+    """Names that tell the runs apart, in the order of their folders.
+
+    They are the folders' own names; of `1m_mor2_seed0` and `1m_mor3_seed0` only `mor2` and `mor3`.
+    """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         return [str(folder) for folder in folders]
@@ -79,7 +82,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def run_report(runs: Sequence[RunFolder], footer: str) -> str:
-    """The HTML page."""
+    """The HTML page of the runs.
+
+    Raises:
+        DataError: there are none.
+    """
     if not runs:
         raise DataError("there are no runs to report on.")
     sections = [
@@ -116,7 +123,7 @@ _COMMANDS_NOTE = "Each config.yaml holds all settings of its run; the command re
 
 
 def _numbers(runs: Sequence[RunFolder]) -> str:
-    """Runs side by side while there are few, else one below the other."""
+    """The table of final numbers: a column for each run, or a row if there are more than four."""
     summaries = [run.summary() for run in runs]
     keys = [k for k in _NUMBERS if any(s[k] is not None for s in summaries)]
     columns = [
@@ -166,7 +173,10 @@ def _validation(runs: Sequence[RunFolder]) -> str:
 def _evaluated(
     runs: Sequence[RunFolder], key: str, only: Sequence[RunFolder] | None = None
 ) -> list[Series]:
-    """A line per run, so that a run has one color on the page; those left out are empty."""
+    """The evaluations' values of a key, a line for each run.
+
+    Runs that are not in `only` get an empty line, so that a run has the same color in all charts.
+    """
     series = []
     for run in runs:
         kept = run.evaluations if only is None or run in only else []
@@ -177,7 +187,7 @@ def _evaluated(
 
 
 def _loss_chart(title: str, x: str, series: Sequence[Series]) -> str:
-    """A line chart whose range leaves out the steep beginning."""
+    """A line chart whose y range is that of the runs' later three quarters."""
     later = [y for line in series for y in line.ys[int(_START * len(line.ys)) :]]
     later = [y for y in later if math.isfinite(y)]
     low, high = min(later, default=0.0), max(later, default=0.0)
@@ -209,7 +219,7 @@ def _routing(runs: Sequence[RunFolder]) -> str:
 
 
 def _histogram(run: RunFolder) -> str:
-    """Depths of one run over its evaluations: a line per recursion count."""
+    """Depth shares of one run over its evaluations: a line for each recursion count."""
     rows = run.evaluations
     tokens = [row["tokens"] for row in rows]
     series = [
@@ -258,7 +268,7 @@ def _number(row: Row, key: str) -> float:
 
 
 def _thin(name: str, xs: Sequence[float], ys: Sequence[float]) -> Series:
-    """At most 400 points: the means of as many stretches of the line, and its last point."""
+    """A line of at most 400 points, which are means of as many stretches, and its last point."""
     width = -(-len(xs) // _POINTS)
     if width <= 1:
         return Series(name=name, xs=xs, ys=ys)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.style import Style
 from rich.text import Text
 
-from mor.report.palette import DEPTH_SHADES, LIGHT_INK, shade_index
+from mor.report.palette import DEPTH_COLORS, LIGHT_INK, depth_color_index
 
 
 def colored_text(pieces: Sequence[str], counts: Sequence[int], num_recursions: int) -> Text:
@@ -37,7 +37,7 @@ def depth_legend(num_recursions: int) -> Text:
 
 def _style(count: int, num_recursions: int) -> Style:
     """Color from the shared ramp; underline, bold and italic are the bits of count - 1."""
-    shade = DEPTH_SHADES[shade_index(count, num_recursions)].light
+    shade = DEPTH_COLORS[depth_color_index(count, num_recursions)].light
     plain = count == 1
     cues = count - 1
     return Style(

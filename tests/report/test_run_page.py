@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_html import Reader
+from html_reader import HTMLReader
 
 from mor.cli.report import run as report
 from mor.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ def pair(tmp_path: Path) -> list[Path]:
 
 def test_the_page_shows_every_run_and_needs_nothing_else(pair: list[Path]) -> None:
     html = run_report(find_runs(pair), "made by a test")
-    reader = Reader(html)
+    reader = HTMLReader(html)
     tags = {tag for tag, _ in reader.elements}
     assert "script" not in tags
     assert not re.search(r"(src|href)=\"(?!data:)", html)
@@ -124,7 +124,7 @@ def test_many_runs_stand_below_each_other_with_short_names(tmp_path: Path) -> No
     (tmp_path / "results.json").write_text(json.dumps(results))
     runs = find_runs([tmp_path])  # as in the experiment's own results
     assert [run.folder.name for run in runs] == order
-    reader = Reader(run_report(runs, ""))
+    reader = HTMLReader(run_report(runs, ""))
     rows = [i for i, (tag, a) in enumerate(reader.elements) if tag == "th" and a["scope"] == "row"]
     assert [reader.texts[i] for i in rows][:6] == [run.name for run in runs]
 

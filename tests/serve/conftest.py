@@ -6,7 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from live_server import KEY, MODEL_LEN, Running
+from live_server import KEY, MODEL_LEN, LiveServer
 
 import mor
 from mor.engine.config import EngineConfig
@@ -44,17 +44,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server that asks for a key."""
     log = tmp_path_factory.mktemp("serve") / "log"
     options = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(2**24))
-    running = Running(model, log, *options)
+    running = LiveServer(model, log, *options)
     yield running
     assert running.stop() == 0, running.log
 
 
 @pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
     """OpenAI's own client of that server."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
         yield client

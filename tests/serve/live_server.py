@@ -1,4 +1,4 @@
-"""A server process of its own for the tests, and what they ask of it."""
+"""`LiveServer`: `mor serve` in a process of its own, and the calls that tests make."""
 
 import os
 import re
@@ -15,11 +15,11 @@ import httpx
 KEY = "sesame-open-1234"
 NAME = "tiny"
 MODEL_LEN = 256
-_START = 90  # seconds
+_START_TIMEOUT_S = 90
 _PORT = re.compile(r"is served at http://[^:]+:(\d+)")
 
 
-class Running:
+class LiveServer:
     """`mor serve` in a process of its own."""
 
     def __init__(self, model: Path, log: Path, *options: str, key: str | None = KEY) -> None:
@@ -46,7 +46,7 @@ class Running:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def _port(self) -> int:
-        end = time.monotonic() + _START
+        end = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < end:
             found = _PORT.search(self.log)
             if found is not None:

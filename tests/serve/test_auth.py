@@ -5,7 +5,7 @@ import base64
 import httpx
 import openai
 import pytest
-from live_server import KEY, Running
+from live_server import KEY, LiveServer
 
 ROUTES = [
     ("POST", "/v1/completions"),
@@ -45,7 +45,7 @@ def basic(password: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_strangers_are_refused(server: Running, method: str, path: str) -> None:
+def test_strangers_are_refused(server: LiveServer, method: str, path: str) -> None:
     with httpx.Client(base_url=server.url) as stranger:
         answer = stranger.request(method, path)
     assert answer.status_code == 401
@@ -55,19 +55,19 @@ def test_strangers_are_refused(server: Running, method: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("headers", WRONG, ids=str)
-def test_what_is_not_the_key(server: Running, headers: dict[str, str]) -> None:
+def test_what_is_not_the_key(server: LiveServer, headers: dict[str, str]) -> None:
     with httpx.Client(base_url=server.url) as stranger:
         assert stranger.get("/v1/models", headers=headers).status_code == 401
         assert stranger.get("/depths", headers=headers).status_code == 401
 
 
-def test_the_openai_client_hears_of_it(server: Running) -> None:
+def test_the_openai_client_hears_of_it(server: LiveServer) -> None:
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError, match="asks for a key"):
         wrong.models.list()
 
 
-def test_a_browser_may_log_in_to_the_page_only(server: Running) -> None:
+def test_a_browser_may_log_in_to_the_page_only(server: LiveServer) -> None:
     with httpx.Client(base_url=server.url) as browser:
         assert browser.get("/depths", headers=basic(KEY)).status_code == 200
         assert browser.get("/", headers=basic(KEY)).status_code == 200
@@ -79,13 +79,13 @@ def test_a_browser_may_log_in_to_the_page_only(server: Running) -> None:
         assert browser.get("/v1/models", headers=ours).status_code == 401
 
 
-def test_health_is_open_and_tells_nothing(server: Running) -> None:
+def test_health_is_open_and_tells_nothing(server: LiveServer) -> None:
     with httpx.Client(base_url=server.url) as stranger:
         answer = stranger.get("/health")
     assert (answer.status_code, answer.content) == (200, b"")
 
 
-def test_logs_hold_no_key_and_no_prompt(server: Running) -> None:
+def test_logs_hold_no_key_and_no_prompt(server: LiveServer) -> None:
     secret = "a-very-private-prompt"
     headers = {"X-Request-Id": "my-id.1"}
     body = {"prompt": secret, "max_tokens": 2}

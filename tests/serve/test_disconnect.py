@@ -8,14 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import KEY, Running
+from live_server import KEY, LiveServer
 
 BODY = {"prompt": "the cat", "max_tokens": 250, "ignore_eos": True}
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
 JSON = "Content-Type: application/json\r\n"
 
 
-def raw(server: Running, data: bytes, wait: float = 2.0) -> bytes:
+def raw(server: LiveServer, data: bytes, wait: float = 2.0) -> bytes:
     """What the server answers to some bytes, within a time."""
     with connected(server, wait) as connection:
         try:
@@ -25,7 +25,7 @@ def raw(server: Running, data: bytes, wait: float = 2.0) -> bytes:
             return b""
 
 
-def connected(server: Running, wait: float = 2.0) -> socket.socket:
+def connected(server: LiveServer, wait: float = 2.0) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=wait)
 
@@ -34,7 +34,7 @@ def request(body: bytes, *, extra: str = JSON) -> bytes:
     return f"{HEAD}{extra}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def works(server: Running) -> None:
+def works(server: LiveServer) -> None:
     """The server still serves, with all its memory for keys and values."""
     answer = server.post("/v1/completions", prompt="the cat", max_tokens=3, ignore_eos=True)
     assert answer.status_code == 200
@@ -44,14 +44,14 @@ def works(server: Running) -> None:
     assert server.process.poll() is None
 
 
-def resident(server: Running) -> int:
+def resident(server: LiveServer) -> int:
     """Bytes of memory that the server has."""
     with open(f"/proc/{server.process.pid}/statm") as file:  # noqa: PTH123
         return int(file.read().split()[1]) * 4096
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool) -> None:
+def test_a_client_that_leaves_ends_its_request(server: LiveServer, stream: bool) -> None:
     server.idle()
     before = server.metric("mor:request_success_total", finished_reason="abort")
     connections = []
@@ -93,7 +93,7 @@ def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool) ->
     ],
     ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else None,
 )
-def test_bodies_that_are_no_requests(server: Running, body: bytes, status: int) -> None:
+def test_bodies_that_are_no_requests(server: LiveServer, body: bytes, status: int) -> None:
     answer = server.http.post(
         "/v1/completions", content=body, headers={"content-type": "application/json"}
     )
@@ -102,7 +102,7 @@ def test_bodies_that_are_no_requests(server: Running, body: bytes, status: int) 
     works(server)
 
 
-def test_a_huge_body_without_a_length_is_stopped(server: Running) -> None:
+def test_a_huge_body_without_a_length_is_stopped(server: LiveServer) -> None:
     before = resident(server)
 
     def endless() -> Any:
@@ -118,7 +118,7 @@ def test_a_huge_body_without_a_length_is_stopped(server: Running) -> None:
     assert resident(server) < before + 64 * 2**20
 
 
-def test_bytes_that_are_no_http(server: Running) -> None:
+def test_bytes_that_are_no_http(server: LiveServer) -> None:
     draw = random.Random(0)
     garbage = [draw.randbytes(draw.randint(1, 3000)) for _ in range(10)]
     garbage += [
@@ -137,7 +137,7 @@ def test_bytes_that_are_no_http(server: Running) -> None:
     assert "Traceback" not in server.log
 
 
-def test_slow_clients_do_not_hold_up_others(server: Running) -> None:
+def test_slow_clients_do_not_hold_up_others(server: LiveServer) -> None:
     slow = [connected(server, wait=10) for _ in range(20)]
     for connection in slow[:10]:
         connection.sendall(b"POST /v1/comp")
@@ -152,7 +152,7 @@ def test_slow_clients_do_not_hold_up_others(server: Running) -> None:
     works(server)
 
 
-def test_a_client_that_does_not_read_loses_nothing(server: Running) -> None:
+def test_a_client_that_does_not_read_loses_nothing(server: LiveServer) -> None:
     with connected(server, wait=10) as connection:
         body = {**BODY, "stream": True, "n": 3, "logprobs": 20, "temperature": 0}
         connection.sendall(request(json.dumps(body).encode(), extra=JSON + "Connection: close\r\n"))
@@ -165,7 +165,7 @@ def test_a_client_that_does_not_read_loses_nothing(server: Running) -> None:
     works(server)
 
 
-def test_random_bodies_are_answered(server: Running) -> None:
+def test_random_bodies_are_answered(server: LiveServer) -> None:
     draw = random.Random(1)
     fields = ["prompt", "max_tokens", "n", "stop", "stream", "logprobs", "temperature", "echo", "x"]
     values = [None, True, 0, -1, 1, 3, 2.5, 1e300, "", "x", "\x00", [], [1], ["a"], [[1, 2]], {}]

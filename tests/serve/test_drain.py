@@ -10,14 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import Running
+from live_server import LiveServer
 
 NUM = 9
 BODY = {"prompt": "the cat", "max_tokens": 160, "ignore_eos": True, "temperature": 0}
 
 
 def test_a_server_that_is_told_to_stop_finishes_what_it_has(model: Path, tmp_path: Path) -> None:
-    server = Running(model, tmp_path / "log", "--max-num-seqs", "3", key=None)
+    server = LiveServer(model, tmp_path / "log", "--max-num-seqs", "3", key=None)
     began = threading.Semaphore(0)
 
     def ask(number: int) -> list[Any]:
@@ -68,7 +68,7 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has(model: Path, tmp_pat
 
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(model: Path, tmp_path: Path) -> None:
-    server = Running(model, tmp_path / "log", "--max-num-seqs", "1", key=None)
+    server = LiveServer(model, tmp_path / "log", "--max-num-seqs", "1", key=None)
     with httpx.Client(base_url=server.url, timeout=60) as client:
         body = {**BODY, "max_tokens": 250, "stream": True, "n": 8}
         with client.stream("POST", "/v1/completions", json=body) as answer:

@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import MODEL_LEN, NAME, Running
+from live_server import MODEL_LEN, NAME, LiveServer
 
 LIMITS = {"temperature": -1, "top_p": 0, "n": 0, "logprobs": 21, "seed": -1, "top_k": -2}
 
@@ -21,7 +21,7 @@ def error(answer: Any, status: int = 400) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("field", ["best_of", "suffix", "logit_bias", "user", "no_such_field"])
-def test_an_unsupported_field_is_named(server: Running, field: str) -> None:
+def test_an_unsupported_field_is_named(server: LiveServer, field: str) -> None:
     said = error(server.post("/v1/completions", prompt="x", **{field: None}))
     assert said["param"] == field
     assert said["code"] == "unsupported_field"
@@ -30,7 +30,7 @@ def test_an_unsupported_field_is_named(server: Running, field: str) -> None:
 
 
 @pytest.mark.parametrize("field", LIMITS)
-def test_a_value_out_of_range_is_named(server: Running, field: str) -> None:
+def test_a_value_out_of_range_is_named(server: LiveServer, field: str) -> None:
     said = error(server.post("/v1/completions", prompt="x", **{field: LIMITS[field]}))
     assert said["param"] == field
     assert field in said["message"]
@@ -69,7 +69,7 @@ def test_a_value_out_of_range_is_named(server: Running, field: str) -> None:
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
 def test_a_body_that_cannot_be_served(
-    server: Running, body: dict[str, Any], param: str | None
+    server: LiveServer, body: dict[str, Any], param: str | None
 ) -> None:
     answer = server.http.post(
         "/v1/completions",
@@ -80,7 +80,7 @@ def test_a_body_that_cannot_be_served(
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
-def test_numbers_that_are_none(server: Running, number: str) -> None:
+def test_numbers_that_are_none(server: LiveServer, number: str) -> None:
     answer = server.http.post(
         "/v1/completions",
         content=f'{{"prompt": "x", "temperature": {number}}}',
@@ -89,7 +89,7 @@ def test_numbers_that_are_none(server: Running, number: str) -> None:
     assert error(answer)["param"] == "temperature"
 
 
-def test_a_prompt_that_is_too_long(client: openai.OpenAI, server: Running) -> None:
+def test_a_prompt_that_is_too_long(client: openai.OpenAI, server: LiveServer) -> None:
     for prompt in ("the cat " * MODEL_LEN, "x" * 10**6, [1] * MODEL_LEN):
         with pytest.raises(openai.BadRequestError, match="shorten the prompt") as caught:
             client.completions.create(model=NAME, prompt=prompt)
@@ -106,19 +106,19 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
         client.models.retrieve("other")
 
 
-def test_routes_and_methods_that_are_not_there(server: Running) -> None:
+def test_routes_and_methods_that_are_not_there(server: LiveServer) -> None:
     assert "/nowhere" in error(server.http.get("/nowhere"), 404)["message"]
     answer = server.http.get("/v1/completions")
     assert error(answer, 405)
     assert answer.headers["allow"] == "POST"
 
 
-def test_more_completions_than_can_ever_wait(server: Running) -> None:
+def test_more_completions_than_can_ever_wait(server: LiveServer) -> None:
     said = error(server.post("/v1/completions", prompt=["x"] * 100, n=100))
     assert "send fewer prompts" in said["message"]
 
 
-def test_only_json_is_read(server: Running) -> None:
+def test_only_json_is_read(server: LiveServer) -> None:
     body = b'{"prompt": "x"}'
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         answer = server.http.post("/v1/completions", content=body, headers={"content-type": kind})

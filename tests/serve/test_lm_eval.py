@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_server import KEY, NAME, Running
+from live_server import KEY, NAME, LiveServer
 
 import mor
 from mor.engine.llm import LLM
@@ -44,7 +44,7 @@ def expected(model: mor.MoRModel, engine: LLM, text: str, choice: str) -> tuple[
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_scores_are_those_of_the_model(
-    server: Running, model: Path, engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: LiveServer, model: Path, engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager

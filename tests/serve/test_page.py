@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from live_server import KEY, Running
+from live_server import KEY, LiveServer
 
 from mor.report.palette import DEPTH_COLORS, depth_color_index
 
@@ -99,7 +99,7 @@ class Visit:
         )
 
 
-def look(browser: Any, server: Running, **context: Any) -> Iterator[Visit]:
+def look(browser: Any, server: LiveServer, **context: Any) -> Iterator[Visit]:
     """Open the page; afterwards it must have spoken to nobody else, and complained of nothing."""
     credentials = {"username": "mor", "password": KEY}
     with browser.new_context(http_credentials=credentials, **context) as opened:
@@ -122,7 +122,7 @@ def look(browser: Any, server: Running, **context: Any) -> Iterator[Visit]:
 
 
 @pytest.fixture
-def visit(browser: Any, server: Running) -> Iterator[Visit]:
+def visit(browser: Any, server: LiveServer) -> Iterator[Visit]:
     yield from look(browser, server, color_scheme="light")
 
 
@@ -137,7 +137,7 @@ def visible(text: str) -> str:
     return text.translate({**pictures, 0x7F: 0x2421})
 
 
-def test_tokens_and_colors_are_those_of_the_answer(visit: Visit, server: Running) -> None:
+def test_tokens_and_colors_are_those_of_the_answer(visit: Visit, server: LiveServer) -> None:
     visit.run(prompt=PROMPT, length=60)
     (body,) = visit.bodies
     assert (body["prompt"], body["max_tokens"], body["temperature"]) == (PROMPT, 60, 0)
@@ -212,7 +212,7 @@ def test_the_slider_limits_the_depth(visit: Visit) -> None:
     assert {token["count"] for token in visit.tokens()} == {1, 2}
 
 
-def test_escape_stops_the_run(visit: Visit, server: Running) -> None:
+def test_escape_stops_the_run(visit: Visit, server: LiveServer) -> None:
     visit.start(prompt=PROMPT, length=240, compare=True)
     visit.page.locator(".t:not(.prompt)").first.wait_for()
     assert visit.page.is_disabled("#run")
@@ -301,7 +301,7 @@ def test_thousands_of_tokens_reach_the_page_once_a_frame(visit: Visit) -> None:
     assert bars == ["1667 · 33 %", "1667 · 33 %", "1666 · 33 %"]
 
 
-def test_the_server_is_shown_at_work(visit: Visit, server: Running) -> None:
+def test_the_server_is_shown_at_work(visit: Visit, server: LiveServer) -> None:
     visit.run(prompt=PROMPT, length=5)
     state = server.idle()
     rows = visit.page.locator("#pages .value").all_text_contents()
@@ -310,7 +310,7 @@ def test_the_server_is_shown_at_work(visit: Visit, server: Running) -> None:
     assert total.endswith(f"of {state['kv_pages_total']:,}")
 
 
-def test_the_dark_page_on_a_phone(browser: Any, server: Running) -> None:
+def test_the_dark_page_on_a_phone(browser: Any, server: LiveServer) -> None:
     phone = {"width": 360, "height": 740}
     for visit in look(browser, server, color_scheme="dark", viewport=phone):
         visit.run(prompt=PROMPT, length=40, compare=True, numbers=True)
@@ -323,7 +323,7 @@ def test_the_dark_page_on_a_phone(browser: Any, server: Running) -> None:
         assert upper["y"] + upper["height"] <= lower["y"]
 
 
-def test_without_the_key_there_is_no_page(browser: Any, server: Running) -> None:
+def test_without_the_key_there_is_no_page(browser: Any, server: LiveServer) -> None:
     with browser.new_context() as opened:
         answer = opened.request.get(server.url)
         assert answer.status == 401

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from live_server import KEY, Running
+from live_server import KEY, LiveServer
 
 from mor.engine.llm import LLM
 from mor.model.sampling import SamplingParams
@@ -75,7 +75,7 @@ def test_two_hundred_streams(model: Path, engine: LLM, tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     want = [completion.token_ids for completion in engine.generate(prompts, params)]
     options = ("--max-num-seqs", "256", "--kv-cache-memory-bytes", str(2**27))
-    server = Running(model, tmp_path / "log", *options)
+    server = LiveServer(model, tmp_path / "log", *options)
     try:
         load = Load(Client.of(server.url, KEY), prompts, want)
         asyncio.run(load.run(SECONDS))

@@ -4,7 +4,7 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import MODEL_LEN, NAME, Running
+from live_server import MODEL_LEN, NAME, LiveServer
 
 import mor
 from mor.engine.llm import LLM
@@ -18,7 +18,7 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert client.models.retrieve(NAME) == card
 
 
-def test_texts_and_tokens(server: Running, engine: LLM) -> None:
+def test_texts_and_tokens(server: LiveServer, engine: LLM) -> None:
     said = server.post("/tokenize", prompt=TEXT, return_token_strs=True).json()
     assert said["tokens"] == engine.tokenizer.encode(TEXT)
     assert said["count"] == len(said["tokens"]) == len(said["token_strs"])
@@ -38,17 +38,19 @@ def test_texts_and_tokens(server: Running, engine: LLM) -> None:
         ("/detokenize", {"tokens": [-1]}, "tokens"),
     ],
 )
-def test_tokens_that_are_none(server: Running, path: str, body: dict[str, Any], match: str) -> None:
+def test_tokens_that_are_none(
+    server: LiveServer, path: str, body: dict[str, Any], match: str
+) -> None:
     answer = server.post(path, **body)
     assert answer.status_code in (400, 404)
     assert match in answer.json()["error"]["message"]
 
 
-def test_version(server: Running) -> None:
+def test_version(server: LiveServer) -> None:
     assert server.get("/version") == {"version": mor.__version__}
 
 
-def test_depths_and_metrics_follow_the_requests(server: Running) -> None:
+def test_depths_and_metrics_follow_the_requests(server: LiveServer) -> None:
     server.idle()
     before = server.get("/depths")
     numbers = ("mor:prompt_tokens_total", "mor:generation_tokens_total")
@@ -85,7 +87,7 @@ def test_depths_and_metrics_follow_the_requests(server: Running) -> None:
     )
 
 
-def test_a_repeated_prompt_is_not_computed_again(server: Running) -> None:
+def test_a_repeated_prompt_is_not_computed_again(server: LiveServer) -> None:
     text = "the mat the rat " * 10
     server.post("/v1/completions", prompt=text, max_tokens=1)
     before = server.metric("mor:prefix_cache_hits_total")

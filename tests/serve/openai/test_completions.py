@@ -4,7 +4,7 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import MODEL_LEN, NAME, Running
+from live_server import MODEL_LEN, NAME, LiveServer
 
 from mor.engine.llm import LLM
 from mor.model.sampling import Completion, SamplingParams
@@ -229,7 +229,7 @@ def test_an_empty_prompt_starts_from_nothing(client: openai.OpenAI, engine: LLM)
     assert choice.token_ids == want.token_ids
 
 
-def test_without_max_tokens_the_models_length_is_the_end(server: Running) -> None:
+def test_without_max_tokens_the_models_length_is_the_end(server: LiveServer) -> None:
     body = {"prompt": "the cat", "max_tokens": None, "temperature": 0, "ignore_eos": True}
     answer = server.post("/v1/completions", **body).json()
     assert answer["usage"]["total_tokens"] == MODEL_LEN

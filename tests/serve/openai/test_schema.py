@@ -8,7 +8,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from live_server import KEY, Running
+from live_server import KEY, LiveServer
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -33,17 +33,17 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def small(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def small(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server whose requests are short, whatever they ask for."""
     log = tmp_path_factory.mktemp("schema") / "log"
     limits = ("--max-model-len", "24", "--max-num-seqs", "8", "--max-waiting", "4")
-    running = Running(model, log, *limits)
+    running = LiveServer(model, log, *limits)
     yield running
     assert running.stop() == 0, running.log
     assert "Traceback" not in running.log
 
 
-def fuzz(server: Running, num: int) -> int:
+def fuzz(server: LiveServer, num: int) -> int:
     """So many bodies and parameters that fit the document, and as many that do not, for every
     operation; how many were sent."""
     document = schemathesis.openapi.from_dict(server.get("/openapi.json"))
@@ -67,11 +67,11 @@ def fuzz(server: Running, num: int) -> int:
     return sent
 
 
-def test_a_few_cases_of_every_operation(small: Running) -> None:
+def test_a_few_cases_of_every_operation(small: LiveServer) -> None:
     assert fuzz(small, 8) > 70
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_many_cases_of_every_operation(small: Running) -> None:
+def test_many_cases_of_every_operation(small: LiveServer) -> None:
     assert fuzz(small, 330) > 2500

@@ -1,4 +1,4 @@
-"""A stand-in for `mor serve`: canned tokens over real HTTP, and a diary of what was asked."""
+"""`Fake`: a stand-in for `mor serve` that sends fixed tokens over HTTP and records the requests."""
 
 import json
 import threading
@@ -14,14 +14,14 @@ TOKENS = ("The", " token", " goes", " deep", "er", ".")
 
 @dataclass
 class Fake:
-    """What the server says, and what it was asked."""
+    """What the server answers, and the requests that it got."""
 
     num_recursions: int = 3
     vocab_size: int | None = 50
     has_chat: bool = True
     chunked: bool = True
     delay_s: float = 0.0
-    """Before each token."""
+    """Seconds before each token."""
     refuse: tuple[int, str] | None = None
     """Status and message for every request to generate."""
     break_after: int | None = None
@@ -31,9 +31,12 @@ class Fake:
     api_key: str | None = None
     port: int = 0
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Path and body of each POST request."""
     aborted: list[str] = field(default_factory=list)
-    max_at_once: int = 0
+    """Paths of streams whose clients left before the end."""
     at_once: int = 0
+    """Streams under way."""
+    max_at_once: int = 0
 
     @property
     def url(self) -> str:

@@ -1,4 +1,4 @@
-"""Consoles, option parsing and progress that all verbs share."""
+"""The consoles, error messages and progress bars that all commands share."""
 
 import sys
 
@@ -7,23 +7,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def console() -> Console:
-    """Standard output; plain text when it is not a terminal."""
+    """A console on standard output; plain text without line breaks of its own in a pipe."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def err_console() -> Console:
-    """Standard error."""
+    """A console on standard error."""
     return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def fail(message: str, status: int = 1) -> int:
-    """Say what went wrong on standard error; returns the exit status."""
-    err_console().print(f"[bold red]error:[/] {_plain(message)}")
+    """Print an error message on standard error; returns the exit status."""
+    err_console().print(f"[bold red]error:[/] {_escape(message)}")
     return status
 
 
-def _plain(text: str) -> str:
-    """Text whose square brackets rich leaves alone."""
+def _escape(text: str) -> str:
+    """Text in which rich does not read square brackets as markup."""
     return text.replace("[", r"\[")
 
 

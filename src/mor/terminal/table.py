@@ -17,7 +17,11 @@ def print_table(
     rows: Sequence[Sequence[str]],
     left: Collection[int] = (0,),
 ) -> None:
-    """Print rows under a header; the columns `left` are flush left, the others flush right."""
+    """Print rows under a header.
+
+    Args:
+        left: indices of the columns that are set flush left; the others are flush right.
+    """
     if not screen.is_terminal:
         print("\n".join(plain_table(header, rows, left)), file=screen.file)
         return
@@ -32,7 +36,7 @@ def print_table(
 def plain_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
 ) -> list[str]:
-    """The lines of a table in aligned text, no spaces at their ends."""
+    """The lines of a table as aligned text without spaces at their ends."""
     lines = [header, *rows]
     widths = [max(cell_len(line[column]) for line in lines) for column in range(len(header))]
     return [
@@ -44,5 +48,6 @@ def plain_table(
 
 
 def _padded(cell: str, width: int, right: bool) -> str:
+    # `cell_len` counts columns of the terminal: some characters take two.
     fill = " " * (width - cell_len(cell))
     return fill + cell if right else cell + fill

@@ -21,16 +21,18 @@ _LINE_EVERY_S = 5.0  # seconds between lines when the output is not a terminal
 
 @contextmanager
 def watched(screen: Console, config: TrainConfig) -> Generator[tuple[Any, Any], None, None]:
-    """A live line of the run's progress, and a question whether a signal asked to stop.
+    """Show a run's progress; gives what the trainer calls after each step, and whether to stop.
 
-    SIGTERM and the first Ctrl-C finish the step, save and end; a second Ctrl-C ends at once.
+    The first is a function of the step's `StepMetrics`, which shows them. The second is a function
+    that says whether a signal has asked to stop: SIGTERM and the first Ctrl-C finish the step, save
+    and end; a second Ctrl-C ends at once.
     """
-    asked = [False]
+    is_stopping = [False]  # a list, because the handler below changes it
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if asked[0] and number == signal.SIGINT:
+        if is_stopping[0] and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked[0] = True
+        is_stopping[0] = True
         # A signal may come in the middle of a print or of an import, where rich cannot print.
         if not screen.quiet:
             os.write(2, _STOPPING if screen.is_terminal else _STOPPING.lstrip())
@@ -39,16 +41,20 @@ def watched(screen: Console, config: TrainConfig) -> Generator[tuple[Any, Any], 
     try:
         if sys.stdout.isatty() and not screen.quiet:
             with Live(console=screen, refresh_per_second=4, transient=False) as live:
-                yield (lambda row: live.update(_line(row, config, live.console))), lambda: asked[0]
+
+                def show(row: StepMetrics) -> None:
+                    live.update(_line(row, config, live.console))
+
+                yield show, lambda: is_stopping[0]
         else:
-            printer = _Printer(screen, config)
-            yield printer, lambda: asked[0]
+            yield _Printer(screen, config), lambda: is_stopping[0]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _line(row: StepMetrics, config: TrainConfig, screen: Console) -> str:
+    """The line of a step; prints the line of its evaluation, if there was one, above it."""
     if "nll_threshold" in row:
         screen.print(evaluation_line(row))
     left = max(0, row["total_steps"] - row["step"]) * config.tokens_per_step / row["tokens_per_s"]
@@ -59,7 +65,7 @@ def _line(row: StepMetrics, config: TrainConfig, screen: Console) -> str:
 
 
 def evaluation_line(row: StepMetrics) -> str:
-    """One evaluation in words."""
+    """The line of an evaluation: both losses and the depth histogram."""
     shares = " ".join(f"{share:.2f}" for share in row["depth_histogram"])
     return (
         f"step {row['step']}  NLL topk {row['nll_topk']:.4f}  threshold "
@@ -74,7 +80,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Printer:
-    """Plain lines now and then, for pipes and log files."""
+    """Prints a plain line at most every five seconds, and every evaluation: for pipes and logs."""
 
     def __init__(self, screen: Console, config: TrainConfig) -> None:
         self._screen, self._config, self._last = screen, config, 0.0

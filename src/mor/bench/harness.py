@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,13 @@ from mor.eval.local_tasks import write_tasks
 from mor.eval.scoring import EngineScorer
 from mor.io.checkpoint import load, resolve
 from mor.io.tokenizer import Tokenizer
+
+
+class _Round(NamedTuple):
+    """Seconds and scores of all tasks once, under the keys `mor` and `hf`."""
+
+    seconds: dict[str, float]
+    scores: dict[str, dict[str, Any]]
 
 
 def measure(
@@ -53,23 +60,15 @@ def measure(
         batch_size=batch_size,
         prefix_token_id=hf_tokenizer.prefix_id,
     )
-    seconds: list[dict[str, float]] = []
-    scores: dict[str, dict[str, Any]] = {"mor": {}, "hf": {}}
     with tempfile.TemporaryDirectory(prefix="mor-eval-") as folder:
         write_tasks(list(items), data, Path(folder))
-        for warm in (True, *(False for _ in range(rounds))):
-            taken = {"mor": 0.0, "hf": 0.0}
-            for task, count in items.items():
-                options: dict[str, Any] = {"include": [Path(folder)], "limit": 2 if warm else count}
-                scorer.llm.reset_prefix_cache()
-                began = time.perf_counter()
-                scores["mor"] |= evaluate(scorer, hf_tokenizer, [task], **options)
-                between = time.perf_counter()
-                scores["hf"] |= run_tasks(lambda: theirs, [task], **options)
-                taken["mor"] += between - began
-                taken["hf"] += time.perf_counter() - between
-            if not warm:
-                seconds.append(taken)
+
+        def score(limits: Mapping[str, int]) -> _Round:
+            return _score_all(scorer, hf_tokenizer, theirs, Path(folder), limits)
+
+        score(dict.fromkeys(items, 2))  # warms up: two items of each task
+        measured = [score(items) for _ in range(rounds)]
+    seconds = [round_.seconds for round_ in measured]
     ratios = sorted(taken["hf"] / taken["mor"] for taken in seconds)
     return {
         "items": dict(items),
@@ -77,5 +76,33 @@ def measure(
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "ratio": ratios[len(ratios) // 2],
-        "scores": scores,
+        "scores": measured[-1].scores,
     }
+
+
+def _score_all(
+    scorer: EngineScorer,
+    hf_tokenizer: HFStyleTokenizer,
+    theirs: Any,
+    folder: Path,
+    limits: Mapping[str, int],
+) -> _Round:
+    """Score the first items of each task with both, one task after the other.
+
+    Args:
+        theirs: lm-eval's model.
+        folder: of the task files.
+        limits: by task, how many items are scored.
+    """
+    taken = {"mor": 0.0, "hf": 0.0}
+    scores: dict[str, dict[str, Any]] = {"mor": {}, "hf": {}}
+    for task, limit in limits.items():
+        options: dict[str, Any] = {"include": [folder], "limit": limit}
+        scorer.llm.reset_prefix_cache()  # what an earlier round left there would make this quicker
+        began = time.perf_counter()
+        scores["mor"] |= evaluate(scorer, hf_tokenizer, [task], **options)
+        between = time.perf_counter()
+        scores["hf"] |= run_tasks(lambda: theirs, [task], **options)
+        taken["mor"] += between - began
+        taken["hf"] += time.perf_counter() - between
+    return _Round(taken, scores)

@@ -138,7 +138,7 @@ def percent(share: float) -> str:
 
 def _scale(size: float) -> tuple[float, str]:
     """The unit for a number of that size: its value and its letter."""
-    for least, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if size >= least:
-            return least, unit
+    for minimum, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if size >= minimum:
+            return minimum, unit
     return (1e3, "k") if size >= 1e4 else (1.0, "")  # 9,999 is as short as 9.999k

@@ -14,14 +14,15 @@ import torch
 
 from mor.bench.train_ab import saved_bytes
 from mor.errors import ConfigError
+from mor.model import transformer
 from mor.model.transformer import MoRModel
 from mor.ops.malloc import retain_freed_memory
-from mor.train import parallelize as speed
 from mor.train.config import TrainConfig
-from mor.train.parallelize import has_compiler, speed_up
+from mor.train.distributed import World
+from mor.train.parallelize import has_compiler, parallelize
 from tiny import KINDS, tiny_model
 
-CPU = torch.device("cpu")
+ALONE = World(kind="none", rank=0, size=1, device=torch.device("cpu"))
 
 
 def step(
@@ -50,10 +51,10 @@ def test_recomputing_changes_nothing_but_memory(kind: str, mode: str) -> None:
     config = TrainConfig(activation_checkpointing=mode)
     if kind == "sequence" and mode == "recursion":
         with pytest.raises(ConfigError, match=r"'recursion' needs sharing='cycle'.*take 'full'"):
-            speed_up(model, config, CPU)
+            parallelize(model, config, ALONE)
         return
-    speed_up(model, config, CPU)
-    speed_up(plain, TrainConfig(), CPU)
+    parallelize(model, config, ALONE)
+    parallelize(plain, TrainConfig(), ALONE)
     loss, gradients = step(model)
     expected, others = step(plain)
     assert loss == expected
@@ -64,9 +65,9 @@ def test_recomputing_changes_nothing_but_memory(kind: str, mode: str) -> None:
 
 def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("expert")
-    speed_up(model, TrainConfig(activation_checkpointing="full"), CPU)
+    parallelize(model, TrainConfig(activation_checkpointing="full"), ALONE)
     calls = []
-    monkeypatch.setattr(speed, "checkpoint", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(transformer, "checkpoint", lambda *args, **kwargs: calls.append(args))
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.long))
     assert calls == []
@@ -148,20 +149,21 @@ def test_without_a_compiler_training_goes_on_with_one_sentence(
     monkeypatch.setattr("shutil.which", lambda name: None)
     model, plain = tiny_model("expert"), tiny_model("expert")
     with pytest.warns(UserWarning, match=r"^compile: true needs a C\+\+ compiler .* without\.$"):
-        speed_up(model, TrainConfig(compile=True), CPU)
+        parallelize(model, TrainConfig(compile=True), ALONE)
     assert step(model)[0] == step(plain)[0]
 
 
 COMPILED = """
 import json, sys, torch
-from test_parallelize import step, CPU
+from test_parallelize import ALONE, step
 from mor.train.config import TrainConfig
-from mor.train.parallelize import speed_up
+from mor.train.distributed import World
+from mor.train.parallelize import parallelize
 from tiny import tiny_model
 kind, mode, *end = sys.argv[1:]
 end = [int(e) for e in end]
 model, plain = (tiny_model(kind, num_block_layers=1) for _ in range(2))
-speed_up(model, TrainConfig(compile=True, activation_checkpointing=mode), CPU)
+parallelize(model, TrainConfig(compile=True, activation_checkpointing=mode), ALONE)
 (loss, ours), (expected, theirs) = step(model, *end), step(plain, *end)
 worst = max(float((ours[n] - theirs[n]).abs().max()) for n in theirs)
 worst = max(worst, float((loss - expected).abs()))
@@ -186,7 +188,7 @@ def test_compiled_layers_agree(case: tuple[str, ...]) -> None:
     """In a process of its own: shape checks at run time break the compiler's tracing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not has_compiler(CPU):
+        if not has_compiler(ALONE.device):
             pytest.skip("no C++ compiler")
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(

@@ -22,8 +22,9 @@ from mor.model.config import MoRConfig
 from mor.model.cost import activation_values_per_token, training_flops
 from mor.model.transformer import MoRModel
 from mor.train.config import TrainConfig
+from mor.train.distributed import World
 from mor.train.optim import build_optimizer
-from mor.train.parallelize import speed_up
+from mor.train.parallelize import parallelize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class Stepper:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = MoRModel(config).train().to(device)
         settings = settings or TrainConfig(sequence_length=sequence_length, batch_size=batch_size)
-        speed_up(self.model, settings, device)
+        parallelize(self.model, settings, World(kind="none", rank=0, size=1, device=device))
         self.optimizer = build_optimizer(self.model, settings)
         batch = torch.randint(config.vocab_size, (batch_size, sequence_length + 1))
         self.batch = batch.to(device)

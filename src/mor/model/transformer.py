@@ -6,13 +6,14 @@ Hidden states are (N, E): only the tokens that are present are computed (`ragged
 Shape letters: B batch, T time, N present tokens, R recursions, E width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mor.errors import ConfigError, RequestError
 from mor.model.attention import (
@@ -36,6 +37,8 @@ from mor.model.router import (
 from mor.model.sharing import UNSHARED, LayerKey, block_schedule
 from mor.ops.cross_entropy import IGNORE, linear_cross_entropy
 from mor.ops.document_attention import number_documents
+
+ActivationCheckpointing = Literal["none", "recursion", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +82,18 @@ class MoRModel(nn.Module):
         config: what to build. Parameters are drawn from N(0, initializer_range).
     """
 
-    layer_type: ClassVar[type[Layer]] = Layer
-    """The class of all layers; a subclass may set its own."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What a training step computes again in its backward pass instead of keeping it from the
+    forward pass: each pass of the block (`recursion`) or every layer (`full`)."""
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layer = self.layer_type
-        self.prelude = nn.ModuleList(layer(config) for _ in range(config.num_prelude_layers))
+        self.prelude = nn.ModuleList(Layer(config) for _ in range(config.num_prelude_layers))
         rank = config.relaxation_rank
-        self.block = nn.ModuleList(layer(config, rank) for _ in range(config.num_block_layers))
-        self.coda = nn.ModuleList(layer(config) for _ in range(config.num_coda_layers))
+        self.block = nn.ModuleList(Layer(config, rank) for _ in range(config.num_block_layers))
+        self.coda = nn.ModuleList(Layer(config) for _ in range(config.num_coda_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialize)
@@ -136,21 +139,40 @@ class MoRModel(nn.Module):
     def run_prelude(self, x: Float[Tensor, "n e"], context: ForwardContext) -> Float[Tensor, "n e"]:
         """(N, E) states after the unshared first layers."""
         for i, layer in enumerate(self.prelude):
-            x = layer(x, LayerKey(UNSHARED, i), context)
+            x = self._run_layer(layer, x, LayerKey(UNSHARED, i), context)
         return x
 
     def run_block(
         self, x: Float[Tensor, "n e"], depth: int, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """f(h): (N, E) states after one pass of the shared block, its own residuals included."""
+        if self._checkpoints("recursion"):
+            return _checkpointed(self._run_block_layers, x, depth, context)
+        return self._run_block_layers(x, depth, context)
+
+    def _run_block_layers(self, x: Tensor, depth: int, context: ForwardContext) -> Tensor:
         for i, layer in enumerate(self.block):
-            x = layer(x, LayerKey(depth, i), context)
+            x = self._run_layer(layer, x, LayerKey(depth, i), context)
         return x
+
+    def _run_layer(
+        self, layer: nn.Module, x: Tensor, layer_key: LayerKey, context: ForwardContext
+    ) -> Tensor:
+        """One layer; a compiled one is checkpointed from outside, as one piece."""
+        if self._checkpoints("full"):
+            return _checkpointed(layer, x, layer_key, context)
+        return layer(x, layer_key, context)
+
+    def _checkpoints(self, piece: ActivationCheckpointing) -> bool:
+        # Without a backward pass nothing is kept; and in evaluation mode a layer may write into a
+        # key-value cache, which a second forward pass must not do again.
+        active = self.training and torch.is_grad_enabled()
+        return active and self.activation_checkpointing == piece
 
     def run_coda(self, x: Float[Tensor, "n e"], context: ForwardContext) -> Float[Tensor, "n e"]:
         """(N, E) states after the unshared last layers."""
         for i, layer in enumerate(self.coda):
-            x = layer(x, LayerKey(UNSHARED, len(self.prelude) + i), context)
+            x = self._run_layer(layer, x, LayerKey(UNSHARED, len(self.prelude) + i), context)
         return x
 
     def compute_logits(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n v"]:
@@ -199,7 +221,7 @@ class MoRModel(nn.Module):
         for layer_key in block_schedule(
             config.sharing, config.num_block_layers, config.num_recursions
         ):
-            x = self.block[layer_key.layer](x, layer_key, context)
+            x = self._run_layer(self.block[layer_key.layer], x, layer_key, context)
         return x, counts
 
     def _run_expert_choice(
@@ -358,6 +380,13 @@ class MoRModel(nn.Module):
             "router_z_loss": self.config.z_loss_coeff,
         }
         return sum((coefficients[name] * loss for name, loss in losses.items()), 0.0)
+
+
+def _checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, of which autograd keeps the arguments only and calls it again backward."""
+    # Not the re-entrant kind: keys and values that depths share reach a layer by `context`, which
+    # is no tensor argument. No state of random numbers is kept: no layer draws any.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def shift_labels(labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:

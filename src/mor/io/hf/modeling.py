@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import ModelOutput
@@ -22,9 +21,8 @@ from mor.errors import RequestError
 from mor.io.hf.cache import MoRCache
 from mor.io.hf.configuration import MoRPretrainedConfig
 from mor.io.hf.padded_tokens import PaddedTokens
-from mor.model.attention import ForwardContext, FullSequenceAttention
+from mor.model.attention import FullSequenceAttention
 from mor.model.config import MoRConfig
-from mor.model.layers import Layer
 from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import ExpertChoiceRouter, RecursionLimits, Selection
 from mor.model.sharing import UNSHARED, LayerKey, block_schedule
@@ -53,25 +51,17 @@ class MoRCausalLMOutput(ModelOutput):
     """In training, the sum of the routers' losses, each times its coefficient."""
 
 
-class CheckpointedLayer(Layer):
-    """A layer whose activations can be computed again instead of kept."""
-
-    gradient_checkpointing = False
-
-    def forward(
-        self, x: Float[Tensor, "n e"], layer_key: LayerKey, context: ForwardContext
-    ) -> Float[Tensor, "n e"]:
-        """See `Layer`."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # Never the re-entrant kind: keys and values that depths share reach it by closure.
-            return checkpoint(super().forward, x, layer_key, context, use_reentrant=False)
-        return super().forward(x, layer_key, context)
-
-
 class CheckpointableModel(MoRModel):
-    """The model itself, with layers that can be checkpointed."""
+    """The model, with the switch that transformers looks for in every module and sets."""
 
-    layer_type = CheckpointedLayer
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes each layer again instead of keeping activations."""
+        return self.activation_checkpointing == "full"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.activation_checkpointing = "full" if enable else "none"
 
 
 class MoRForCausalLM(PreTrainedModel, GenerationMixin):
@@ -86,7 +76,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["Body"]
+    _no_split_modules: ClassVar[list[str]] = ["Layer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "model.lm_head.weight": "model.embed_tokens.weight"

@@ -5,11 +5,11 @@ from functools import cache
 
 import pytest
 
-from mor.train import spike_detector as watch
+from mor.train import throughput
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_gemm_peak() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch, "gemm_peak", cache(watch.gemm_peak))
+        patch.setattr(throughput, "gemm_peak", cache(throughput.gemm_peak))
         yield

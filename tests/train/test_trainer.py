@@ -249,7 +249,7 @@ def test_a_damaged_training_state_is_named(
     stopped: tuple[dict[str, Any], Path], damage: bytes | None
 ) -> None:
     values, out = stopped
-    file = out / "checkpoints" / "step-00000004" / state.STATE
+    file = out / "checkpoints" / "step-00000004" / state.STATE_FILE
     file.write_bytes(file.read_bytes()[:5000] if damage is None else damage)
     with pytest.raises(CheckpointError, match=rf"{file} is damaged \(\w+\): remove {file.parent}"):
         Trainer(TrainConfig.from_dict(values), out, resume="auto")

@@ -1,38 +1,33 @@
-"""Many processes as one run: the only file that knows about distribution.
+"""`World`: the processes of one run, what they exchange, and how they fail together.
 
-`torchrun` starts W processes and tells each its rank. Every rank takes its part of each batch; DDP
+`torchrun` starts W processes and gives each its rank. Every rank takes its part of each batch; DDP
 (whole weights everywhere) or FSDP2 (every rank keeps a part of weights, gradients and optimizer
-state) makes one step of it. A `World` of one process does nothing of this.
+state) makes one optimizer step of it. In a `World` of one process every method returns at once.
+
+Rules that keep ranks from waiting for ever:
+1. A method marked "collective" must be called by all ranks, in the same order.
+2. An error (`MorError`) inside `on_rank0` or `all_or_none` ends all ranks: the rank that failed
+   raises it, the others raise SystemExit. Outside of them it must be one that every rank finds.
+3. A rank that dies makes the others' next exchange fail; `translate_peer_failure` says so.
 """
 
 import os
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
-from mor.errors import CheckpointError, ConfigError, MorError
-from mor.io.tokenizer import Tokenizer
+from mor.errors import ConfigError, MorError
 from mor.model.transformer import MoRModel
-from mor.train.checkpoint import (
-    SHARDS,
-    TrainState,
-    _write_shards,
-    map_tensors,
-    save_step,
-    step_folder,
-    take_out_tensors,
-)
 from mor.train.config import TrainConfig
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Kind = Literal["none", "ddp", "fsdp"]
 
@@ -40,8 +35,25 @@ _TIMEOUT_MINUTES = 20  # of one exchange: rank 0 evaluates while the others wait
 
 
 def is_rank0() -> bool:
-    """Whether this process speaks for the run: it is alone, or rank 0."""
+    """Whether this process, which may not have joined a `World` yet, is alone or rank 0."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `TrainConfig.device` names; `auto` is a GPU if there is one.
+
+    Raises:
+        ConfigError: no such device, or torch sees no GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is unknown: use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}: torch sees no GPU here; use device=cpu.")
+    return device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +61,20 @@ class World:
     """The processes of a run, and which of them this is."""
 
     kind: Kind
+    """How they share the work: `none` for one process."""
     rank: int
+    """This process's number, 0 to size - 1."""
     size: int
     device: torch.device
+    """This process's own."""
 
     @classmethod
     def join(cls, parallel: str, device: torch.device) -> "World":
-        """Meet the other processes that torchrun has started, or be alone.
+        """Connect to the other processes that torchrun has started; without torchrun to none.
+
+        Args:
+            parallel: `TrainConfig.parallel`.
+            device: the config's; with several GPUs each process takes the one of its local rank.
 
         Raises:
             ConfigError: not started by torchrun, too few GPUs, `none` with several processes.
@@ -63,8 +82,8 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls(kind="none", rank=0, size=1, device=device)
-        told = [os.environ.get(f) for f in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
-        if not all(told):
+        names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if not all(os.environ.get(name) for name in names):
             raise ConfigError(f"WORLD_SIZE={size} is set, but no rank: start the run by torchrun.")
         rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         if parallel == "none":
@@ -80,13 +99,15 @@ class World:
                 )
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
+        if not dist.is_initialized():  # an earlier run in this process may have connected
+            # On GPUs, too, objects and numbers on the host are exchanged: over gloo.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend, timeout=timedelta(minutes=_TIMEOUT_MINUTES))
             except (RuntimeError, ValueError) as error:
+                address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise ConfigError(
-                    f"rank {rank} of {size} cannot meet the others at {told[2]}:{told[3]} "
+                    f"rank {rank} of {size} cannot meet the others at {address} "
                     f"({str(error).splitlines()[0]}): start all of them at the same address."
                 ) from error
         kind: Kind = "fsdp" if parallel == "fsdp" else "ddp"
@@ -101,30 +122,44 @@ class World:
             dist.destroy_process_group()
 
     def raise_on_rank0(self, error: MorError) -> NoReturn:
-        """Said once: rank 0 raises an error that every rank has found, the others just leave."""
+        """Raise an error that every rank has found: rank 0 raises it, the others SystemExit.
+
+        So the user reads it once. Not an exchange: a rank alone must not call it.
+        """
         if self.rank == 0:
             raise error
         raise SystemExit(1)
 
-    def on_rank0(self, task: Callable[[], T]) -> T:
-        """Have rank 0 do something; every rank gets its result, or leaves if it failed."""
+    def on_rank0(self, task: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `task(*args, **kwargs)` returns on rank 0, on every rank. Collective.
+
+        The others wait until rank 0 is done, at most 20 minutes. The result is pickled.
+
+        Raises:
+            MorError: what `task` raised, on rank 0; the other ranks raise SystemExit.
+        """
         if self.size == 1:
-            return task()
-        answer: list[Any] = [None, None]
+            return task(*args, **kwargs)
+        sent: list[Any] = [None, False]  # the result, whether it failed
         failure: MorError | None = None
         if self.rank == 0:
             try:
-                answer[0] = task()
+                sent[0] = task(*args, **kwargs)
             except MorError as error:
-                failure, answer[1] = error, str(error)
-        dist.broadcast_object_list(answer)
-        if answer[1] is not None:
+                failure, sent[1] = error, True
+        dist.broadcast_object_list(sent)  # also after a failure: the others wait here
+        if sent[1]:
             raise failure or SystemExit(1)
-        return answer[0]
+        return sent[0]
 
     @contextmanager
     def all_or_none(self) -> Generator[None, None, None]:
-        """Work after which all ranks go on, or none: the first that failed raises its error."""
+        """Context for work of every rank, after which all go on, or none. Collective at its end.
+
+        Raises:
+            MorError: this rank's own, if it is the first rank that failed; if another one is,
+                SystemExit.
+        """
         failure: MorError | None = None
         try:
             yield
@@ -140,7 +175,7 @@ class World:
 
     @contextmanager
     def translate_peer_failure(self) -> Generator[None, None, None]:
-        """Turn what torch says when another process has died into one sentence.
+        """Context that turns torch's error about a process that has died into one sentence.
 
         Raises:
             MorError: another process ended, or does not answer.
@@ -148,6 +183,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
+            # gloo raises plain RuntimeErrors, which name its source files.
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)
             if isinstance(error, MorError) or self.size == 1 or not lost:
                 raise
@@ -156,15 +192,15 @@ class World:
             self.raise_on_rank0(MorError(f"{text}see what it said; continue with --resume auto."))
 
     def max_over_ranks(self, seconds: float, stop: bool) -> tuple[float, bool]:
-        """The longest time that a rank took, and whether any of them wants to stop."""
+        """The longest time that a rank took, and whether any rank wants to stop. Collective."""
         if self.size == 1:
             return seconds, stop
-        told = torch.tensor([seconds, float(stop)], dtype=torch.float64)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return float(told[0]), bool(told[1])
+        both = torch.tensor([seconds, float(stop)], dtype=torch.float64)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return float(both[0]), bool(both[1])
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean over ranks of each tensor, in one exchange."""
+        """Mean over ranks of each tensor, in one exchange of fp64 numbers. Collective."""
         if self.size == 1:
             return dict(values)
         flat = torch.cat([v.detach().double().reshape(-1) for v in values.values()]).cpu()
@@ -175,7 +211,7 @@ class World:
     # -- the batch --------------------------------------------------------------------------------
 
     def micro_size(self, config: TrainConfig) -> int:
-        """Sequences of one forward pass of this rank.
+        """Sequences of one forward pass of one rank.
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
@@ -189,26 +225,37 @@ class World:
         return micro
 
     def micro_batches(self, config: TrainConfig, position: int) -> range:
-        """Which of the run's micro-batches this rank takes in the step after `position` sequences.
+        """Numbers of the run's micro-batches that this rank takes in one optimizer step.
 
-        The ranks take them in turns, so that a step is the same set whatever the world's size.
+        Ranks take them in turns, so that a step reads the same sequences whatever the world's size.
+
+        Args:
+            position: sequences that the run has read before the step.
         """
         micro = self.micro_size(config)
-        first, after = position // micro, (position + config.batch_size) // micro
-        return range(first + self.rank, after, self.size)
+        start, end = position // micro, (position + config.batch_size) // micro
+        return range(start + self.rank, end, self.size)
 
     def clip_grad_norm(self, model: nn.Module, limit: float) -> Tensor:
-        """Scale all gradients so that their common norm is at most `limit`; returns the norm."""
+        """Scale all gradients so that their common L2 norm is at most `limit`. Collective.
+
+        Returns:
+            The norm before scaling.
+        """
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        whole: Tensor = getattr(norm, "full_tensor", norm.detach)()  # of a DTensor
-        nn.utils.clip_grads_with_norm_(parameters, limit, whole)
-        return whole
+        total = _gathered(norm)
+        nn.utils.clip_grads_with_norm_(parameters, limit, total)
+        return total
 
     # -- the model --------------------------------------------------------------------------------
 
     def full_model(self, model: MoRModel) -> MoRModel:
-        """The model; if weights are sharded, rank 0 gets a complete copy, others an empty one."""
+        """The model with whole weights, on rank 0. Collective.
+
+        Without sharding it is `model` itself, on every rank. With FSDP rank 0 gets a copy, and the
+        others one whose tensors are on the meta device.
+        """
         if self.kind != "fsdp":
             return model
         with torch.device("meta"):
@@ -216,76 +263,19 @@ class World:
         state: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
             if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                continue
-            full: Tensor = getattr(value, "full_tensor", value.detach)()  # of a DTensor
+                continue  # the embedding's, which is gathered once
+            # Every rank takes part in gathering each weight; rank 0 alone keeps it.
+            full = _gathered(value)
             if self.rank == 0:
-                state[name] = full.detach()
+                state[name] = full
         if self.rank == 0:
             copy.load_state_dict(state, assign=True, strict=False)
             if model.config.tie_word_embeddings:
                 copy.lm_head.weight = copy.embed_tokens.weight
         return copy.train(model.training)
 
-    # -- checkpoints ------------------------------------------------------------------------------
 
-    def save(
-        self, run: Path, model: MoRModel, state: TrainState, tokenizer: Tokenizer, keep: int
-    ) -> Path:
-        """`save_step` of all ranks together; sharded optimizer state is written by its owners.
-
-        All ranks must see the same folder. Raises as `save_step` does.
-        """
-        whole = self.full_model(model)
-        if self.kind != "fsdp":
-            return self.on_rank0(lambda: save_step(run, whole, state, tokenizer, keep))
-        if self.on_rank0(step_folder(run, state.step).exists):
-            return step_folder(run, state.step)
-        described, tensors = take_out_tensors(state.optimizer)
-        rest = replace(state, optimizer=described)
-        if self.rank == 0:
-
-            def write_shards(staged: Path) -> None:
-                self.on_rank0(lambda: staged)
-                _write_shards(tensors, staged)
-
-            return self.on_rank0(lambda: save_step(run, whole, rest, tokenizer, keep, write_shards))
-        staged: Path = self.on_rank0(lambda: run)  # rank 0 says where
-        try:
-            _write_shards(tensors, staged)
-        finally:
-            written = self.on_rank0(lambda: run)  # leaves if rank 0 failed
-        return written
-
-    def optimizer_state(self, checkpoint: Path, saved: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state, as any number of ranks has saved it, for the ranks of today.
-
-        Raises:
-            CheckpointError: the shards are damaged.
-        """
-        mesh = init_device_mesh(self.device.type, (self.size,)) if self.kind == "fsdp" else None
-        wanted: dict[str, Tensor] = {}
-
-        def place(path: str, tensor: Tensor) -> Tensor:
-            if tensor.ndim == 0:
-                return tensor
-            here = torch.zeros_like(tensor, device=self.device) if tensor.is_meta else tensor
-            if mesh is not None:  # no exchange: every rank has the tensor and keeps its part
-                from torch.distributed.tensor import Shard, distribute_tensor
-
-                here = distribute_tensor(here, mesh, [Shard(0)], src_data_rank=None)
-            if tensor.is_meta:
-                wanted[path] = here
-            return here
-
-        placed = map_tensors(saved, place)
-        if wanted:
-            import torch.distributed.checkpoint as dcp
-
-            try:
-                dcp.load(wanted, checkpoint_id=checkpoint / SHARDS, no_dist=mesh is None)
-            except Exception as error:  # torch raises many kinds for a damaged file
-                raise CheckpointError(
-                    f"{checkpoint / SHARDS} is damaged ({type(error).__name__}): remove "
-                    f"{checkpoint} and resume from an earlier checkpoint."
-                ) from error
-        return placed
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that ranks share (a DTensor), or the tensor itself, detached."""
+    full: Tensor = getattr(tensor, "full_tensor", tensor.detach)()
+    return full.detach()

@@ -1,109 +1,74 @@
-"""Watching a run: stop when it breaks, say how fast it is, show it in TensorBoard."""
+"""`SpikeDetector`: stops a run whose loss breaks, before its weights change."""
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mor.errors import ConfigError
 from mor.io.checkpoint import newest_step
-from mor.model.config import MoRConfig
-from mor.model.cost import training_flops
 from mor.train.config import TrainConfig
-from mor.train.schedule import step_flops
-from mor.train.throughput import gemm_peak, peak_memory
 
 _WINDOW = 100  # latest losses that a new one is compared with
-_MIN = 20  # losses before the rule may speak
-_FLOOR = 0.05  # nats: a spread that large batches fall short of, and that harms nobody
+_MIN_LOSSES = 20  # fewer say too little about the spread: nothing is a spike yet
+_MIN_SPREAD = 0.05  # nats: large batches spread less, and their small jumps harm nobody
 
 
-class Watch:
-    """Stops a run that breaks, before anything of it is kept, and counts its FLOPs and their rate.
+class SpikeDetector:
+    """Compares each step's loss with the latest ones.
 
     A loss spikes when it lies more than `spike_threshold` robust standard deviations (1.4826 times
     the median distance from the median, at least 0.05 nats) above the median of the latest 100.
+    1.4826 makes that distance the standard deviation of normally distributed losses.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: MoRConfig,
-        out: Path,
-        device: torch.device,
-        rows: Iterable[dict[str, Any]] = (),
-    ) -> None:
-        """Watch a run from its start, or go on after the lines that it has written so far."""
-        self.config, self.model, self.out, self.device = config, model, out, device
-        self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._flops = self._step_flops = 0.0
-        for row in rows:
-            self._losses.append(row["loss"])
-            self._flops = row.get("flops") or self._flops
-        self._peak: float | None = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # of a run before in this process
+    def __init__(self, config: TrainConfig, run: Path, rows: Iterable[dict[str, Any]] = ()) -> None:
+        """Start with the losses of a resumed run's `metrics.jsonl`.
 
-    def check(self, step: int, loss: float, norm: float) -> None:
-        """Look at a step before it changes the weights.
+        Args:
+            run: the run's folder, whose newest checkpoint a message names.
+            rows: lines of `metrics.jsonl` so far.
+        """
+        self._config, self._run = config, run
+        self._losses = deque[float]((row["loss"] for row in rows), maxlen=_WINDOW)
+
+    def check(self, step: int, loss: float, grad_norm: float) -> None:
+        """Refuse or accept an optimizer step before it changes the weights.
+
+        Args:
+            step: number of the step, from 1.
+            loss: in nats; an accepted one joins those that later ones are compared with.
+            grad_norm: before clipping.
 
         Raises:
             ConfigError: the loss or the gradient norm is no number, or the loss spikes; the message
-                names the last good checkpoint.
+                names the newest checkpoint.
         """
-        for what, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):  # an auxiliary loss may break alone
+        # The norm as well: an auxiliary loss may break while the language-model loss is fine.
+        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
                 raise ConfigError(f"the {what} became {value} at step {step}: {self._advice()}")
-        limit = self._limit()
+        limit = self.limit()
         if loss > limit:
             raise ConfigError(
                 f"the loss spiked to {loss:.4f} at step {step} (the latest steps allow "
                 f"{limit:.4f}): {self._advice()}; or raise spike_threshold (now "
-                f"{self.config.spike_threshold:g}; 0 never stops) and resume."
+                f"{self._config.spike_threshold:g}; 0 never stops) and resume."
             )
         self._losses.append(loss)
 
-    def _limit(self) -> float:
-        if not self.config.spike_threshold or len(self._losses) < _MIN:
+    def limit(self) -> float:
+        """The highest loss that is no spike; infinite with `spike_threshold=0` and at the start."""
+        if not self._config.spike_threshold or len(self._losses) < _MIN_LOSSES:
             return math.inf
-        middle = statistics.median(self._losses)
-        spread = 1.4826 * statistics.median(abs(loss - middle) for loss in self._losses)
-        return middle + self.config.spike_threshold * max(spread, _FLOOR)
+        median = statistics.median(self._losses)
+        spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._losses)
+        return median + self._config.spike_threshold * max(spread, _MIN_SPREAD)
 
     def _advice(self) -> str:
-        good = newest_step(self.out)
-        back = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
-        config = self.config
-        return f"{back}; try a lower lr (now {config.lr:g}) or clip (now {config.clip:g})"
-
-    def count(self, step: int, depth_fractions: Sequence[float] | None = None) -> float:
-        """FLOPs of the run, those of optimizer step `step` (from 0) included.
-
-        Args:
-            presence: (R,) share of tokens at each depth, where the step has measured it.
-        """
-        config = self.config
-        self._step_flops = step_flops(config, self.model, step)
-        if depth_fractions is not None:
-            per_token = training_flops(self.model, config.sequence_length, depth_fractions)
-            self._step_flops = per_token * config.tokens_per_step
-        self._flops += self._step_flops
-        return self._flops
-
-    def pace(self, step_s: float) -> dict[str, float]:
-        """`mfu` of the step counted last, and `memory_bytes`, the most that was in use so far.
-
-        Model FLOPs utilization is the cost model's FLOPs per second over the rate of a large matrix
-        product in the run's precision, which is measured at the first call. Memory is the
-        allocator's on a GPU and the process's resident set elsewhere, which earlier runs of the
-        same process may have raised.
-        """
-        if self._peak is None:
-            bf16 = self.config.precision == "bf16"
-            self._peak = gemm_peak(self.device, torch.bfloat16 if bf16 else torch.float32)
-        mfu = self._step_flops / step_s / self._peak
-        return {"mfu": mfu, "memory_bytes": peak_memory(self.device)}
+        newest = newest_step(self._run)
+        saved = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+        config = self._config
+        return f"{saved}; try a lower lr (now {config.lr:g}) or clip (now {config.clip:g})"

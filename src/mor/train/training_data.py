@@ -1,4 +1,4 @@
-"""`TrainingData`: the open corpora of a run: its batches, and windows to evaluate on."""
+"""`TrainingData`: the open corpora of a run, its batches, and windows to evaluate on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,30 +7,40 @@ from pathlib import Path
 from torch import Tensor
 
 from mor.data.batches import Batches, TokenShards
+from mor.data.corpus import build_from_documents
 from mor.data.mixture import MixedBatches, spread_mixture
+from mor.data.stdlib_corpus import stdlib_documents
 from mor.errors import DataError
 from mor.io.tokenizer import Tokenizer
-from mor.train.config import TrainConfig
+from mor.train.config import STDLIB, TrainConfig
+
+_STDLIB_VOCAB_SIZE = 4096  # of the standard library's tokenizer, where the model says none
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All that a run reads."""
+    """The batches, evaluation windows and tokenizer of a run."""
 
     batches: Batches | MixedBatches
+    """(B, T + 1) batches of training text, B sequences of one forward pass."""
     valid: Tensor
-    """(windows, T + 1) to evaluate on: each corpus's held-out text by its weight."""
+    """(windows, T + 1) of the corpora's held-out text, shared out by the corpora's weights."""
     calibration: Tensor | None
-    """(windows, T + 1) of training text; None if the config wants none."""
+    """(windows, T + 1) of training text; None with `calibration_windows=0`."""
     tokenizer: Tokenizer
     eos_id: int
     vocab_size: int
+    """The least number of rows that an embedding of these corpora needs."""
 
     @classmethod
     def open(
         cls, config: TrainConfig, corpora: Sequence[tuple[Path, float]], batch_size: int
     ) -> "TrainingData":
-        """Open corpora, each with its weight.
+        """Open the shards of all corpora.
+
+        Args:
+            corpora: folders with their weights in the mixture (`prepare_corpora`).
+            batch_size: sequences of one forward pass.
 
         Raises:
             DataError: one cannot be read, is too small, or has another tokenizer than the first.
@@ -46,6 +56,7 @@ class TrainingData:
                     f"{path}: made with another tokenizer than {paths[0]}: build it again with "
                     f"`mor data build --tokenizer {paths[0]}`."
                 )
+        # The stream number gives each corpus another order from the same seed.
         parts = [
             Batches(
                 shards,
@@ -66,3 +77,20 @@ class TrainingData:
             eos_id=train[0].eos_id,
             vocab_size=max(shards.vocab_size for shards in train),
         )
+
+
+def prepare_corpora(config: TrainConfig, run: Path) -> list[tuple[Path, float]]:
+    """Folders of the config's corpora with their weights.
+
+    The standard library's corpus is built inside the run's folder, unless it is there already.
+
+    Raises:
+        DataError: the corpus cannot be built.
+    """
+    if config.data != STDLIB:
+        return [(Path(path), weight) for path, weight in config.corpora]
+    corpus = run / "data"
+    if not (corpus / "index.json").is_file():
+        vocab_size = int(config.model.get("vocab_size") or _STDLIB_VOCAB_SIZE)
+        build_from_documents(stdlib_documents(), corpus, train_tokenizer=vocab_size)
+    return [(corpus, 1.0)]

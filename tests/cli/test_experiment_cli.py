@@ -305,21 +305,21 @@ def test_a_plan_lists_the_runs_and_writes_nothing(
 @pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
 def test_the_specs_of_this_project_can_work(path: Path) -> None:
     experiment = Experiment.read(path)
-    assert len({cell.name for cell in experiment.cells}) == len(experiment.cells) > 1
+    assert len({cell.name for cell in experiment.runs}) == len(experiment.runs) > 1
     assert experiment.about
-    for cell in experiment.cells:
+    for cell in experiment.runs:
         assert cell.config.steps > 0
         assert cell.model.vocab_size == cell.config.model["vocab_size"]
         assert cell.config.sequence_length <= cell.model.max_position_embeddings
-    routed = {c.variant for c in experiment.cells if c.model.router_type != "random"}
-    routed &= {c.variant for c in experiment.cells if c.model.routing != "none"}
+    routed = {c.variant for c in experiment.runs if c.model.router_type != "random"}
+    routed &= {c.variant for c in experiment.runs if c.model.routing != "none"}
     assert not routed or set(experiment.twins) & routed, "no random routing to compare with"
 
 
 def test_equal_flops_are_equal() -> None:
     """To half a step of the largest model."""
     for path in SPECS:
-        for cell in Experiment.read(path).cells:
+        for cell in Experiment.read(path).runs:
             if "flops" in str(cell.config.budget):
                 wanted = float(cell.budget.split()[0])
                 assert cell.flops == pytest.approx(wanted, rel=0.6 / cell.config.steps), cell.name
@@ -332,7 +332,7 @@ def test_a_base_is_merged_under_the_spec(tiny: TinyRun, tmp_path: Path) -> None:
     bases = ["base/all.yaml", "base/more.yaml"]
     own = {"base": bases, "train": {"lr": 0.5}, "seeds": [7]}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    cells = Experiment.read(tmp_path / "own.yaml", data="elsewhere").cells
+    cells = Experiment.read(tmp_path / "own.yaml", data="elsewhere").runs
     assert {(c.seed, c.config.lr, c.config.batch_size) for c in cells} == {(7, 0.5, 2)}
     assert {c.config.steps for c in cells} == {7}
     assert {c.config.data for c in cells} == {"elsewhere"}

@@ -41,10 +41,10 @@ def run(args: Sequence[str]) -> int:
     screen = console()
     if options.plan:
         header = ("run", "steps", "parameters, no embedding", "training FLOPs")
-        lines = planned(experiment.cells)
+        lines = planned(experiment.runs)
         print_table(screen, header, lines)
         total = sum(
-            cell.flops for cell, line in zip(experiment.cells, lines, strict=True) if line[3]
+            cell.flops for cell, line in zip(experiment.runs, lines, strict=True) if line[3]
         )
         screen.print(f"{len(lines)} runs, {total:.3g} training FLOPs, as far as known before.")
         return 0
@@ -75,7 +75,7 @@ def _alone(out: Path) -> Generator[None, None, None]:
 
 def _run_all(screen: Console, experiment: Experiment, out: Path, command: str) -> int:
     """Train what is not done; a run that fails does not stop the others."""
-    cells, failures = experiment.cells, dict[str, str]()
+    cells, failures = experiment.runs, dict[str, str]()
     states = [cell.state(out / "runs" / cell.name) for cell in cells]  # a changed spec shows here
     done = states.count("done")
     if done:

@@ -1,4 +1,9 @@
-"""Experiments: a grid of variants, sizes, budgets and seeds, each cell an ordinary training run."""
+"""`Experiment`: a grid of variants, sizes, budgets and seeds, each point a training run.
+
+A spec is a YAML file with the keys `about`, `train` (fields common to all runs), `sizes` and
+`variants` (fields by name), `budgets`, `seeds`, `random_twins`, `baseline`, and `base`, other specs
+that it is merged over.
+"""
 
 import json
 import math
@@ -23,15 +28,16 @@ from mor.yaml_config import merge, read_yaml
 _KEYS = frozenset(
     ("about", "train", "sizes", "variants", "random_twins", "baseline", "budgets", "seeds")
 )
-_RANDOM = "-random"
+_RANDOM = "-random"  # ends the name of a variant's twin with random routing
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run of the grid, as planned."""
+    """One run of the grid: its place there, and the configs that follow from it."""
 
     variant: str
     size: str
+    """Names, in the spec."""
     budget: str
     seed: int
     config: TrainConfig
@@ -39,17 +45,18 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder, such as `mor_small_1e15-flops_seed0`."""
         parts = (self.variant, self.size, self.budget, f"seed{self.seed}")
         return "_".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts)
 
     @property
     def flops(self) -> float:
-        """Training FLOPs as planned, where the number of steps is known before."""
+        """Training FLOPs; wrong for a budget of time, whose number of steps nobody knows before."""
+        # Every step counted as the last, so without what a capacity warm-up adds.
         return self.config.steps * step_flops(self.config, self.model, self.config.steps)
 
     def state(self, folder: Path) -> str:
-        """`new`, `begun` or `finish_tile`.
+        """How far the run in `folder` is: `new`, `begun` or `done`.
 
         Raises:
             ConfigError: the folder holds a run with other settings: the spec has changed.
@@ -58,6 +65,7 @@ class PlannedRun:
             return "new"
         theirs = read_yaml(folder / "config.yaml")
         ours = json.loads(json.dumps(asdict(self.config), default=str))
+        # The trainer resolves a budget into steps and writes them into the file.
         skipped = CHANGEABLE_ON_RESUME | ({"steps"} if self.config.budget else set())
         for key, value in ours.items():
             if key not in skipped and key in theirs and theirs[key] != value:
@@ -73,25 +81,28 @@ class PlannedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A spec, read and checked."""
+    """A spec that has been read and checked."""
 
     name: str
+    """The spec's file name without its suffix."""
     about: str
-    cells: tuple[PlannedRun, ...]
+    """What the experiment asks, for people."""
+    runs: tuple[PlannedRun, ...]
+    """In the order in which they are trained."""
     twins: Mapping[str, str]
-    """The variant with random routing that each learned one is compared with."""
+    """By variant with learned routing: the variant with random routing to compare it with."""
     baseline: str | None
-    """The variant that all others are compared with."""
+    """The variant to compare all others with."""
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> "Experiment":
-        """Read a spec.
+        """Read a spec and plan its runs.
 
         Args:
-            **changes: training fields that override the spec's.
+            **changes: training fields that override those of the spec's `train`.
 
         Raises:
-            ConfigError: the spec, or a cell of the grid, cannot work; the message names both.
+            ConfigError: the spec, or a run of the grid, cannot work; the message names both.
         """
         spec = _with_base(path)
         for key in spec:
@@ -112,41 +123,47 @@ class Experiment:
         baseline = spec.get("baseline")
         if baseline is not None and baseline not in variants:
             raise ConfigError(f"{path}: baseline={baseline!r}: {nearest(str(baseline), variants)}")
+        # The last axis changes fastest: all variants are compared with one seed before the next.
         grid = product(
             _list(path, spec, "seeds", [0]),
             sizes.items(),
             _list(path, spec, "budgets"),
             variants.items(),
-        )  # a whole comparison first, then the next seed
-        cells = [
-            _cell(path, common, size, variant, str(budget), seed)
+        )
+        runs = [
+            _plan_run(path, common, size, variant, str(budget), seed)
             for seed, size, budget, variant in grid
         ]
         twins = {v: v + _RANDOM for v in learned}
         if len(learned) == 1:
-            twins |= dict.fromkeys(_alike(cells, learned[0]), twins[learned[0]])
+            # Its twin serves all variants that send the same share of tokens to each depth.
+            twins |= dict.fromkeys(_same_capacity(runs, learned[0]), twins[learned[0]])
         return cls(
             name=path.stem,
             about=str(spec.get("about", "")).strip(),
-            cells=tuple(cells),
+            runs=tuple(runs),
             twins=twins,
             baseline=baseline,
         )
 
     def prepare(self, out: Path) -> "Experiment":
-        """Build the standard library's corpus once for all runs that want it."""
-        vocabularies = {c.model.vocab_size for c in self.cells if c.config.data == STDLIB}
+        """Build the standard library's corpus in `out`, once per vocabulary size.
+
+        Returns:
+            The experiment whose runs read these corpora instead of each building its own.
+        """
+        vocabularies = {run.model.vocab_size for run in self.runs if run.config.data == STDLIB}
         for size in sorted(vocabularies):
             if not (out / f"data-{size}" / "index.json").is_file():
                 build_from_documents(stdlib_documents(), out / f"data-{size}", train_tokenizer=size)
 
-        def placed(cell: PlannedRun) -> PlannedRun:
-            if cell.config.data != STDLIB:
-                return cell
-            data = (out / f"data-{cell.model.vocab_size}").resolve()
-            return replace(cell, config=replace(cell.config, data=str(data)))
-
-        return replace(self, cells=tuple(map(placed, self.cells)))
+        runs = []
+        for run in self.runs:
+            if run.config.data == STDLIB:
+                data = (out / f"data-{run.model.vocab_size}").resolve()
+                run = replace(run, config=replace(run.config, data=str(data)))
+            runs.append(run)
+        return replace(self, runs=tuple(runs))
 
 
 def _with_base(path: Path) -> dict[str, Any]:
@@ -173,23 +190,23 @@ def _list(path: Path, spec: Mapping[str, Any], key: str, default: Any = None) ->
 
 
 def _random_twin(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with routers that know nothing, and so with nothing to train them on."""
-    trained = ("selection_training", "balancing")
-    model = {k: v for k, v in variant.get("model", {}).items() if k not in trained}
+    """A variant's fields with a random router, without what trains a learned one."""
+    of_training = ("selection_training", "balancing")
+    model = {k: v for k, v in variant.get("model", {}).items() if k not in of_training}
     return {**variant, "model": {**model, "router_type": "random"}}
 
 
-def _alike(cells: list[PlannedRun], variant: str) -> Iterator[str]:
-    """Learned variants that drop the same share of tokens as one."""
-    first = next(c.model for c in cells if c.variant == variant)
-    for cell in cells:
-        model = cell.model
+def _same_capacity(runs: list[PlannedRun], variant: str) -> Iterator[str]:
+    """Variants with learned routing that send the same share of tokens to each depth as one."""
+    first = next(run.model for run in runs if run.variant == variant)
+    for run in runs:
+        model = run.model
         same = model.routing == first.routing and model.capacities == first.capacities
         if same and model.router_type != "random" and model.num_recursions == first.num_recursions:
-            yield cell.variant
+            yield run.variant
 
 
-def _cell(
+def _plan_run(
     path: Path,
     common: dict[str, Any],
     size: tuple[str, Any],
@@ -197,14 +214,16 @@ def _cell(
     budget: str,
     seed: Any,
 ) -> PlannedRun:
+    """The run at one point of the grid; `size` and `variant` are names with training fields."""
     where = f"{path}: {variant[0]}, {size[0]}, {budget}"
+    # What is more particular comes later and wins.
     values = merge(common, {"budget": budget, "seed": seed})
     values = merge(merge(values, size[1]), variant[1])
-    layers = values.pop("layers", None)
+    layers = values.pop("layers", None)  # no training field: a size's way to give a shape
     try:
         Budget.parse(budget)
         if layers is not None:
-            values["model"] = _shaped(values.get("model", {}), layers)
+            values["model"] = _shape_of_layers(values.get("model", {}), layers)
         config = TrainConfig.from_dict(values)
         if "vocab_size" not in config.model:
             raise ConfigError("model.vocab_size is missing, which the FLOPs depend on.")
@@ -217,8 +236,12 @@ def _cell(
     )
 
 
-def _shaped(model: Mapping[str, Any], layers: Any) -> dict[str, Any]:
-    """`layers` of a vanilla model as prelude, block and coda, as the presets do (middle-cycle)."""
+def _shape_of_layers(model: Mapping[str, Any], layers: Any) -> dict[str, Any]:
+    """Model fields that share a vanilla model's `layers` over prelude, block and coda.
+
+    As the presets do (middle-cycle): one layer at each end, and R passes of a block that is as long
+    as the layers between them divided by R, rounded up. Fields in `model` win.
+    """
     if type(layers) is not int or layers < 1:
         raise ConfigError(f"layers={layers!r} must be an integer >= 1.")
     recursions = model.get("num_recursions", 3)

@@ -1,4 +1,4 @@
-"""What an experiment found: one table for people, one file for machines, one plot."""
+"""The results of an experiment: `results.md` for people, `results.json` for programs, a plot."""
 
 import json
 import statistics
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mor.experiments.experiment import Experiment, PlannedRun
 from mor.io.atomic_files import write_file
@@ -18,25 +18,36 @@ from mor.report.run_folder import RunFolder
 from mor.train.budget import Budget
 
 Result = dict[str, Any]
-GroupKey = tuple[str, str, str]
-"""Size, budget, variant."""
+"""One run's entry in `results.json`; `status` alone tells what is not done."""
+
+
+class GroupKey(NamedTuple):
+    """What the runs of a group have in common; they differ in the seed."""
+
+    size: str
+    budget: str
+    variant: str
 
 
 def collect(experiment: Experiment, out: Path, failures: Mapping[str, str]) -> list[Result]:
-    """One result per cell of the grid; what is not finished has a status and no numbers."""
+    """One result per planned run; what is not finished has a status and no numbers.
+
+    Args:
+        failures: messages of the runs that failed, by name.
+    """
     found = []
-    for cell in experiment.cells:
-        folder = out / "runs" / cell.name
+    for planned_run in experiment.runs:
+        folder = out / "runs" / planned_run.name
         result: Result = {
-            "name": cell.name,
-            "variant": cell.variant,
-            "size": cell.size,
-            "budget": cell.budget,
-            "seed": cell.seed,
-            "status": failures.get(cell.name, cell.state(folder)),
+            "name": planned_run.name,
+            "variant": planned_run.variant,
+            "size": planned_run.size,
+            "budget": planned_run.budget,
+            "seed": planned_run.seed,
+            "status": failures.get(planned_run.name, planned_run.state(folder)),
         }
         if result["status"] == "done":
-            run = RunFolder.open(folder, cell.name)
+            run = RunFolder.open(folder, planned_run.name)
             result |= {**run.summary(), "command": run.command, "curve": _curve(run)}
         found.append(result)
     _compare(found, "vs_random", lambda variant: experiment.twins.get(variant))
@@ -50,11 +61,14 @@ def _curve(run: RunFolder) -> list[tuple[float, float]]:
 
 
 def _compare(found: list[Result], key: str, other: Callable[[str], str | None]) -> None:
-    """Differences of the causal NLL to the same size, budget and seed of another variant."""
-    by_cell = {(r["variant"], r["size"], r["budget"], r["seed"]): r for r in found}
+    """Add to each result, as `key`, its causal NLL minus that of another variant's run.
+
+    The other run has the same size, budget and seed; `other` names its variant.
+    """
+    by_place = {(r["variant"], r["size"], r["budget"], r["seed"]): r for r in found}
     for result in found:
         place = (result["size"], result["budget"], result["seed"])
-        theirs = by_cell.get((other(result["variant"]) or "", *place), {})
+        theirs = by_place.get((other(result["variant"]) or "", *place), {})
         if theirs is not result and "nll_threshold" in result and "nll_threshold" in theirs:
             result[key] = result["nll_threshold"] - theirs["nll_threshold"]
 
@@ -75,7 +89,8 @@ def write(experiment: Experiment, out: Path, command: str, failures: Mapping[str
         "machine": where,
         "runs": found,
         "settings": {
-            c.name: json.loads(json.dumps(asdict(c.config), default=str)) for c in experiment.cells
+            run.name: json.loads(json.dumps(asdict(run.config), default=str))
+            for run in experiment.runs
         },
     }
     write_file(out / "results.json", (json.dumps(values, indent=1) + "\n").encode())
@@ -85,12 +100,13 @@ def write(experiment: Experiment, out: Path, command: str, failures: Mapping[str
 
 
 def groups(found: Sequence[Result]) -> dict[GroupKey, list[Result]]:
-    """Finished runs by size, budget and variant: each group holds the seeds."""
+    """Finished runs by size, budget and variant; a group holds one run per seed."""
     grouped: dict[GroupKey, list[Result]] = {}
     for result in found:
         if result["status"] == "done":
-            key = (result["size"], result["budget"], result["variant"])
+            key = GroupKey(result["size"], result["budget"], result["variant"])
             grouped.setdefault(key, []).append(result)
+    # Sizes and budgets as in the grid, also where the first variants of one are not done.
     order = {key: i for i, key in enumerate(dict.fromkeys((r["size"], r["budget"]) for r in found))}
     return dict(sorted(grouped.items(), key=lambda item: order[item[0][:2]]))
 
@@ -126,16 +142,16 @@ _PER_SEED = ("nll_topk", "nll_threshold", "nll_gap", "vs_random", "vs_baseline",
 
 
 def rows(found: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of means over seeds, without columns that nothing fills."""
+    """Header and rows of the table of means over seeds, without columns that are empty."""
     grouped = groups(found)
     filled = [k for k in _COLUMNS if any(r.get(k) is not None for g in grouped.values() for r in g)]
-    sizes = len({size for size, _, _ in grouped}) > 1
-    header = ["variant", *(["size"] if sizes else []), "budget", "seeds"]
+    many_sizes = len({key.size for key in grouped}) > 1
+    header = ["variant", *(["size"] if many_sizes else []), "budget", "seeds"]
     lines = []
-    for (size, budget, variant), group in grouped.items():
-        line = [variant, *([size] if sizes else []), budget, str(len(group))]
-        lines.append([*line, *(_mean(key, [r.get(key) for r in group]) for key in filled)])
-    return [*header, *(_COLUMNS[key][0] for key in filled)], lines
+    for key, group in grouped.items():
+        line = [key.variant, *([key.size] if many_sizes else []), key.budget, str(len(group))]
+        lines.append([*line, *(_mean(k, [r.get(k) for r in group]) for k in filled)])
+    return [*header, *(_COLUMNS[k][0] for k in filled)], lines
 
 
 def _mean(key: str, values: Sequence[Any]) -> str:
@@ -152,7 +168,11 @@ def _mean(key: str, values: Sequence[Any]) -> str:
 
 
 def markdown(experiment: Experiment, found: Sequence[Result], where: Mapping[str, object]) -> str:
-    """`results.md`."""
+    """The text of `results.md`.
+
+    Args:
+        where: `machine()` and the command.
+    """
     done = [r for r in found if r["status"] == "done"]
     baseline = f'; "vs baseline" is against `{experiment.baseline}`' if experiment.baseline else ""
     parts = [
@@ -181,9 +201,11 @@ def _by_seed(done: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     filled = [k for k in _PER_SEED if any(r.get(k) is not None for r in done)]
     lines = []
     for result in done:
-        cells = [result.get(key) for key in filled]
-        shown = ["" if c is None else _COLUMNS[k][1](c) for k, c in zip(filled, cells, strict=True)]
-        lines.append([result["name"], *shown])
+        line = [result["name"]]
+        for key in filled:
+            value, show = result.get(key), _COLUMNS[key][1]
+            line.append("" if value is None else show(value))
+        lines.append(line)
     return ["run", *(_COLUMNS[key][0] for key in filled)], lines
 
 
@@ -196,37 +218,46 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def plot(experiment: Experiment, found: Sequence[Result]) -> str:
-    """Causal NLL: by size where there are several, else by budget, else along the training."""
+    """Causal NLL over size where there are several, else over budget, else along the training."""
     grouped = groups(found)
-    sizes, budgets = ({key[i] for key in grouped} for i in (0, 1))
+    sizes, budgets = {key.size for key in grouped}, {key.budget for key in grouped}
     y_label = "validation NLL (threshold), nats per token"
     if len(sizes) > 1:
-        series = _final(grouped, "parameters_non_embedding", (2, 1) if len(budgets) > 1 else (2,))
-        return _chart(experiment, "parameters without embedding", y_label, series)
+        named_by = ("variant", "budget") if len(budgets) > 1 else ("variant",)
+        lines = _final_losses(grouped, "parameters_non_embedding", named_by)
+        return _chart(experiment, "parameters without embedding", y_label, lines)
     if len(budgets) > 1:
-        series = _final(grouped, "training_flops", (2,))
-        return _chart(experiment, "training FLOPs", y_label, series)
+        lines = _final_losses(grouped, "training_flops", ("variant",))
+        return _chart(experiment, "training FLOPs", y_label, lines)
     series = []
-    for (_, _, variant), group in grouped.items():
+    for key, group in grouped.items():
+        # Means over seeds of each evaluation; a shorter curve ends the line.
         points = list(zip(*(r["curve"] for r in group), strict=False))
         xs = [statistics.fmean(x for x, _ in point) for point in points]
         ys = [statistics.fmean(y for _, y in point) for point in points]
-        series.append(Series(name=variant, xs=xs, ys=ys, dashed=variant in _twins(experiment)))
+        dashed = key.variant in _twins(experiment)
+        series.append(Series(name=key.variant, xs=xs, ys=ys, dashed=dashed))
     return line_chart(experiment.name, "training FLOPs", y_label, series, height=380)
 
 
 def _twins(experiment: Experiment) -> set[str]:
+    """The variants with random routing, whose lines are dashed."""
     return set(experiment.twins.values())
 
 
-def _final(
-    grouped: Mapping[GroupKey, list[Result]], x: str, names: tuple[int, ...]
+def _final_losses(
+    grouped: Mapping[GroupKey, list[Result]], x: str, named_by: tuple[str, ...]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Points of the final losses, by the parts of the group that name a line."""
+    """A line's points (x, causal NLL at the end) by its name, each a mean over seeds.
+
+    Args:
+        x: field of the results on the horizontal axis.
+        named_by: fields of the group whose values name a line.
+    """
     lines: dict[str, list[tuple[float, float]]] = {}
     for key, group in grouped.items():
         mean = statistics.fmean(r["nll_threshold"] for r in group)
-        line = lines.setdefault(", ".join(key[i] for i in names), [])
+        line = lines.setdefault(", ".join(getattr(key, name) for name in named_by), [])
         line.append((statistics.fmean(r[x] for r in group), mean))
     return lines
 
@@ -242,11 +273,14 @@ def _chart(
     return line_chart(experiment.name, x, y, series, height=380, log_x=True)
 
 
-def planned(cells: Sequence[PlannedRun]) -> list[list[str]]:
-    """A row per cell for people: name, steps, parameters without embedding, FLOPs."""
+def planned(runs: Sequence[PlannedRun]) -> list[list[str]]:
+    """A row per run for people: name, steps, parameters without embedding, FLOPs.
+
+    With a budget of time steps and FLOPs are empty.
+    """
     lines = []
-    for cell in cells:
-        timed = Budget.parse(cell.budget).unit == "seconds"
-        steps, flops = ("", "") if timed else (str(cell.config.steps), _flops(cell.flops))
-        lines.append([cell.name, steps, _count(num_parameters_non_embedding(cell.model)), flops])
+    for run in runs:
+        timed = Budget.parse(run.budget).unit == "seconds"
+        steps, flops = ("", "") if timed else (str(run.config.steps), _flops(run.flops))
+        lines.append([run.name, steps, _count(num_parameters_non_embedding(run.model)), flops])
     return lines

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mor.errors import CapacityError, CheckpointError, ConfigError
+from mor.errors import CheckpointError, ConfigError
 from mor.io.atomic_files import staged_folder, storage_error
 from mor.io.checkpoint import newest_step, resolve, write_model
 from mor.io.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ def save_checkpoint(
 def _save_whole(target: Path, model: MoRModel, state: TrainState, tokenizer: Tokenizer) -> None:
     """Write a checkpoint from one process, which has all of it."""
     with _storage_errors(target), staged_folder(target) as staged:
-        _write_rank0_files(target, staged, model, state, tokenizer)
+        _write_rank0_files(staged, model, state, tokenizer)
 
 
 def _save_sharded(
@@ -160,7 +160,7 @@ def _save_sharded(
             _write_shards(moments, staged)
         # 3. Rank 0 writes the rest, the others wait.
         rest = replace(state, optimizer=described)
-        world.on_rank0(_write_rank0_files, target, staged, full_model, rest, tokenizer)
+        world.on_rank0(_write_rest, target, staged, full_model, rest, tokenizer)
         # 4. Rank 0 renames the folder; when the others go on, the checkpoint is there.
         world.on_rank0(_close_staged, stack, target)
 
@@ -175,14 +175,20 @@ def _close_staged(stack: ExitStack, target: Path) -> None:
         stack.close()
 
 
-def _write_rank0_files(
+def _write_rest(
     target: Path, staged: Path, model: MoRModel, state: TrainState, tokenizer: Tokenizer
 ) -> None:
-    with _storage_errors(target):  # a user knows the checkpoint's name, not the hidden folder's
-        write_model(model, staged, tokenizer)
-        plain = {f.name: getattr(state, f.name) for f in fields(state)}
-        plain["settings"] = json.dumps(state.settings)
-        torch.save(plain, staged / STATE_FILE)
+    with _storage_errors(target):
+        _write_rank0_files(staged, model, state, tokenizer)
+
+
+def _write_rank0_files(
+    staged: Path, model: MoRModel, state: TrainState, tokenizer: Tokenizer
+) -> None:
+    write_model(model, staged, tokenizer)
+    plain = {f.name: getattr(state, f.name) for f in fields(state)}
+    plain["settings"] = json.dumps(state.settings)
+    torch.save(plain, staged / STATE_FILE)
 
 
 def _write_shards(tensors: dict[str, Tensor], staged: Path) -> None:
@@ -208,9 +214,9 @@ def _storage_errors(path: Path) -> Generator[None, None, None]:
         yield
     except OSError as error:
         raise storage_error(path, error, CheckpointError) from error
-    except CapacityError:  # a RuntimeError, too
-        raise
-    except RuntimeError as error:  # torch's own file writer hides the system's error
+    except RuntimeError as error:
+        # Torch's own file writer hides the system's error; a CapacityError is one, too, and names a
+        # file in the hidden folder, where a user knows the checkpoint's name only.
         raise storage_error(path, OSError(28, str(error)), CheckpointError) from error
 
 

@@ -13,51 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from cli_helpers import Called, Mor, TinyRun, one_sentence, start
 
+from experiment_spec import NAMES, SPEC
 from mor.cli import experiment as verb
-from mor.errors import ConfigError
-from mor.experiments import experiment as grid
-from mor.experiments.experiment import Experiment
 from mor.io.checkpoint import load
 from mor.train.metrics_file import MetricsFile
 from mor.train.trainer import Trainer
 
-SPECS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
-SPEC = """\
-about: Two variants and a twin.
-train:
-  model:
-    vocab_size: 300
-    hidden_size: 32
-    intermediate_size: 64
-    num_attention_heads: 4
-    max_position_embeddings: 32
-  data: {data}
-  sequence_length: 32
-  batch_size: 4
-  lr: 1.0e-2
-  eval_every: 3
-  eval_windows: 2
-  calibration_windows: 2
-  save_every: 2
-  device: cpu
-sizes:
-  tiny: {{layers: 4}}
-variants:
-  vanilla: {{model: {{num_recursions: 1}}}}
-  mor-2: {{model: {{num_recursions: 2}}}}
-random_twins: [mor-2]
-baseline: vanilla
-budgets: [6 steps]
-seeds: [0, 1]
-"""
-NAMES = [
-    f"{variant}_tiny_6-steps_seed{seed}"
-    for seed in (0, 1)
-    for variant in ("vanilla", "mor-2", "mor-2-random")
-]
 CLOCKS = ("step_seconds", "tokens_per_s", "mfu", "memory_bytes", "command")
 
 
@@ -101,7 +64,7 @@ def content(out: Path) -> dict[str, bytes]:
 # What it leaves
 
 
-def test_every_cell_is_an_ordinary_run(finished: Path) -> None:
+def test_every_planned_run_is_an_ordinary_run(finished: Path) -> None:
     assert sorted(p.name for p in (finished / "runs").iterdir()) == sorted(NAMES)
     for name in NAMES:
         model = load(finished / "runs" / name)
@@ -300,75 +263,3 @@ def test_a_plan_lists_the_runs_and_writes_nothing(
     assert total.startswith("6 runs, ")
     assert float(total.split()[2]) == pytest.approx(sum(flops), rel=0.01)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
-def test_the_specs_of_this_project_can_work(path: Path) -> None:
-    experiment = Experiment.read(path)
-    assert len({cell.name for cell in experiment.runs}) == len(experiment.runs) > 1
-    assert experiment.about
-    for cell in experiment.runs:
-        assert cell.config.steps > 0
-        assert cell.model.vocab_size == cell.config.model["vocab_size"]
-        assert cell.config.sequence_length <= cell.model.max_position_embeddings
-    routed = {c.variant for c in experiment.runs if c.model.router_type != "random"}
-    routed &= {c.variant for c in experiment.runs if c.model.routing != "none"}
-    assert not routed or set(experiment.twins) & routed, "no random routing to compare with"
-
-
-def test_equal_flops_are_equal() -> None:
-    """To half a step of the largest model."""
-    for path in SPECS:
-        for cell in Experiment.read(path).runs:
-            if "flops" in str(cell.config.budget):
-                wanted = float(cell.budget.split()[0])
-                assert cell.flops == pytest.approx(wanted, rel=0.6 / cell.config.steps), cell.name
-
-
-def test_a_base_is_merged_under_the_spec(tiny: TinyRun, tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "all.yaml").write_text(SPEC.format(data=tiny.corpus))
-    (tmp_path / "base" / "more.yaml").write_text("budgets: [7 steps]\ntrain: {batch_size: 2}\n")
-    bases = ["base/all.yaml", "base/more.yaml"]
-    own = {"base": bases, "train": {"lr": 0.5}, "seeds": [7]}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    cells = Experiment.read(tmp_path / "own.yaml", data="elsewhere").runs
-    assert {(c.seed, c.config.lr, c.config.batch_size) for c in cells} == {(7, 0.5, 2)}
-    assert {c.config.steps for c in cells} == {7}
-    assert {c.config.data for c in cells} == {"elsewhere"}
-
-
-def test_layers_are_shared_out_as_in_the_presets() -> None:
-    """A preset's shape from its number of layers alone."""
-    from mor import MoRConfig
-
-    for recursions in (1, 2, 3, 4):
-        preset = MoRConfig.preset("360m", num_recursions=recursions)
-        shape = grid._shaped({"num_recursions": recursions}, 32)
-        assert {k: getattr(preset, k) for k in shape} == shape
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"sizez": {}}, "'sizez' is unknown: did you mean 'sizes'?"),
-        ({"variants": {}}, "variants={} must be a mapping with at least one entry"),
-        ({"variants": {"mor-2": 3}}, "mor-2 must be a mapping of training fields, not 3"),
-        ({"budgets": ["6 stepz"]}, "6 stepz: budget='6 stepz' is no amount with a unit"),
-        ({"budgets": "6 steps"}, "budgets='6 steps' must be a list"),
-        ({"seeds": []}, r"seeds=\[\] must be a list with at least one entry"),
-        ({"seeds": ["x"]}, "seed='x' must be an integer"),
-        ({"random_twins": ["mor"]}, "random_twins: did you mean 'mor-2'"),
-        ({"baseline": "vanila"}, "baseline='vanila': did you mean 'vanilla'"),
-        ({"sizes": {"tiny": {"layers": 0}}}, "mor-2, tiny, 6 steps: layers=0 must be an integer"),
-        ({"sizes": {"tiny": {"lr": -1}}}, "mor-2, tiny, 6 steps: lr=-1 must be above 0"),
-        ({"train": {"model": {}}}, "model.vocab_size is missing"),
-    ],
-)
-def test_a_spec_with_a_mistake(
-    tiny: TinyRun, tmp_path: Path, change: dict[str, Any], words: str
-) -> None:
-    values = yaml.safe_load(SPEC.format(data=tiny.corpus)) | change
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ConfigError, match=f"wrong.yaml.*{words}"):
-        Experiment.read(tmp_path / "wrong.yaml")

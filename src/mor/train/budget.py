@@ -1,4 +1,4 @@
-"""How long a run is: an amount of steps, tokens, FLOPs or time."""
+"""`Budget`: the length of a run as an amount of steps, tokens, FLOPs or seconds."""
 
 import math
 import re
@@ -26,19 +26,19 @@ _SECONDS: Mapping[str, float] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount and its unit."""
+    """An amount and its unit; `str` of it can be parsed again."""
 
     amount: float
     unit: Unit
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """Read `300 steps`, `20M tokens`, `1e15 flops`, `90 seconds`, `5 minutes`, `1.5 hours`.
+        """Parse `300 steps`, `20M tokens`, `1e15 flops`, `90 seconds`, `5 minutes`, `1.5 hours`.
 
         K, M, B or G, T, P, E before a unit stand for 1e3, 1e6, 1e9, 1e12, 1e15, 1e18.
 
         Raises:
-            ConfigError: another form, nothing at all, or a part of a step.
+            ConfigError: another form, an amount of 0, or a part of a step.
         """
         found = _FORM.fullmatch(text)
         if found is None:

@@ -1,4 +1,4 @@
-"""What a run measures: loss under both selection rules, depths, routers; kept as JSON lines."""
+"""`evaluate`: a model's loss under both selection rules, its depths, and how its routers agree."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,28 +15,29 @@ from mor.ops.cross_entropy import token_nll
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Loss of a model on some windows, in nats per token, the way the paper and a user see it."""
+    """What `evaluate` measures; losses are in nats per token."""
 
     nll_topk: float
-    """Selecting the best of the whole sequence, which looks ahead: what papers report."""
+    """With `topk` selection, which looks ahead in the sequence: what papers report."""
     nll_threshold: float
-    """Selecting by thresholds, causally: what a user gets."""
+    """With `threshold` selection, which is causal: what generation gets."""
     depth_histogram: tuple[float, ...]
-    """(R + 1,) share of tokens by recursion count 0..R, under `threshold`."""
+    """(R + 1,) share of tokens by recursion count 0..R, with `threshold` selection."""
     router_accuracy: float | None
     """Share of decisions on which both rules agree; None without expert choice."""
     dead_share: float | None
-    """Share of positions that the deepest recursion never selects; None where no learned router
-    selects."""
+    """Share of the window's T positions that the deepest recursion selects in no window, with
+    `topk` selection; None without a learned expert-choice router."""
     tokens: int
+    """Tokens predicted."""
 
     @property
     def causal_gap(self) -> float:
-        """What causality costs."""
+        """What causal selection costs: `nll_threshold - nll_topk`."""
         return self.nll_threshold - self.nll_topk
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields and the gap, by their names in `metrics.jsonl`."""
         return {**asdict(self), "nll_gap": self.causal_gap}
 
 
@@ -44,9 +45,10 @@ class Evaluation:
 def evaluate(
     model: MoRModel, windows: Iterable[Tensor], document_end: int | None = None
 ) -> Evaluation:
-    """Evaluate on batches of windows, each (B, T + 1): inputs `[:, :-1]`, targets `[:, 1:]`.
+    """Measure a model on batches of windows; its mode and random numbers stay as they are.
 
     Args:
+        windows: (B, T + 1) tokens each: inputs `[:, :-1]`, targets `[:, 1:]`.
         document_end: id at which attention stops; None: it spans documents.
 
     Raises:
@@ -56,9 +58,10 @@ def evaluate(
     model.eval()
     two_rules = isinstance(model.router, ExpertChoiceRouter)
     sums = {"topk": 0.0, "threshold": 0.0}
+    # Tokens by recursion count, (R + 1,).
     histogram = torch.zeros(model.config.num_recursions + 1, dtype=torch.long)
     agreements: list[Tensor] = []
-    reached: Tensor | None = None  # positions that the deepest recursion selected at least once
+    reached: Tensor | None = None  # (T,) whether the deepest recursion has selected a position
     tokens = 0
     device = model.embed_tokens.weight.device
     for batch in windows:
@@ -66,6 +69,7 @@ def evaluate(
         nll, counts, _ = _nll(model, ids, targets, "threshold", document_end)
         sums["threshold"] += nll
         histogram += torch.bincount(counts.cpu(), minlength=len(histogram))
+        # Without expert choice both rules are the same, and so are their losses.
         if two_rules:
             nll, counts, correct = _nll(model, ids, targets, "topk", document_end)
             agreements += correct
@@ -91,6 +95,7 @@ def evaluate(
 def _nll(
     model: MoRModel, ids: Tensor, targets: Tensor, selection: Selection, document_end: int | None
 ) -> tuple[float, Tensor, list[Tensor]]:
+    """Summed NLL of a batch in nats, (B * T,) recursion counts, shares of agreeing decisions."""
     hidden, counts, record = model.hidden_states(ids, selection, document_end=document_end)
     nll = token_nll(model.norm(hidden), model.lm_head.weight, targets.reshape(-1))
     return float(nll.double().sum()), counts, record.correct

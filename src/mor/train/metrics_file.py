@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a run measures, one JSON object a line."""
+"""`MetricsFile`: `metrics.jsonl`, one JSON object per optimizer step."""
 
 import json
 import math
@@ -9,18 +9,18 @@ from mor.io.atomic_files import storage_error, write_file
 
 
 class MetricsFile:
-    """`metrics.jsonl` of a run: one object a line, with at least `step`, `loss` and `tokens`."""
+    """Appends, reads and cuts back `metrics.jsonl`; each line has `step`, `loss` and `tokens`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a line.
+        """Add a line; NaN and infinity become null, since JSON has neither.
 
         Raises:
             CapacityError: the disk is full.
         """
-        clean = {k: None if _broken(v) else v for k, v in row.items()}
+        clean = {k: None if _is_not_json(v) else v for k, v in row.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
@@ -28,7 +28,7 @@ class MetricsFile:
             raise storage_error(self.path, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole lines; a last line that a killed run left half-written is passed over."""
+        """All lines that are JSON; one that a killed run left half-written is skipped."""
         if not self.path.exists():
             return []
         rows = []
@@ -40,7 +40,11 @@ class MetricsFile:
         return rows
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines after `step`, which a resumed run writes again."""
+        """Remove the lines after `step`, which a resumed run writes again.
+
+        Raises:
+            CapacityError: the disk is full.
+        """
         if not self.path.exists():
             return
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
@@ -50,6 +54,5 @@ class MetricsFile:
             raise storage_error(self.path, error) from error
 
 
-def _broken(value: Any) -> bool:
-    """NaN and infinity are not JSON."""
+def _is_not_json(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)

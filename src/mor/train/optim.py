@@ -1,4 +1,4 @@
-"""The optimizer, and schedules as pure functions of the step."""
+"""The optimizer of a run: AdamW, or Muon and AdamW side by side as one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,23 @@ from mor.train.config import TrainConfig
 
 
 def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the layers' matrices and AdamW for the rest; tied parameters count once.
+    """AdamW for all parameters, or Muon for the layers' matrices and AdamW for the rest.
 
-    Matrices decay, embedding and head by their own strength, norms not at all. Each group's `peak`
-    is its learning rate as a share of `lr`.
+    Weight decay is `weight_decay` on matrices, `embedding_weight_decay` on embedding and head, 0 on
+    norms. Each group's `peak` is its peak learning rate divided by `lr` (`set_learning_rate`).
     """
+    # `parameters()` gives a tied weight once, so it is updated once, in the group of the ends.
     trained = [p for p in model.parameters() if p.requires_grad]
+    # Tensors are told apart by identity: comparing them would compare their elements.
     ends = {id(model.embed_tokens.weight), id(model.lm_head.weight)}
     layers = {id(p) for part in (model.prelude, model.block, model.coda) for p in part.parameters()}
     matrices = [p for p in trained if p.ndim >= 2 and id(p) not in ends]
     decay, end_decay = config.weight_decay, config.embedding_weight_decay
-    # Not the deltas of depths, three axes: Muon would make all their directions equally strong.
-    whole = [p for p in matrices if p.ndim == 2 and id(p) in layers]
-    hidden = whole if config.optimizer == "muon" else []
-    by_muon = {id(p) for p in hidden}
+    # Not the LoRA pairs of depths, which have three axes: Muon would make all the directions of
+    # these small matrices equally strong. Nor the routers, which lie outside of the layers.
+    layer_matrices = [p for p in matrices if p.ndim == 2 and id(p) in layers]
+    muon_params = layer_matrices if config.optimizer == "muon" else []
+    by_muon = {id(p) for p in muon_params}
     groups = [
         {"params": [p for p in matrices if id(p) not in by_muon], "weight_decay": decay},
         {
@@ -38,28 +41,29 @@ def build_optimizer(model: MoRModel, config: TrainConfig) -> torch.optim.Optimiz
         betas=(config.beta1, config.beta2),
         fused=True,
     )
-    if not hidden:
+    if not muon_params:
         return allocate_optimizer_state(adamw)
     muon_lr = config.lr if config.muon_lr is None else config.muon_lr
     muon = torch.optim.Muon(
-        [{"params": hidden, "peak": muon_lr / config.lr}],
+        [{"params": muon_params, "peak": muon_lr / config.lr}],
         lr=muon_lr,
         weight_decay=decay,
         momentum=config.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",
+        adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's at the same rate
     )
     return allocate_optimizer_state(OptimizersContainer(muon, adamw))
 
 
 def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of AdamW's and Muon's groups, with room for all that it will keep.
+    """Allocate the moments of an optimizer of AdamW's and Muon's groups, and return it.
 
-    Left to the first step, moments come to lie between gradients. What these leave behind is too
-    small for any activation, so a CPU process would hold their size once more for good.
+    Allocated in the first step they would lie between gradients. The holes that freed gradients
+    leave between them are too small for any activation, so a CPU process would hold the gradients'
+    size once more for good.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if "momentum" in group:
+            if "momentum" in group:  # Muon's
                 optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
             else:
                 step = torch.zeros((), device=p.device)
@@ -69,30 +73,36 @@ def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> torch.optim.Op
 
 
 class OptimizersContainer(torch.optim.Optimizer):
-    """Several optimizers, each for its own parameters, as one: with one state to save and load."""
+    """Several optimizers, each for its own parameters, with one state to save and load.
+
+    torchtitan's class of this name; here it is an `Optimizer` itself, whose groups are those of its
+    parts in order. No parameter may be in two parts: it would be updated twice.
+    """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        """Takes over the parts' groups; step the parts through this only."""
+        """Takes over the parts' groups; from now on only `step` of the whole may be called."""
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._parts = parts
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
+    def _share_state(self) -> None:
+        """Give the parts this optimizer's own group dicts and state, so that they never differ."""
         groups = iter(self.param_groups)
         for part in self._parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # from load_state_dict: other groups, another state
-        self._share()
+        # Called by load_state_dict, which replaces the groups and the state by new objects.
+        super().__setstate__(state)
+        self._share_state()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step of each part.
+        """One step of each part; returns the closure's loss, or None.
 
         Args:
-            closure: computes the loss anew, once before all parts.
+            closure: computes the loss and gradients anew; called once, before the first part.
         """
         loss = None
         if closure is not None:
@@ -104,6 +114,6 @@ class OptimizersContainer(torch.optim.Optimizer):
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give each group its share of the learning rate."""
+    """Set the learning rate of each group to `rate` times its `peak`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"]

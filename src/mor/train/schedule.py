@@ -1,4 +1,4 @@
-"""How far a run goes: its budget in optimizer steps, by the cost model or by the clock."""
+"""What changes over a run, by the step: its end, learning rate, capacities, balancing."""
 
 import math
 from dataclasses import replace
@@ -10,11 +10,11 @@ from mor.model.router import capacity_at_step
 from mor.train.budget import Budget
 from mor.train.config import TrainConfig
 
-_GUESS = 1000  # steps that a run by the clock is taken to have before its first one is timed
+_GUESS = 1000  # steps of a run with a budget of time, until its first step has been timed
 
 
 def step_flops(config: TrainConfig, model: MoRConfig, step: int) -> float:
-    """Training FLOPs of optimizer step `step`, from 0: three forward passes of all its tokens.
+    """Training FLOPs of optimizer step `step` (from 0): three times its tokens' forward passes.
 
     Expert choice is counted with the tokens that it selects at this step, capacity warm-up
     included; token choice as if its router were balanced.
@@ -27,9 +27,9 @@ def step_flops(config: TrainConfig, model: MoRConfig, step: int) -> float:
 
 
 def resolve_steps(config: TrainConfig, model: MoRConfig) -> TrainConfig:
-    """The config with the number of steps nearest to its budget.
+    """The config with `steps` set to the number of steps nearest to its budget.
 
-    A budget of time leaves `steps` alone: `total_steps` tells while the run goes on.
+    A budget of time leaves `steps` alone: `total_steps` estimates it during the run.
 
     Raises:
         ConfigError: the budget is less than half a step.
@@ -40,6 +40,8 @@ def resolve_steps(config: TrainConfig, model: MoRConfig) -> TrainConfig:
     if budget.unit == "flops":
         warmup = config.capacity_warmup_steps if model.capacities is not None else 0
         left, steps = budget.amount, 0
+        # Steps of a capacity warm-up differ in cost, so they are paid for one by one, each as long
+        # as half of it is left; all later ones cost the same.
         while steps < warmup and left >= (cost := step_flops(config, model, steps)) / 2:
             left, steps = left - cost, steps + 1
         later = step_flops(config, model, warmup)
@@ -58,7 +60,7 @@ def resolve_steps(config: TrainConfig, model: MoRConfig) -> TrainConfig:
 
 
 def total_steps(config: TrainConfig, step: int, elapsed: float) -> float:
-    """Steps of the whole run: known, or by the clock as many as fit at the pace so far.
+    """Steps of the whole run; with a budget of time as many as fit at the mean pace so far.
 
     Args:
         step: optimizer steps done.
@@ -71,12 +73,12 @@ def total_steps(config: TrainConfig, step: int, elapsed: float) -> float:
 
 
 def is_last_step(step: int, total: float) -> bool:
-    """Whether a run of `total` steps ends here: at the whole number of steps nearest to it."""
+    """Whether a run of `total` steps, not always a whole number, ends after `step` steps."""
     return step > 0 and step + 0.5 >= total
 
 
 def learning_rate(config: TrainConfig, step: int, total: float | None = None) -> float:
-    """Learning rate of optimizer step `step`, numbered from 0.
+    """Learning rate of optimizer step `step` (from 0).
 
     `trapezoid`: linear rise, plateau, linear fall. `cosine`: linear rise, cosine fall. Both fall to
     `final_lr_fraction` of the peak.
@@ -93,6 +95,7 @@ def learning_rate(config: TrainConfig, step: int, total: float | None = None) ->
         height = 0.5 * (1 + math.cos(math.pi * done))
     else:
         cooldown = round(config.cooldown_fraction * total)
+        # + 1: the last step, total - 1, still learns a little.
         height = max(0.0, min(1.0, (total - step) / (cooldown + 1)))
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
 
@@ -100,7 +103,7 @@ def learning_rate(config: TrainConfig, step: int, total: float | None = None) ->
 def capacities_at_step(
     model: MoRConfig, config: TrainConfig, step: int
 ) -> tuple[float, ...] | None:
-    """(R,) capacities of step `step`, numbered from 0; None where the model has none."""
+    """(R,) capacities at optimizer step `step` (from 0); None where the model has none."""
     if model.capacities is None:
         return None
     warmup = config.capacity_warmup_steps
@@ -108,5 +111,5 @@ def capacities_at_step(
 
 
 def balancing_strength(config: TrainConfig, step: int) -> float:
-    """Share of token choice's balancing strength at step `step`, numbered from 0: rises to 1."""
+    """Share of token choice's balancing strength at step `step` (from 0): rises linearly to 1."""
     return min(1.0, (step + 1) / max(1, config.balancing_warmup_steps))

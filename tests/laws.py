@@ -29,17 +29,18 @@ MAX_FUNCTION_LINES = 60
 MAX_CORE_STATEMENTS = 3000  # in model/ and engine/, without engine/multistep/: one long evening
 MAX_FOLDER_FILES = 16
 TOP = frozenset(("mor", "__main__", "cli"))  # these may import everything
-_UP_TO_IO = ("errors", "machine", "yaml_config", "ops", "model", "io")
+_UP_TO_IO = ("errors", "validation", "machine", "yaml_config", "ops", "model", "io")
 _UP_TO_TRAIN = (*_UP_TO_IO, "data", "engine", "train")
 _UP_TO_TERMINAL = (*_UP_TO_TRAIN, "eval", "report", "terminal")
 LAYERS = MappingProxyType(  # what each part of src/mor may import besides itself
     {
         "errors": (),
+        "validation": ("errors",),
         "machine": (),
         "yaml_config": ("errors",),
         "ops": ("errors",),
-        "model": ("errors", "ops"),
-        "io": ("errors", "yaml_config", "ops", "model"),
+        "model": ("errors", "validation", "ops"),
+        "io": ("errors", "validation", "yaml_config", "ops", "model"),
         "data": _UP_TO_IO,
         "engine": _UP_TO_IO,
         "train": (*_UP_TO_IO, "data"),

@@ -72,7 +72,10 @@ def test_layers_are_shared_out_as_in_the_presets() -> None:
         ({"random_twins": ["mor"]}, "random_twins: did you mean 'mor-2'"),
         ({"baseline": "vanila"}, "baseline='vanila': did you mean 'vanilla'"),
         ({"sizes": {"tiny": {"layers": 0}}}, "mor-2, tiny, 6 steps: layers=0 must be an integer"),
-        ({"sizes": {"tiny": {"lr": -1}}}, "mor-2, tiny, 6 steps: lr=-1 must be above 0"),
+        (
+            {"sizes": {"tiny": {"lr": -1}}},
+            "mor-2, tiny, 6 steps: lr=-1 must be a finite number > 0",
+        ),
         ({"train": {"model": {}}}, "model.vocab_size is missing"),
     ],
 )

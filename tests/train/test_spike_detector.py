@@ -58,7 +58,7 @@ def test_the_threshold_can_be_set_and_switched_off(tmp_path: Path) -> None:
         for step in range(50):
             rule.check(step, 3.0, 1.0)
         assert rule.limit() == pytest.approx(limit)
-    with pytest.raises(ConfigError, match="spike_threshold=-1 must be 0 or more"):
+    with pytest.raises(ConfigError, match="spike_threshold=-1 must be a finite number >= 0"):
         TrainConfig(spike_threshold=-1)
 
 

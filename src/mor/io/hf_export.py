@@ -39,6 +39,7 @@ _CODE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "configuration_mor": (
             "mor.errors",
+            "mor.validation",
             "mor.model.kv_policy",
             "mor.model.presets",
             "mor.model.config",

@@ -6,13 +6,19 @@ the config is built, so that no later code has to ask whether a combination can 
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from mor.errors import ConfigError, nearest
+from mor.errors import ConfigError
 from mor.model.kv_policy import KV_POLICIES, KVPolicy
 from mor.model.presets import preset_fields
+from mor.validation import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    check_fields,
+    check_keys,
+)
 
 Sharing = Literal["cycle", "sequence"]
 Routing = Literal["none", "expert_choice", "token_choice"]
@@ -22,19 +28,6 @@ RouterActivation = Literal["sigmoid", "tanh", "softmax", "none"]
 SelectionTraining = Literal["aux_loss", "aux_router", "none"]
 Balancing = Literal["loss", "loss_free", "none"]
 Gating = Literal["weighted", "additive"]
-
-_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "sharing": get_args(Sharing),
-        "routing": get_args(Routing),
-        "kv_strategy": get_args(KVStrategy),
-        "router_type": get_args(RouterType),
-        "router_activation": get_args(RouterActivation),
-        "selection_training": get_args(SelectionTraining),
-        "balancing": get_args(Balancing),
-        "gating": get_args(Gating),
-    }
-)
 
 LLAMA_FIELDS: tuple[str, ...] = (
     "vocab_size",
@@ -69,68 +62,85 @@ class MoRConfig:
 
     __no_type_check__ = True  # values come from users' files: __post_init__ checks them
 
-    vocab_size: int = 49152
+    vocab_size: PositiveInt = 49152
     """V, entries of the embedding and of the head."""
-    hidden_size: int = 576
+    hidden_size: PositiveInt = 576
     """E, width of the residual stream."""
-    intermediate_size: int = 1536
+    intermediate_size: PositiveInt = 1536
     """Width inside the SwiGLU."""
-    num_attention_heads: int = 9
+    num_attention_heads: PositiveInt = 9
     """H, query heads."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: PositiveInt | None = None
     """G, key-value heads; None means as many as query heads."""
-    head_dim: int | None = None
+    head_dim: PositiveInt | None = None
     """D; None means hidden_size / num_attention_heads."""
-    max_position_embeddings: int = 2048
+    max_position_embeddings: PositiveInt = 2048
     """Longest sequence, in tokens."""
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    rope_theta: NonNegativeFloat = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    rms_norm_eps: NonNegativeFloat = 1e-5
+    """Added to the mean square that RMSNorm divides by."""
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    """Whether the head is the embedding."""
+    initializer_range: NonNegativeFloat = 0.02
+    """Standard deviation of the initial weights."""
 
-    num_prelude_layers: int = 1
+    num_prelude_layers: NonNegativeInt = 1
     """Unshared layers before the block."""
-    num_block_layers: int = 10
+    num_block_layers: PositiveInt = 10
     """L, layers of the shared block."""
-    num_coda_layers: int = 1
+    num_coda_layers: NonNegativeInt = 1
     """Unshared layers after the block."""
-    num_recursions: int = 3
+    num_recursions: PositiveInt = 3
     """R, the most passes of the block that a token can take."""
-    twin_num_layers: int | None = None
+    twin_num_layers: PositiveInt | None = None
     """Layers of the vanilla twin that this model is compared with; None: the effective count."""
 
     sharing: Sharing = "cycle"
-    relaxation_rank: int = 0
-    """Of the low-rank delta that each depth adds to the block's matrices; 0: there are none."""
+    """`cycle`: the block as a whole is repeated. `sequence`: each of its layers is, before the next
+    one starts."""
+    relaxation_rank: NonNegativeInt = 0
+    """Rank of the LoRA pair that each depth adds to each matrix of the block; 0: there is none."""
     routing: Routing = "expert_choice"
+    """Who decides how deep a token goes: each depth chooses its tokens (`expert_choice`), or each
+    token its depth at the start (`token_choice`)."""
     kv_strategy: KVStrategy = "recursion_wise"
+    """`recursion_wise`: each depth has keys and values of its own tokens. `shared`: all depths read
+    those of depth 0."""
     capacities: tuple[float, ...] | None = None
     """c_r, fraction of the sequence that expert choice sends to depth r; None: (R - r) / R."""
     router_type: RouterType = "linear"
     """`random` ignores its input: the baseline that every learned router has to beat."""
     router_activation: RouterActivation | None = None
     """Of the gate. None: sigmoid for expert choice, softmax for token choice."""
-    router_alpha: float | None = None
+    router_alpha: NonNegativeFloat | None = None
     """Scale of the gate. None: 0.1 for expert choice, 1.0 for token choice."""
-    router_temperature: float = 1.0
+    router_temperature: NonNegativeFloat = 1.0
+    """Divides the router's logits; above 0."""
     selection_training: SelectionTraining | None = None
     """How expert choice learns to select without looking ahead. None: `aux_loss`."""
-    aux_loss_coeff: float = 0.001
+    aux_loss_coeff: NonNegativeFloat = 0.001
+    """Weight of the auxiliary loss of `selection_training`."""
     balancing: Balancing | None = None
     """How token choice spreads its tokens over depths. None: `loss`."""
-    balancing_coeff: float = 0.1
-    balancing_update_rate: float = 0.001
-    z_loss_coeff: float = 0.0
+    balancing_coeff: NonNegativeFloat = 0.1
+    """Weight of the balancing loss (`loss`)."""
+    balancing_update_rate: NonNegativeFloat = 0.001
+    """Step of the router's bias after each batch (`loss_free`)."""
+    z_loss_coeff: NonNegativeFloat = 0.0
+    """Weight of the router's z-loss."""
     gating: Gating = "weighted"
+    """What the block adds to the residual stream is multiplied by the gate (`weighted`), or not."""
     thresholds: tuple[float, ...] | None = None
     """tau_r, router logit from which a token goes on to depth r. None: 0, sigmoid's 0.5."""
 
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
+    bos_token_id: NonNegativeInt | None = None
+    eos_token_id: NonNegativeInt | None = None
+    pad_token_id: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
-        self._check_types()
+        # The length of a table is num_recursions: `_check_depth_tables` looks at both together.
+        check_fields(self, ConfigError, skip=("capacities", "thresholds"))
         for name, value in self._resolved().items():
             object.__setattr__(self, name, value)
         self._check_shapes()
@@ -159,10 +169,7 @@ class MoRConfig:
         """
         values = dict(values)
         preset = values.pop("preset", None)
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"model field {key!r} is unknown: {nearest(str(key), known)}")
+        check_keys(values, cls, "model field", ConfigError)
         if preset is not None:
             values = {**preset_fields(str(preset), values.get("num_recursions", 3)), **values}
         return cls(**values)
@@ -222,28 +229,6 @@ class MoRConfig:
         return tuple(1.0 for _ in depths)
 
     # -- checks ---------------------------------------------------------------------------------
-
-    def _check_types(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in _CHOICES:
-                choices = _CHOICES[f.name]
-                if value not in choices and not (value is None and f.default is None):
-                    hint = nearest(str(value), choices)
-                    raise ConfigError(f"{f.name}={value!r} is not a choice: {hint}")
-            elif value is None and f.default is None:
-                continue
-            elif f.type in (int, int | None):
-                from_zero = ("_id", "prelude_layers", "coda_layers", "_rank")
-                minimum = 0 if f.name.endswith(from_zero) else 1
-                if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                    raise ConfigError(f"{f.name}={value!r} must be an integer >= {minimum}.")
-            elif f.type in (float, float | None):
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if not number or not math.isfinite(value) or value < 0:
-                    raise ConfigError(f"{f.name}={value!r} must be a finite number >= 0.")
-            elif f.type is bool and not isinstance(value, bool):
-                raise ConfigError(f"{f.name}={value!r} must be true or false.")
 
     def _resolved(self) -> dict[str, Any]:
         """Values of the fields that were left to their defaults, and lists as tuples."""

@@ -17,47 +17,26 @@ min_p before top_k, which matters only for the share that top_p is taken of):
 """
 
 import random
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from types import MappingProxyType
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from mor.errors import RequestError
 from mor.model.config import MoRConfig
+from mor.validation import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Rule,
+    check_fields,
+    float_fields,
+)
 
 FinishReason = Literal["stop", "length", "abort"]
 
 MAX_LOGPROBS = 20
 """Tokens that a request can have reported beside the chosen one."""
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
-
-
-# By annotation: what a value must be, and how to say so.
-_KINDS: Mapping[Any, tuple[Callable[[Any], bool], str]] = MappingProxyType(
-    {
-        int: (_is_integer, "an integer"),
-        int | None: (lambda v: v is None or _is_integer(v), "an integer"),
-        float: (_is_finite, "a finite number"),
-        bool: (lambda v: isinstance(v, bool), "true or false"),
-        tuple[str, ...]: (
-            lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
-            "a text or a list of texts, none of them empty",
-        ),
-        tuple[int, ...]: (
-            lambda v: isinstance(v, tuple) and all(_is_integer(t) and t >= 0 for t in v),
-            "a list of token ids",
-        ),
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,100 +49,72 @@ class SamplingParams:
 
     __no_type_check__ = True  # values come from users: __post_init__ checks them
 
-    max_tokens: int = 64
-    """Tokens to generate at most."""
-    min_tokens: int = 0
+    max_tokens: PositiveInt = 64
+    """Tokens to generate, at most."""
+    min_tokens: NonNegativeInt = 0
     """Until so many tokens are there, none that would end the request can come."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
+    temperature: NonNegativeFloat = 0.0
+    """Divides the logits; 0 is greedy."""
+    top_k: NonNegativeInt = 0
     """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Keep the likeliest tokens that together hold this share of the probability."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Range(ge=0, le=1)] = 0.0
     """Drop tokens with less than this share of the likeliest token's probability."""
-    repetition_penalty: float = 1.0
-    """Of tokens in prompt or output: a positive logit is divided by it, others are multiplied."""
-    presence_penalty: float = 0.0
+    repetition_penalty: Annotated[float, Range(ge=0.01, le=100)] = 1.0
+    """For tokens in prompt or output, a positive logit is divided by it, another multiplied."""
+    presence_penalty: Annotated[float, Range(ge=-2, le=2)] = 0.0
     """Taken from the logit of every token in the output."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: Annotated[float, Range(ge=-2, le=2)] = 0.0
     """Taken from a token's logit once for each time that it is in the output."""
-    seed: int | None = None
-    """Of this request's own random numbers; None draws one."""
-    n: int = 1
-    """Completions of each prompt; number i has the seed `seed + i`."""
-    stop: tuple[str, ...] = ()
+    seed: Annotated[int, Range(ge=0, lt=2**63)] | None = None
+    """Of this request's own random numbers. None draws one."""
+    n: Annotated[int, Range(ge=1, le=1024)] = 1
+    """Completions of each prompt; number i, from 0, has the seed `seed + i`."""
+    stop: Annotated[
+        tuple[str, ...],
+        Rule("a text or a list of texts, none of them empty", all),  # an empty text is false
+    ] = ()
     """Texts that end the request; a list or a single text will do. They need a tokenizer."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[tuple[NonNegativeInt, ...], Rule("a list of token ids")] = ()
     """Tokens that end the request, like the model's `eos_token_id`; part of the output."""
     ignore_eos: bool = False
     """Go on after the model's `eos_token_id`."""
-    logprobs: int | None = None
-    """Report so many of the likeliest tokens beside each chosen one; None reports nothing."""
+    logprobs: Annotated[int, Range(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report so many of the likeliest tokens beside each chosen one. None reports nothing."""
     prompt_logprobs: bool = False
     """Report the log-probability of each token of the prompt, and the likeliest with `logprobs`."""
-    prompt_logprobs_from: int = 1
+    prompt_logprobs_from: PositiveInt = 1
     """The first position that `prompt_logprobs` is about: None before it. What comes before may be
     taken from the prefix cache."""
-    min_recursions: int | None = None
-    """Every token, those of the prompt too, takes at least so many passes of the block."""
-    max_recursions: int | None = None
-    """No token takes more passes of the block. The same as `min_recursions`: all take so many."""
+    min_recursions: PositiveInt | None = None
+    """Passes of the block that every token takes, at least; those of the prompt, too."""
+    max_recursions: PositiveInt | None = None
+    """Passes of the block that a token takes, at most. The same as `min_recursions`: all tokens
+    take so many."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             given = (value,) if name == "stop" and isinstance(value, str) else value
             object.__setattr__(self, name, tuple(given) if isinstance(given, list) else given)
-        self._check_types()
-        for f in fields(self):
-            if f.type is float:
-                object.__setattr__(self, f.name, float(getattr(self, f.name)))
-        self._check_ranges()
-
-    def _check_types(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            fits, wanted = _KINDS[f.type]
-            if not fits(value):
-                raise RequestError(f"{f.name}={value!r} must be {wanted}.")
-
-    def _check_ranges(self) -> None:
-        checks = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "min_tokens": (
-                0 <= self.min_tokens <= self.max_tokens,
-                f"between 0 and max_tokens={self.max_tokens}",
-            ),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "in [0.01, 100]"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            "seed": (0 <= (self.seed or 0) < 2**63, "0 or more, and below 2**63"),
-            "n": (1 <= self.n <= 1024, "in 1..1024"),
-            "logprobs": (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"in 0..{MAX_LOGPROBS}"),
-            "prompt_logprobs_from": (
-                self.prompt_logprobs_from == 1
-                or (self.prompt_logprobs and self.prompt_logprobs_from > 1),
-                "at least 1, and goes with prompt_logprobs",
-            ),
-            "min_recursions": (
-                self.min_recursions is None or self.min_recursions >= 1,
-                "at least 1",
-            ),
-            "max_recursions": (
-                self.max_recursions is None or self.max_recursions >= (self.min_recursions or 1),
-                f"at least min_recursions={self.min_recursions}"
-                if self.min_recursions
-                else "at least 1",
-            ),
-        }
-        for name, (good, range_) in checks.items():
-            if not good:
-                raise RequestError(f"{name}={getattr(self, name)!r} must be {range_}.")
+        check_fields(self, RequestError)
+        for name in float_fields(SamplingParams):  # integers will do: 1 becomes 1.0
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}."
+            )
+        if self.prompt_logprobs_from > 1 and not self.prompt_logprobs:
+            raise RequestError(
+                f"prompt_logprobs_from={self.prompt_logprobs_from} must be 1 without "
+                "prompt_logprobs."
+            )
+        minimum, maximum = self.min_recursions, self.max_recursions
+        if minimum is not None and maximum is not None and maximum < minimum:
+            raise RequestError(
+                f"max_recursions={maximum} must be at least min_recursions={minimum}."
+            )
 
     @property
     def reports_prompt_top(self) -> bool:

@@ -2,15 +2,24 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from mor.errors import ConfigError, nearest
 from mor.model.config import MoRConfig
 from mor.model.sharing import Initialization
 from mor.train.budget import Budget
+from mor.validation import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Rule,
+    check_fields,
+    check_keys,
+)
 
 STDLIB = "stdlib"
 """`data` of this name: the source of the running interpreter's standard library."""
@@ -22,20 +31,7 @@ Parallel = Literal["auto", "none", "ddp", "fsdp"]
 ActivationCheckpointing = Literal["none", "recursion", "full"]
 FsdpReshard = Literal["auto", "recursion", "step"]
 
-_TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = MappingProxyType(
-    {
-        dict[str, Any]: ((dict,), "a mapping of fields to values"),
-        Path | None: ((Path, NoneType), "a path"),
-        str | None: ((str, NoneType), "text"),
-        str: ((str,), "text"),
-        str | list[dict[str, Any]]: ((str, list), "text, or a list of paths with weights"),
-        bool: ((bool,), "true or false"),
-        int: ((int,), "an integer"),
-        int | None: ((int, NoneType), "an integer"),
-        float: ((int, float), "a finite number"),
-        float | None: ((int, float, NoneType), "a finite number"),
-    }
-)
+Fraction = Annotated[float, Range(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,69 +51,71 @@ class TrainConfig:
     the checkpoint must be vanilla and gives its layers to the new model as `init` says."""
     init: Initialization = "stepwise"
     """Which of a vanilla checkpoint's layers the block starts from."""
-    data: str | list[dict[str, Any]] = STDLIB
+    data: Annotated[str | list[dict[str, Any]], Rule("a text, or a list of paths with weights")] = (
+        STDLIB
+    )
     """Folder made by `mor data build`, or `stdlib`, or a mixture: [{path: .., weight: ..}, ..]."""
     verify_data: bool = True
     """Compare the shards' checksums before the first step."""
     mask_documents: bool = False
     """Attention stays inside documents, in training and in evaluation."""
-    sequence_length: int = 2048
+    sequence_length: PositiveInt = 2048
     """T, tokens that a sequence predicts."""
-    batch_size: int = 1024
+    batch_size: PositiveInt = 1024
     """Sequences per optimizer step."""
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveInt | None = None
     """Sequences per forward pass of one process; None: its whole part of the batch at once."""
-    steps: int = 10_000
+    steps: PositiveInt = 10_000
     """Optimizer steps."""
-    budget: str | None = None
+    budget: Annotated[str, Rule("an amount with a unit, such as '300 steps'")] | None = None
     """Instead of `steps`: `300 steps`, `20M tokens`, `1e15 flops`, `5 minutes` of training."""
 
     optimizer: Optimizer = "adamw"
     """`muon`: Muon for the layers' matrices, AdamW for embedding, head, routers and norms."""
-    lr: float = 3e-3
+    lr: PositiveFloat = 3e-3
     """Peak learning rate."""
-    muon_lr: float | None = None
+    muon_lr: PositiveFloat | None = None
     """Peak learning rate of Muon, whose updates are as large as AdamW's at the same rate; None:
     `lr`."""
-    muon_momentum: float = 0.95
+    muon_momentum: Fraction = 0.95
     schedule: Schedule = "trapezoid"
-    warmup_fraction: float = 0.05
+    warmup_fraction: Fraction = 0.05
     """Of all steps, rising linearly."""
-    cooldown_fraction: float = 0.2
+    cooldown_fraction: Fraction = 0.2
     """Of all steps, falling linearly (trapezoid only)."""
-    final_lr_fraction: float = 0.0
+    final_lr_fraction: Fraction = 0.0
     """Of the peak: what the learning rate falls to."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    weight_decay: NonNegativeFloat = 0.1
     """On matrices; norms have none."""
-    embedding_weight_decay: float | None = None
+    embedding_weight_decay: NonNegativeFloat | None = None
     """On embedding and head; None: `weight_decay`."""
-    clip: float = 1.0
+    clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 does not clip."""
-    capacity_warmup_steps: int = 0
+    capacity_warmup_steps: NonNegativeInt = 0
     """Steps over which expert choice's capacities fall from 1 to the configured ones."""
-    balancing_warmup_steps: int = 0
+    balancing_warmup_steps: NonNegativeInt = 0
     """Steps over which token choice's balancing rises linearly to the configured strength."""
 
-    eval_every: int = 500
+    eval_every: NonNegativeInt = 500
     """Steps between evaluations; 0 evaluates only at the end."""
-    eval_windows: int = 64
+    eval_windows: PositiveInt = 64
     """Sequences of the validation split that an evaluation reads."""
-    calibration_windows: int = 16
+    calibration_windows: NonNegativeInt = 16
     """Training sequences on which routing thresholds are calibrated before an evaluation and a
     save; 0 leaves them as they are."""
-    save_every: int = 1000
+    save_every: NonNegativeInt = 1000
     """Steps between checkpoints; 0 saves only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: NonNegativeInt = 2
     """Newest checkpoints to keep; 0 keeps all."""
-    spike_threshold: float = 10.0
+    spike_threshold: NonNegativeFloat = 10.0
     """Stop when the loss is so many robust standard deviations above its latest values; 0: never
     (`mor.train.spike_detector`)."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (extra `track`)."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda`."""
     precision: Precision = "fp32"
@@ -137,28 +135,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.init_from, str):
             object.__setattr__(self, "init_from", Path(self.init_from))
-        self._check_types()
-        positive = ("sequence_length", "batch_size", "micro_batch_size", "steps", "lr", "muon_lr")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value!r} must be above 0.")
-        not_negative = (
-            *("weight_decay", "clip", "capacity_warmup_steps", "eval_every", "eval_windows"),
-            *("calibration_windows", "save_every", "keep_checkpoints", "seed"),
-            *("balancing_warmup_steps", "embedding_weight_decay", "spike_threshold"),
-        )
-        for name in not_negative:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name}={value!r} must be 0 or more.")
-        fractions = (
-            *("warmup_fraction", "cooldown_fraction", "final_lr_fraction"),
-            *("beta1", "beta2", "muon_momentum"),
-        )
-        for name in fractions:
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1).")
+        check_fields(self, ConfigError)
         if self.warmup_fraction + self.cooldown_fraction > 1:
             raise ConfigError(
                 f"warmup_fraction={self.warmup_fraction} and cooldown_fraction="
@@ -168,28 +145,11 @@ class TrainConfig:
             _check_mixture(self.data)
         if self.budget is not None:
             Budget.parse(self.budget)
-        if self.eval_windows == 0:
-            raise ConfigError("eval_windows=0 measures nothing: give at least 1.")
         if self.batch_size % self.micro_size:
             raise ConfigError(
                 f"batch_size={self.batch_size} does not divide by micro_batch_size="
                 f"{self.micro_size}: every optimizer step sums whole micro-batches."
             )
-
-    def _check_types(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if get_origin(f.type) is Literal:
-                choices = get_args(f.type)
-                if value not in choices:
-                    raise ConfigError(f"{f.name}={value!r} must be one of {', '.join(choices)}.")
-                continue
-            kinds, what = _TYPES[f.type]
-            good = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-            if f.name == "budget" and not good:
-                what = "an amount with a unit, such as '300 steps'"
-            if not good or (isinstance(value, float) and not math.isfinite(value)):
-                raise ConfigError(f"{f.name}={value!r} must be {what}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[Any, Any]) -> "TrainConfig":
@@ -198,10 +158,7 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown key (the message names the nearest known one) or a bad value.
         """
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"training field {key!r} is unknown: {nearest(str(key), known)}")
+        check_keys(values, cls, "training field", ConfigError)
         return cls(**values)
 
     @property

@@ -1,17 +1,21 @@
-"""The bodies of requests and responses: OpenAI's shapes, with recursion counts.
+"""Bodies of requests and answers: OpenAI's fields, and the recursion counts.
 
-First the requests, then the responses. A request's field that is not listed here is refused by
-name: nothing that a client asks for is ignored.
+A field that is not listed here is refused by name: nothing that a client asks for is ignored. The
+ranges of sampling fields are those of `SamplingParams`; where the API's differ, it is written here.
 """
 
-from typing import Annotated, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mor.model.sampling import MAX_LOGPROBS
+from mor.model.sampling import SamplingParams
+from mor.validation import range_of
 
 FinishReason = Literal["stop", "length", "abort"]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+INT_LIMIT = 2**31
+"""Integers of a request are below it, so that they fit 32 bits."""
+TokenId = Annotated[int, Field(ge=0, lt=INT_LIMIT)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Absent = Field(default=None, exclude_if=lambda value: value is None)
 """Default of a field that is left out where it is None; other fields are null, as OpenAI's are."""
@@ -19,23 +23,29 @@ MAX_N = 128
 MAX_STOPS = 64
 
 
+def sampling_range(name: str, **bounds: float) -> Any:
+    """The range of a field of `SamplingParams` as pydantic's `Field`; `bounds` replace its own."""
+    declared = asdict(range_of(SamplingParams, name)) | bounds
+    return Field(**{key: bound for key, bound in declared.items() if bound is not None})
+
+
 class RequestModel(BaseModel):
-    """Base of request bodies: unknown fields are errors, and no value is converted."""
+    """Base of requests: unknown fields are errors, and no value is converted to another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ResponseModel(BaseModel):
-    """Base of response bodies."""
+    """Base of answers."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(RequestModel):
-    """The value of `stream_options`."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
-    """Send a last chunk, without choices, that holds the usage."""
+    """Whether a last chunk, without choices, holds the usage."""
 
 
 class SamplingRequest(RequestModel):
@@ -43,28 +53,28 @@ class SamplingRequest(RequestModel):
 
     model: str | None = None
     """The served model's name; may be left out."""
-    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    n: Annotated[int, sampling_range("n", le=MAX_N)] = 1
+    seed: Annotated[int, sampling_range("seed")] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: Annotated[Number, Field(ge=0)] = 1.0
+    temperature: Annotated[Number, sampling_range("temperature")] = 1.0
     """0 is greedy."""
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    top_p: Annotated[Number, sampling_range("top_p")] = 1.0
+    top_k: Annotated[int, sampling_range("top_k", ge=-1, lt=INT_LIMIT)] = 0
     """0 and -1 keep all tokens."""
-    min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
+    min_p: Annotated[Number, sampling_range("min_p")] = 0.0
+    presence_penalty: Annotated[Number, sampling_range("presence_penalty")] = 0.0
+    frequency_penalty: Annotated[Number, sampling_range("frequency_penalty")] = 0.0
+    repetition_penalty: Annotated[Number, sampling_range("repetition_penalty")] = 1.0
     ignore_eos: bool = False
     """Go on after the end of the text."""
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_tokens: Annotated[int, sampling_range("min_tokens", lt=INT_LIMIT)] = 0
     """Nothing ends the request before so many tokens."""
-    max_recursions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_recursions: Annotated[int, sampling_range("max_recursions", lt=INT_LIMIT)] | None = None
     """No token takes more passes of the block."""
-    min_recursions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_recursions: Annotated[int, sampling_range("min_recursions", lt=INT_LIMIT)] | None = None
     """Every token takes at least so many passes; with the same `max_recursions` exactly so many."""
 
     @model_validator(mode="after")
@@ -92,11 +102,11 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Prompts
     """A text, several texts, token ids, or several lists of token ids."""
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
+    max_tokens: Annotated[int, sampling_range("max_tokens", ge=0, lt=INT_LIMIT)] | None = 16
     """null: what fits the model. 0 with `echo` scores a prompt."""
     echo: bool = False
-    """Put the prompt in front of the text, and with `logprobs` its log-probabilities, too."""
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Give the prompt back, in front of the text; with `logprobs` its log-probabilities, too."""
+    logprobs: Annotated[int, sampling_range("logprobs")] | None = None
     """Likeliest tokens to report in each place, beside the chosen one."""
 
 
@@ -128,12 +138,12 @@ class ChatRequest(SamplingRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, sampling_range("max_tokens", lt=INT_LIMIT)] | None = None
     """null: what fits the model."""
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, sampling_range("max_tokens", lt=INT_LIMIT)] | None = None
     """The older name of `max_completion_tokens`."""
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, sampling_range("logprobs")] | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "ChatRequest":
@@ -170,7 +180,7 @@ class DetokenizeRequest(RequestModel):
 
 
 class ErrorDetail(ResponseModel):
-    """The value of `error`."""
+    """An error: its sentence, kind and field."""
 
     message: str
     type: str
@@ -207,7 +217,7 @@ class CompletionLogprobs(ResponseModel):
 
 
 class CompletionChoice(ResponseModel):
-    """One completion, or the part that a chunk adds to it."""
+    """A completion, or the part of one that a chunk adds."""
 
     index: int
     text: str
@@ -283,14 +293,14 @@ class ChatResponse(ResponseModel):
 
 
 class ChatDelta(ResponseModel):
-    """The part of a message that a chunk adds."""
+    """The part of the model's turn that a chunk adds."""
 
     role: Literal["assistant"] | None = Absent
     content: str | None = Absent
 
 
 class ChatChunkChoice(ResponseModel):
-    """The part of an answer that a chunk adds."""
+    """The part of a choice that a chunk adds."""
 
     index: int
     delta: ChatDelta
@@ -352,7 +362,7 @@ class VersionResponse(ResponseModel):
 
 
 class DepthsResponse(ResponseModel):
-    """Response of `/depths`: what the engine holds now."""
+    """Answer of `/depths`: the state of the engine."""
 
     model: str
     num_recursions: int

@@ -69,11 +69,11 @@ bench-gpu: install ## every test and benchmark that needs a GPU; records go to O
 	@$(PYTEST) -n 0 tests/ops/test_triton_kernels.py tests/engine/test_engine_triton.py \
 		| tee "$(OUT)/tests.txt"
 	@for n in 32 128 512; do \
-		$(VENV)/bin/mor bench throughput --json --preset 360m --dtype bfloat16 --sequences $$n \
+		$(VENV)/bin/mor bench throughput --json --preset 360m --dtype bfloat16 --max-num-seqs $$n \
 			> "$(OUT)/throughput-360m-bf16-$$n.json" || exit 1; \
 	done
 	@for n in 32 128; do \
-		$(VENV)/bin/mor bench throughput --json --preset 360m --dtype bfloat16 --sequences $$n --num-scheduler-steps 1 \
+		$(VENV)/bin/mor bench throughput --json --preset 360m --dtype bfloat16 --max-num-seqs $$n --num-scheduler-steps 1 \
 			> "$(OUT)/throughput-360m-bf16-$$n-ticks.json" || exit 1; \
 	done
 	@$(VENV)/bin/mor bench latency --json --preset 360m --dtype bfloat16 > "$(OUT)/latency-360m-bf16.json"

@@ -46,8 +46,9 @@ class Fake:
         """Recursion counts of the tokens that it will send."""
         number = body.get("max_tokens") or body.get("max_completion_tokens") or len(TOKENS)
         maximum = body.get("max_recursions") or self.num_recursions
-        free = [min(maximum, 1 + i % self.num_recursions) for i in range(number)]
-        return [body["num_recursions"]] * number if body.get("num_recursions") else free
+        minimum = body.get("min_recursions") or 1
+        free = [1 + i % self.num_recursions for i in range(number)]
+        return [max(minimum, min(maximum, count)) for count in free]
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The objects of a stream."""

@@ -38,7 +38,7 @@ class TinyConfig(ThroughputConfig):
 
 def settings(**changes: Any) -> TinyConfig:
     values: dict[str, Any] = {"max_num_seqs": 4, "prompt": 8, "output": 6, "seconds": 0.05}
-    return TinyConfig(**{**values, "rounds": 2, "recursions": (3,), **changes})
+    return TinyConfig(**{**values, "rounds": 2, "models": ("mor3",), **changes})
 
 
 def test_a_load_keeps_its_sequences_in_flight() -> None:
@@ -155,6 +155,6 @@ def test_multi_step_runs_are_compared_with_their_like() -> None:
             return found
 
     tiny = {"max_num_seqs": 3, "prompt": 8, "output": 6, "seconds": 0.02, "rounds": 1}
-    record = measure(Noting(**tiny, recursions=(3,), num_scheduler_steps=2), lambda _: None)
+    record = measure(Noting(**tiny, models=("mor3",), num_scheduler_steps=2), lambda _: None)
     assert loads == [(2, "depth"), (2, "depth"), (1, "sequence"), (1, "depth")]
     assert record["depth_over_sequence"]["mor3"] > 0

@@ -81,7 +81,7 @@ def test_the_end_of_text_stops_unless_ignored(mor: Mor, zero_head: Path) -> None
 
 
 def test_samples_differ_and_seeds_repeat_them(mor: Mor, tiny: TinyRun) -> None:
-    args = (tiny.run, "--temperature", 1, "--num-samples", 3, "--max-tokens", 6, "--ignore-eos")
+    args = (tiny.run, "--temperature", 1, "--n", 3, "--max-tokens", 6, "--ignore-eos")
     first, again = (as_json(mor, *args, "--seed", 5) for _ in range(2))
     other = as_json(mor, *args, "--seed", 50)
     texts = [sample["text"] for sample in first]
@@ -190,10 +190,19 @@ def test_depths_on_a_terminal_are_colors(
 
 
 @pytest.mark.parametrize(
-    "options", [("--min-recursions", 2, "--max-recursions", 2), ("--max-recursions", 2)]
+    ("options", "may_be_deeper"),
+    [
+        (("--min-recursions", 2), True),
+        (("--max-recursions", 2), False),
+        (("--min-recursions", 2, "--max-recursions", 2), False),
+    ],
 )
 def test_colors_of_the_prompt_keep_to_the_limit(
-    mor: Mor, scattered: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
+    mor: Mor,
+    scattered: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[object, ...],
+    may_be_deeper: bool,
 ) -> None:
     args = (scattered, "--prompt", "def value import", "--max-tokens", 20, "--ignore-eos", *options)
     (found,) = as_json(mor, *args)
@@ -206,7 +215,9 @@ def test_colors_of_the_prompt_keep_to_the_limit(
     text = out.getvalue().partition("\n\nrecur")[0]
     underlined = [piece for piece, c in zip(pieces, counts, strict=True) if c == 2 and piece]
     assert text.count("\x1b[4;") == len(underlined) > 0
-    assert "\x1b[1;" not in text  # bold is for three
+    bold = [piece for piece, c in zip(pieces, counts, strict=True) if c == 3 and piece]
+    assert text.count("\x1b[1;") == len(bold)
+    assert bool(bold) == may_be_deeper
 
 
 def test_the_prompt_and_the_limit_decide_the_default_length(mor: Mor, tiny: TinyRun) -> None:
@@ -219,10 +230,10 @@ def test_the_prompt_and_the_limit_decide_the_default_length(mor: Mor, tiny: Tiny
     [
         (["--temperature", -1], ["temperature", "-1"]),
         (["--top-p", 0], ["top_p", "(0, 1]"]),
-        (["--max-tokens", 0], ["max_tokens", "at least 1"]),
-        (["--num-samples", 0], ["--num-samples=0"]),
-        (["--num-samples", 2], ["--temperature=0"]),
-        (["--seed", -1], ["--seed=-1"]),
+        (["--max-tokens", 0], ["max_tokens=0", ">= 1"]),
+        (["--n", 0], ["n=0", "1..1024"]),
+        (["--n", 2], ["n=2", "temperature=0", "above 0"]),
+        (["--seed", -1], ["seed=-1", "an integer in 0.."]),
         (["--min-recursions", 3], ["min_recursions=3", "1..2"]),
         (["--min-recursions", 2, "--max-recursions", 1], ["max_recursions=1", "min_recursions=2"]),
         (["--logprobs", 21, "--json"], ["logprobs=21", "0..20"]),

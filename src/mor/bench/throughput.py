@@ -40,8 +40,8 @@ class ThroughputConfig:
 
     preset: str = "135m"
     """Sizes of all models that are measured."""
-    recursions: tuple[int, ...] = (2, 3, 4)
-    """Numbers of recursions; each is a MoR model that is compared with vanilla."""
+    models: tuple[str, ...] = ("mor2", "mor3", "mor4")
+    """Models that are compared with vanilla: `mor` and the number of recursions."""
     max_num_seqs: int = 64
     """Sequences in flight, all the time."""
     prompt: int = 128
@@ -57,6 +57,17 @@ class ThroughputConfig:
     dtype: str | None = None
     quantization: str | None = None
     num_scheduler_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            digits = name.removeprefix("mor")
+            if not digits.isdigit() or int(digits) < 2:
+                raise ConfigError(f"--models {name!r} is unknown: mor2, mor3, mor4, ..")
+
+    @property
+    def recursions(self) -> tuple[int, ...]:
+        """Recursions of `models`, in their order."""
+        return tuple(int(name.removeprefix("mor")) for name in self.models)
 
     @property
     def shape(self) -> RequestShape:

@@ -13,13 +13,16 @@ from rich.console import Console
 from mor.cli.chat_backends import (
     ChatBackend,
     ChatMessage,
-    ChatOptions,
     LocalChatBackend,
     RemoteChatBackend,
     template_of,
 )
+from mor.cli.options.engine_options import add_engine_options, engine_config
+from mor.cli.options.model_options import open_model, start_engine
 from mor.cli.options.parser import parser
+from mor.cli.options.sampling_options import add_sampling_options, sampling_params
 from mor.errors import ConfigError, MorError, nearest
+from mor.model.sampling import SamplingParams
 from mor.report.palette import MAX_RECURSIONS
 from mor.terminal.color import colored_text, depth_legend
 from mor.terminal.console import console, err_console, fail
@@ -44,24 +47,17 @@ COMMANDS = (
 KEY = "MOR_API_KEY"
 _ONLY_LOCAL = ("device", "dtype", "quantization")
 _ONLY_REMOTE = ("api_key", "model")
+_SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "seed", "max_recursions")
 
 
 def run(args: Sequence[str]) -> int:
     """Entry point; returns the exit status."""
     options = _parse(args)
-    dials = ChatOptions(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    if dials.max_tokens < 1:
-        raise ConfigError(f"--max-tokens={dials.max_tokens} must be at least 1.")
-    partner = _open_backend(options)
-    chat = _Chat(partner, dials, options.system)
-    if options.max_recursions is not None:
-        dials.max_recursions = chat.max_recursions(str(options.max_recursions))
-    chat.temperature(str(options.temperature))
+    params = sampling_params(options)
+    backend = _open_backend(options)
+    chat = _Chat(backend, params, options.system)
+    if options.max_recursions is not None:  # now it is known how many the model has
+        chat.limit_recursions(str(options.max_recursions))
     chat.greet()
     chat.loop()
     return 0
@@ -73,18 +69,10 @@ def _parse(args: Sequence[str]) -> Any:
         "partner", metavar="MODEL|URL", help="folder of a checkpoint or run, or http://.."
     )
     p.add_argument("--system", default=None, metavar="TEXT", help="what the model is told first")
-    p.add_argument("--max-tokens", type=int, default=256, help="of an answer")
-    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    p.add_argument("--top-p", type=float, default=1.0, help="keep tokens of this probability")
-    p.add_argument("--seed", type=int | None, default=None, help="the same seed, the same answers")
-    p.add_argument(
-        "--max-recursions", type=int | None, default=None, help="passes that no token exceeds"
-    )
+    add_sampling_options(p, _SAMPLING_OPTIONS, max_tokens=256, temperature=0.7)
     p.add_argument("--api-key", default=None, help=f"for a URL; default: {KEY} of the environment")
     p.add_argument("--model", default=None, help="for a URL: name to ask for; default: the first")
-    p.add_argument("--device", default=None, help="for a folder: auto, cpu or cuda")
-    p.add_argument("--dtype", default=None, help="for a folder: float32, bfloat16, ..")
-    p.add_argument("--quantization", default=None, help="for a folder: int8")
+    add_engine_options(p, _ONLY_LOCAL, device=None)
     return p.parse_args(list(args))
 
 
@@ -99,30 +87,24 @@ def _open_backend(options: Any) -> ChatBackend:
 
         key = options.api_key or os.environ.get(KEY)
         return RemoteChatBackend(Client.of(options.partner, key), options.model)
-    from mor.cli.generate import open_model
-    from mor.engine.config import EngineConfig
-    from mor.engine.llm import LLM
-
-    model, tokenizer = open_model(options.partner, options.device or "auto")
-    config = EngineConfig(max_num_seqs=1, dtype=options.dtype, quantization=options.quantization)
-    with err_console().status("starting the engine (once, compiling its kernels takes a while)"):
-        llm = LLM(model, config, tokenizer=tokenizer)
+    model, tokenizer = open_model(options.partner, options.device)
+    llm = start_engine(model, engine_config(options, max_num_seqs=1), tokenizer)
     return LocalChatBackend(options.partner, llm, tokenizer, template_of(tokenizer))
 
 
 class _Chat:
-    """The talk: what was said, and how the next answer is made."""
+    """A conversation, and the parameters of its next answer."""
 
-    def __init__(self, partner: ChatBackend, dials: ChatOptions, system: str | None) -> None:
-        self._backend, self._options = partner, dials
+    def __init__(self, backend: ChatBackend, params: SamplingParams, system: str | None) -> None:
+        self._backend, self._params = backend, params
         self._screen = console()
         self._opening = [] if system is None else [ChatMessage("system", system)]
         self._turns = list(self._opening)
         self._commands: Mapping[str, Callable[[str], None]] = MappingProxyType(
             {
                 "reset": self._reset,
-                "max-recursions": self._set_max_recursions,
-                "temperature": self._set_temperature,
+                "max-recursions": self._max_recursions,
+                "temperature": self._temperature,
                 "help": self._help,
             }
         )
@@ -130,7 +112,7 @@ class _Chat:
     # -- around the talk ------------------------------------------------------------------------
 
     def greet(self) -> None:
-        """Say whom one talks with; to people only, so that a pipe gets answers alone."""
+        """Print the model's name and the legend, on a terminal only: a pipe gets answers alone."""
         notes = err_console()
         if not self._backend.has_template:
             notes.print(
@@ -145,7 +127,7 @@ class _Chat:
                 self._screen.print(depth_legend(self._backend.num_recursions))
 
     def loop(self) -> None:
-        """Until the end of the input, or /quit."""
+        """Answer each line until the input ends or /quit comes."""
         while (line := self._read()) is not None:
             text = line.strip()
             if text in ("/quit", "/exit"):
@@ -159,7 +141,7 @@ class _Chat:
                 fail(str(error))
 
     def _read(self) -> str | None:
-        """A line; None when there are no more."""
+        """The next line; None at the end of the input."""
         if not sys.stdin.isatty():
             return sys.stdin.readline() or None
         import readline  # noqa: F401  (gives `input` editing and a history)
@@ -179,16 +161,16 @@ class _Chat:
         turns = [*self._turns, ChatMessage("user", text)]
         answer = _Answer(self._screen, self._backend.num_recursions)
         try:
-            self._backend.answer(turns, self._options, answer.add)
-        except KeyboardInterrupt:  # ends the answer; what there is of it was said
+            self._backend.answer(turns, self._params, answer.add)
+        except KeyboardInterrupt:  # ends the answer; its tokens so far stay in the conversation
             answer.end("interrupted")
         else:
             answer.end()
         finally:
             if answer.num_tokens:
                 self._turns = [*turns, ChatMessage("assistant", answer.text)]
-        if self._options.seed is not None:
-            self._options = replace(self._options, seed=self._options.seed + 1)
+        if self._params.seed is not None:  # the next answer has other random numbers
+            self._params = replace(self._params, seed=self._params.seed + 1)
 
     # -- commands -------------------------------------------------------------------------------
 
@@ -205,47 +187,35 @@ class _Chat:
         self._turns = list(self._opening)
         err_console().print("forgotten.")
 
-    def _set_max_recursions(self, argument: str) -> None:
-        self._options.max_recursions = self.max_recursions(argument)
-        limit = self._options.max_recursions
+    def _max_recursions(self, argument: str) -> None:
+        self.limit_recursions(argument)
+        limit = self._params.max_recursions
         plural = "" if limit == 1 else "s"
         said = "as the router decides" if limit is None else f"at most {limit} recursion{plural}"
         err_console().print(f"{said}.")
 
-    def _set_temperature(self, argument: str) -> None:
-        self._options.temperature = self.temperature(argument)
-        err_console().print(f"temperature {self._options.temperature:g}.")
+    def _temperature(self, argument: str) -> None:
+        try:
+            value = float(argument)
+        except ValueError as error:
+            raise ConfigError(f"temperature={argument!r} must be a finite number >= 0.") from error
+        self._params = replace(self._params, temperature=value)
+        err_console().print(f"temperature {value:g}.")
 
-    def max_recursions(self, argument: str) -> int | None:
-        """The recursions that a text names; None for an empty one.
+    def limit_recursions(self, argument: str) -> None:
+        """Set `max_recursions` to the number in a text; an empty text takes the limit away.
 
         Raises:
             ConfigError: the model cannot take so many.
         """
         maximum = self._backend.num_recursions
-        if not argument:
-            return None
-        if not argument.isdecimal() or not 1 <= int(argument) <= maximum:
-            raise ConfigError(f"max-recursions {argument!r} must be a number from 1 to {maximum}.")
-        return int(argument)
-
-    def temperature(self, argument: str) -> float:
-        """The temperature that a text names.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        try:
-            value = float(argument)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"temperature {argument!r} must be a number, 0 or above.")
-        return value
+        if argument and not (argument.isdecimal() and 1 <= int(argument) <= maximum):
+            raise ConfigError(f"max_recursions={argument!r} must be a number from 1 to {maximum}.")
+        self._params = replace(self._params, max_recursions=int(argument) if argument else None)
 
 
 class _Answer:
-    """Writes an answer token by token, and a line about it when it ends."""
+    """Writes an answer token by token, and a line of statistics when it ends."""
 
     def __init__(self, screen: Console, num_recursions: int) -> None:
         self._screen, self._num_recursions = screen, num_recursions
@@ -256,16 +226,15 @@ class _Answer:
 
     @property
     def text(self) -> str:
-        """What was said so far."""
+        """The text of the tokens so far."""
         return "".join(self._parts)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far."""
         return len(self._counts)
 
     def add(self, piece: str, count: int) -> None:
-        """A token."""
+        """Write the text of a token, in the color of its recursion count."""
         self._parts.append(piece)
         self._counts.append(count)
         if not piece:
@@ -279,7 +248,7 @@ class _Answer:
         self._screen.print(text, end="", soft_wrap=True)
 
     def end(self, note: str = "") -> None:
-        """End the line; on a terminal say how deep and how fast it was."""
+        """End the line; on a terminal print mean recursions and tokens per second."""
         self._screen.print()
         if not self._screen.is_terminal or not self._counts:
             return

@@ -1,11 +1,11 @@
-"""Whom `mor chat` talks with: a model in this process, or one behind an OpenAI-compatible API."""
+"""Backends of `mor chat`: a model in this process, or one behind an OpenAI-compatible API."""
 
 import asyncio
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from mor.engine.llm import LLM
@@ -15,48 +15,37 @@ from mor.model.sampling import SamplingParams
 from mor.serve.client import Client, read_event
 
 Emit = Callable[[str, int], None]
-"""Takes the text of a token as it comes, and its recursion count."""
+"""Called with the text of each token as it comes, and with its recursion count."""
 
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """What somebody said."""
+    """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     text: str
 
 
-@dataclass(kw_only=True)
-class ChatOptions:
-    """How the next answer is made; commands change it."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float = 1.0
-    seed: int | None = None
-    max_recursions: int | None = None
-
-
 @runtime_checkable
 class ChatBackend(Protocol):
-    """Answers conversations."""
+    """A model that answers conversations."""
 
     name: str
     num_recursions: int
     has_template: bool
-    """Whether it knows turns; otherwise it continues the text."""
+    """Whether it has a chat template; otherwise it continues the turns as one text."""
 
-    def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
-        """Say what comes next, token by token.
+    def answer(self, turns: Sequence[ChatMessage], params: SamplingParams, emit: Emit) -> None:
+        """Generate the next turn, and call `emit` for each of its tokens.
 
         Raises:
-            MorError: it cannot.
+            MorError: the turns do not fit the model, or the server cannot be reached.
         """
         ...
 
 
 def join_text(turns: Sequence[ChatMessage]) -> str:
-    """A conversation as one text, for a model that knows no turns."""
+    """The texts of a conversation's turns, one a line, for a model without a chat template."""
     return "\n".join(turn.text for turn in turns)
 
 
@@ -70,8 +59,7 @@ class LocalChatBackend:
         self.has_template = template is not None
         self._llm, self._tokenizer, self._template = llm, tokenizer, template
 
-    def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
-        """See `ChatBackend`."""
+    def answer(self, turns: Sequence[ChatMessage], params: SamplingParams, emit: Emit) -> None:
         prompt = self._encode(turns)
         room = self._llm.model_config.max_position_embeddings - len(prompt)
         if room < 1:
@@ -79,14 +67,8 @@ class LocalChatBackend:
                 f"the conversation has {len(prompt)} tokens, and the model takes "
                 f"{self._llm.model_config.max_position_embeddings}: start again with /reset."
             )
-        params = SamplingParams(
-            max_tokens=min(dials.max_tokens, room),
-            temperature=dials.temperature,
-            top_p=dials.top_p,
-            seed=dials.seed,
-            max_recursions=dials.max_recursions,
-        )
-        with closing(self._llm.stream(prompt, params)) as events:
+        fitting = replace(params, max_tokens=min(params.max_tokens, room))
+        with closing(self._llm.stream(prompt, fitting)) as events:  # an interrupt frees its pages
             for event in events:
                 emit(event.text, event.recursion_count)
 
@@ -120,10 +102,10 @@ def template_of(tokenizer: Tokenizer) -> Any:
 
 
 class RemoteChatBackend:
-    """A model behind the API."""
+    """A model behind an OpenAI-compatible API."""
 
     def __init__(self, client: Client, model: str | None) -> None:
-        """Asks the server what it serves.
+        """Ask the server which models it serves; None takes the first.
 
         Raises:
             RequestError: it cannot be reached, or serves no such model.
@@ -142,12 +124,13 @@ class RemoteChatBackend:
             return "no chat template" not in str(error)  # another server may not know the route
         return True
 
-    def answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
-        """See `ChatBackend`."""
-        _run_until_ctrl_c(self._answer(turns, dials, emit))
+    def answer(self, turns: Sequence[ChatMessage], params: SamplingParams, emit: Emit) -> None:
+        _run_until_ctrl_c(self._answer(turns, params, emit))
 
-    async def _answer(self, turns: Sequence[ChatMessage], dials: ChatOptions, emit: Emit) -> None:
-        path, body = "/v1/completions", self._body(dials)
+    async def _answer(
+        self, turns: Sequence[ChatMessage], params: SamplingParams, emit: Emit
+    ) -> None:
+        path, body = "/v1/completions", self._body(params)
         if self.has_template:
             path = "/v1/chat/completions"
             body["messages"] = [{"role": t.role, "content": t.text} for t in turns]
@@ -159,14 +142,15 @@ class RemoteChatBackend:
                     for text, count in pieces(choice):
                         emit(text, count)
 
-    def _body(self, dials: ChatOptions) -> dict[str, Any]:
-        optional = {"seed": dials.seed, "max_recursions": dials.max_recursions}
+    def _body(self, params: SamplingParams) -> dict[str, Any]:
+        """The request without its prompt; of other servers' unknown fields only those in use."""
+        optional = {"seed": params.seed, "max_recursions": params.max_recursions}
         return {
             "model": self.name,
             "stream": True,
-            "max_tokens": dials.max_tokens,
-            "temperature": dials.temperature,
-            "top_p": dials.top_p,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
             "logprobs": True if self.has_template else 0,
             **{name: value for name, value in optional.items() if value is not None},
         }
@@ -193,10 +177,10 @@ def _run_until_ctrl_c(work: Coroutine[Any, Any, None]) -> None:
 
 
 def pieces(choice: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """The texts and recursion counts that a streamed choice adds.
+    """The text and the recursion count of each token that a streamed choice adds.
 
-    Tokens that came together are told apart where their names add up to the text; otherwise they
-    are shown as one, as deep as the deepest.
+    A choice may hold several tokens. They are separated where the tokens' texts in `logprobs` add
+    up to the choice's text; otherwise they become one piece with the highest of their counts.
     """
     delta = choice.get("delta") or {}
     text = choice.get("text") or delta.get("content") or ""

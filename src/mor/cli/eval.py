@@ -13,7 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from mor.cli import eval_tasks
-from mor.cli.generate import open_model
+from mor.cli.options.config_options import flag
+from mor.cli.options.engine_options import add_engine_options, engine_config
+from mor.cli.options.model_options import open_model
 from mor.cli.options.parser import parser
 from mor.cli.train import load_train_config
 from mor.data.batches import TokenShards, sequential_windows
@@ -21,7 +23,6 @@ from mor.data.mixture import sequence_quotas, spread_mixture
 from mor.data.shards import INDEX_FILE
 from mor.data.sources import Document, SourceDocuments
 from mor.data.stdlib_corpus import stdlib_documents
-from mor.engine.config import EngineConfig
 from mor.errors import ConfigError, DataError
 from mor.eval.depth import TokenDepth, extremes, tokens_by_depth
 from mor.eval.loss import (
@@ -59,12 +60,12 @@ _MIN_OCCURRENCES = 5  # of a token in --by-token
 
 @dataclass(frozen=True, kw_only=True)
 class _Text:
-    """What is evaluated on; `windows` starts anew at each call."""
+    """A text to evaluate on; each call of `windows` starts at its beginning."""
 
     name: str
     windows: Callable[[], Iterator[Window]]
     num_windows: int | None
-    """None: known only when all text is read."""
+    """None: not known before all text is read."""
     calibration: Callable[[], Iterator[Window]]
 
 
@@ -89,9 +90,7 @@ def run(args: Sequence[str]) -> int:
         tokens = tokens_by_depth(model, tokenizer, _watched(text, "depth by token"), end)
     cost: QuantizationLoss | None = None
     if options.quantization or options.dtype:
-        rounded = EngineConfig(
-            quantization=options.quantization, dtype=options.dtype, enable_prefix_caching=False
-        )
+        rounded = engine_config(options, enable_prefix_caching=False)
         cost = quantization_loss(model, _watched(text, "rounded weights"), rounded)
     if options.json:
         record = _as_json(options, model, text, length, loss, tokens)
@@ -136,25 +135,27 @@ def _parse(args: Sequence[str]) -> Any:
         "beginning, which is then not evaluated on",
     )
     p.add_argument("--by-token", type=int, default=0, metavar="N", help="N deepest, N shallowest")
-    p.add_argument(
-        "--quantization",
-        default=None,
-        help="int8: also run the engine with rounded weights, and say what they cost",
+    add_engine_options(
+        p,
+        ("device", "dtype", "quantization"),
+        helps={
+            "quantization": "int8: also run the engine with rounded weights, and say what they "
+            "cost; with --tasks: run it with those alone",
+            "dtype": "likewise with weights in bfloat16",
+        },
     )
-    p.add_argument("--dtype", default=None, help="likewise with weights in bfloat16")
     p.add_argument("--json", action="store_true", help="one JSON object")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     eval_tasks.add_options(p)
     options = p.parse_args(args)
     eval_tasks.check_options(options)
     for name in ("sequence_length", "max_windows"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least 1.")
+            raise ConfigError(f"{flag(name)}={value} must be at least 1.")
     for name in ("calibrate", "by_token"):
         if getattr(options, name) < 0:
             value = getattr(options, name)
-            raise ConfigError(f"--{name.replace('_', '-')}={value} must be 0 (off) or more.")
+            raise ConfigError(f"{flag(name)}={value} must be 0 (off) or more.")
     return options
 
 

@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mor.cli.generate import open_model
+from mor.cli.options.config_options import flag
+from mor.cli.options.engine_options import add_engine_options, engine_config
+from mor.cli.options.model_options import open_model
 from mor.cli.options.parser import Parser
-from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
 from mor.errors import ConfigError, DataError, nearest
 from mor.eval.harness import HFStyleTokenizer, evaluate
@@ -29,15 +30,13 @@ _KV_MEMORY = 2**30  # bytes; prompts of tasks are short
 _PACKAGES = ("mixture-of-recursions", "torch", "lm_eval", "datasets", "tokenizers")
 _LOSS_ONLY = ("sequence_length", "max_windows", "calibrate", "by_token")
 _TASKS_ONLY = (
-    *(
-        "limit",
-        "num_fewshot",
-        "prefix_token",
-        "include_path",
-        "output",
-        "keep_tasks",
-        "kv_cache_memory_bytes",
-    ),
+    "limit",
+    "num_fewshot",
+    "prefix_token",
+    "include_path",
+    "output",
+    "keep_tasks",
+    "kv_cache_memory_bytes",
 )
 
 
@@ -76,8 +75,10 @@ def add_options(p: Parser) -> None:
         metavar="DIR",
         help="leave the task files of --data there, for `lm_eval --include_path DIR`",
     )
-    group.add_argument(
-        "--kv-cache-memory-bytes", type=int | None, default=None, help="bytes; default 1 GiB"
+    add_engine_options(
+        group,
+        ("kv_cache_memory_bytes",),
+        helps={"kv_cache_memory_bytes": "bytes for keys and values; default 1 GiB"},
     )
 
 
@@ -95,13 +96,12 @@ def check_options(options: Any) -> None:
     if options.tasks is None and options.selection != "threshold":
         given.append("selection")
     if given:
-        name = given[0].replace("_", "-")
         needs = "needs" if options.tasks is None else "does not go with"
-        raise ConfigError(f"--{name} {needs} --tasks.")
-    for name, minimum in (("limit", 1), ("num_fewshot", 0), ("kv_cache_memory_bytes", 1)):
+        raise ConfigError(f"{flag(given[0])} {needs} --tasks.")
+    for name, minimum in (("limit", 1), ("num_fewshot", 0)):
         value = getattr(options, name)
         if value is not None and value < minimum:
-            raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least {minimum}.")
+            raise ConfigError(f"{flag(name)}={value} must be at least {minimum}.")
     if options.tasks is not None and options.selection == "topk":
         given = [
             name
@@ -109,8 +109,9 @@ def check_options(options: Any) -> None:
             if getattr(options, name)
         ]
         if given:
-            name = given[0].replace("_", "-")
-            raise ConfigError(f"--{name} is the engine's: it does not go with --selection topk.")
+            raise ConfigError(
+                f"{flag(given[0])} is the engine's: it does not go with --selection topk."
+            )
 
 
 def run(options: Any) -> int:
@@ -158,12 +159,12 @@ def run(options: Any) -> int:
 def _scorer(options: Any, model: MoRModel, tokenizer: Tokenizer) -> Scorer:
     if options.selection == "topk":
         return TopkScorer(model)
-    config = EngineConfig(
+    memory = options.kv_cache_memory_bytes
+    config = engine_config(
+        options,
         max_num_seqs=128,
         chunked_prefill_size=512,
-        kv_cache_memory_bytes=options.kv_cache_memory_bytes or _KV_MEMORY,
-        dtype=options.dtype,
-        quantization=options.quantization,
+        kv_cache_memory_bytes=_KV_MEMORY if memory is None else memory,
     )
     return EngineScorer(LLM(model, config, tokenizer=tokenizer))
 
@@ -171,7 +172,7 @@ def _scorer(options: Any, model: MoRModel, tokenizer: Tokenizer) -> Scorer:
 def _record(
     options: Any, words: HFStyleTokenizer, scores: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """What the numbers need to be understood, and repeated, later."""
+    """The scores with all that is needed to repeat them: model, options, versions, machine."""
     return {
         "model": options.model,
         "checkpoint": str(resolve(options.model)),

@@ -3,43 +3,43 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from mor.cli.options.parser import Parser, parser
-from mor.engine.config import EngineConfig
-from mor.engine.llm import LLM
+from mor.cli.options.engine_options import add_engine_options, engine_config
+from mor.cli.options.model_options import open_model, start_engine
+from mor.cli.options.parser import parser
+from mor.cli.options.sampling_options import add_sampling_options, sampling_params
 from mor.engine.request import TokenOutput
 from mor.errors import ConfigError, DataError
-from mor.eval.depth import depth_histogram, mean_recursions, recursion_counts
-from mor.io.checkpoint import load, resolve
+from mor.eval.depth import depth_histogram, mean_recursions
 from mor.io.tokenizer import Tokenizer
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
 from mor.report.palette import MAX_RECURSIONS
 from mor.terminal.color import colored_text, depth_legend
-from mor.terminal.console import console, err_console
+from mor.terminal.console import console
 from mor.terminal.table import print_table
 
 HELP = "Continue a prompt; without one, start a text from nothing."
 
 EXAMPLES = (
     "mor generate runs/smoke --prompt 'def main' --show-depth",
-    "mor generate runs/smoke --prompt 'import' --temperature 0.8 --top-p 0.95 --num-samples 3",
+    "mor generate runs/smoke --prompt 'import' --temperature 0.8 --top-p 0.95 --n 3",
     "git diff | mor generate runs/smoke --max-tokens 20 --json -",
 )
 
-_MAX_TOKENS = 64
-_SAMPLING = (  # options that are fields of SamplingParams under the same name
-    *("min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "ignore_eos", "logprobs", "prompt_logprobs"),
-    *("min_recursions", "max_recursions"),
+_SAMPLING_OPTIONS = (  # all fields of SamplingParams but prompt_logprobs_from, in this order
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "seed", "n", "stop", "stop_token_ids"),
+    *("ignore_eos", "logprobs", "prompt_logprobs", "min_recursions", "max_recursions"),
 )
+_ENGINE_OPTIONS = ("device", "dtype", "quantization", "kv_cache_memory_bytes", "num_threads")
 _BAR = 30  # characters of the histogram's longest bar
-_MAX_SEQUENCES = 64
+_MAX_NUM_SEQS = 64
 
 
 def run(args: Sequence[str]) -> int:
@@ -49,15 +49,9 @@ def run(args: Sequence[str]) -> int:
     prompt = _prompt(options)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     room = model.config.max_position_embeddings - len(prompt_ids)
-    params = _params(options, max(1, min(_MAX_TOKENS, room)))
-    config = EngineConfig(
-        max_num_seqs=min(_MAX_SEQUENCES, len(params)),
-        dtype=options.dtype,
-        quantization=options.quantization,
-        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
-    )
-    with err_console().status("starting the engine (once, compiling its kernels takes a while)"):
-        llm = LLM(model, config, tokenizer=tokenizer)
+    params = _params(options, max(1, min(SamplingParams.max_tokens, room)))
+    config = engine_config(options, max_num_seqs=min(_MAX_NUM_SEQS, len(params)))
+    llm = start_engine(model, config, tokenizer)
     if options.json:
         for completion in llm.generate([prompt_ids] * len(params), params):
             print(json.dumps(completion_dict(completion)))
@@ -66,7 +60,7 @@ def run(args: Sequence[str]) -> int:
     for number, one in enumerate(params, start=1):
         if len(params) > 1:
             screen.print(f"-- {number} of {len(params)}", style="dim", markup=False)
-        writer = _Writer(screen, model, tokenizer, prompt_ids, options.show_depth, one)
+        writer = _Writer(screen, tokenizer, model.config.num_recursions, options.show_depth)
         completion: Completion | None = None
         for event in llm.stream(prompt_ids, one):
             writer.write(event)
@@ -88,87 +82,28 @@ def _parse(args: Sequence[str]) -> Any:
         default=None,
         help="file that holds the prompt; - for stdin; one newline at its end is left off",
     )
-    p.add_argument(
-        "--max-tokens",
-        type=int | None,
-        default=None,
-        help=f"tokens to generate at most; default {_MAX_TOKENS}, or what fits the model",
+    add_sampling_options(
+        p,
+        _SAMPLING_OPTIONS,
+        helps={
+            "max_tokens": f"tokens to generate, at most; default {SamplingParams.max_tokens}, or "
+            "what fits the model",
+            "logprobs": "with --json: report so many of the likeliest tokens at each place",
+            "prompt_logprobs": "with --json: report those of the prompt's tokens",
+            "n": "texts to generate; number i, from 0, has the seed SEED + i",
+        },
+        max_tokens=None,
+        stop=[],
+        stop_token_ids=[],
     )
-    _add_sampling(p)
     p.add_argument("--show-depth", action="store_true", help="recursion count of every token")
     p.add_argument("--json", action="store_true", help="one JSON object for each text")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--dtype", default=None, help="of the weights: float32, bfloat16, ..")
-    p.add_argument("--quantization", default=None, help="int8: weights and inputs, on a CPU")
-    p.add_argument(
-        "--kv-cache-memory-bytes", type=int | None, default=None, help="bytes for keys and values"
-    )
+    add_engine_options(p, _ENGINE_OPTIONS)
     return p.parse_args(args)
 
 
-def _add_sampling(p: Parser) -> None:
-    """The options that become `SamplingParams`."""
-    p.add_argument("--min-tokens", type=int, default=0, help="no end of text before so many tokens")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
-    p.add_argument("--top-p", type=float, default=1.0, help="keep tokens of this probability")
-    p.add_argument(
-        "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest"
-    )
-    p.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens seen so far"
-    )
-    p.add_argument(
-        "--presence-penalty", type=float, default=0.0, help="off the logits of tokens in the output"
-    )
-    p.add_argument(
-        "--frequency-penalty", type=float, default=0.0, help="the same for each time they are there"
-    )
-    p.add_argument("--seed", type=int | None, default=None, help="the same seed, the same text")
-    p.add_argument("--num-samples", type=int, default=1, help="texts to generate")
-    p.add_argument(
-        "--stop", nargs="+", default=[], metavar="TEXT", help="end before one of these texts"
-    )
-    p.add_argument(
-        "--stop-token-ids", type=int, nargs="+", default=[], metavar="ID", help="end after these"
-    )
-    p.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
-    p.add_argument(
-        "--logprobs",
-        type=int | None,
-        default=None,
-        help="with --json: log-probabilities of so many of the likeliest tokens at each place",
-    )
-    p.add_argument(
-        "--prompt-logprobs", action="store_true", help="with --json: those of the prompt's tokens"
-    )
-    p.add_argument(
-        "--min-recursions", type=int | None, default=None, help="passes that every token takes"
-    )
-    p.add_argument(
-        "--max-recursions", type=int | None, default=None, help="passes that no token exceeds"
-    )
-
-
-def open_model(path: str, device: str) -> tuple[MoRModel, Tokenizer]:
-    """The model and the tokenizer of a checkpoint or of a run's newest checkpoint.
-
-    Raises:
-        CheckpointError: there is no whole model.
-        DataError: there is no tokenizer beside it.
-        ConfigError: no such device.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={device!r} is unknown: use auto, cpu or cuda.")
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError("device='cuda': torch sees no GPU here; use --device cpu.")
-    folder = resolve(path)
-    chosen = "cuda" if has_gpu and device != "cpu" else "cpu"
-    return load(folder, device=chosen), Tokenizer.load(folder)
-
-
 def _prompt(options: Any) -> str:
+    """The prompt from the one place that it was given in; empty if there is none."""
     given = [
         value for value in (options.stdin, options.prompt, options.prompt_file) if value is not None
     ]
@@ -191,28 +126,18 @@ def _prompt(options: Any) -> str:
 
 
 def _params(options: Any, max_tokens: int) -> list[SamplingParams]:
-    if options.num_samples < 1:
-        raise ConfigError(f"--num-samples={options.num_samples} must be at least 1.")
-    if options.num_samples > 1 and options.temperature == 0:
-        raise ConfigError(
-            f"--num-samples={options.num_samples} with --temperature=0 would give one text "
-            "several times: choose a temperature above 0."
-        )
-    if options.seed is not None and not 0 <= options.seed < 2**63:
-        raise ConfigError(f"--seed={options.seed} must be 0 or more, and below 2**63.")
+    """The parameters of each of the n texts, which are requests of their own: each is streamed."""
     if not options.json and (options.logprobs is not None or options.prompt_logprobs):
         raise ConfigError("--logprobs and --prompt-logprobs show nothing without --json: add it.")
-    given = {name: getattr(options, name) for name in _SAMPLING}
-    return [
-        SamplingParams(
-            **given,
-            max_tokens=max_tokens if options.max_tokens is None else options.max_tokens,
-            seed=None if options.seed is None else options.seed + number,
-            stop=tuple(options.stop),
-            stop_token_ids=tuple(options.stop_token_ids),
+    limit = max_tokens if options.max_tokens is None else options.max_tokens
+    params = sampling_params(options, max_tokens=limit)
+    if params.n > 1 and params.temperature == 0:
+        raise ConfigError(
+            f"n={params.n} with temperature=0 would give one text several times: choose a "
+            "--temperature above 0."
         )
-        for number in range(options.num_samples)
-    ]
+    seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
+    return [replace(params, n=1, seed=seed) for seed in seeds]
 
 
 def completion_dict(completion: Completion) -> dict[str, Any]:
@@ -231,45 +156,30 @@ def completion_dict(completion: Completion) -> dict[str, Any]:
 
 
 class _Writer:
-    """Writes the prompt and then each token's text as soon as it is there."""
+    """Writes the prompt, and then the text of each token as it comes."""
 
     def __init__(
-        self,
-        screen: Console,
-        model: MoRModel,
-        tokenizer: Tokenizer,
-        prompt_ids: list[int],
-        show_depth: bool,
-        params: SamplingParams,
+        self, screen: Console, tokenizer: Tokenizer, num_recursions: int, show_depth: bool
     ) -> None:
-        self._screen, self._model, self._tokenizer = screen, model, tokenizer
-        self._prompt_ids = prompt_ids
-        self._num_recursions = model.config.num_recursions
-        self._range = params.recursion_range(self._num_recursions)
-        self._colored = show_depth and screen.is_terminal and self._num_recursions <= MAX_RECURSIONS
-        self._begun = False
+        self._screen, self._tokenizer = screen, tokenizer
+        self._num_recursions = num_recursions
+        self._colored = show_depth and screen.is_terminal and num_recursions <= MAX_RECURSIONS
 
     def write(self, event: TokenOutput) -> None:
-        """A token; the first one shows that the prompt was accepted."""
-        if not self._begun:
-            self._write_prompt()
-            self._begun = True
+        """Write a token's text, and before the first one the prompt, which comes with it."""
+        if event.prompt is not None:
+            self._write_prompt(event.prompt)
         self._write(event.text, event.recursion_count)
 
     def end(self) -> None:
         """End the line."""
         self._screen.print()
 
-    def _write_prompt(self) -> None:
-        if self._prompt_ids == [self._tokenizer.eos_id]:
+    def _write_prompt(self, prompt: Completion) -> None:
+        if prompt.prompt_token_ids == [self._tokenizer.eos_id]:  # stands for an empty prompt
             return
-        pieces = self._tokenizer.pieces(self._prompt_ids)
-        counts = [1] * len(pieces)
-        if self._colored:
-            minimum, maximum = self._range  # a limit changes no decision above it
-            free = recursion_counts(self._model, self._prompt_ids)
-            counts = [max(minimum, min(count, maximum)) for count in free]
-        for piece, count in zip(pieces, counts, strict=True):
+        pieces = self._tokenizer.pieces(prompt.prompt_token_ids)
+        for piece, count in zip(pieces, prompt.prompt_recursion_counts, strict=True):
             self._write(piece, count, "" if self._colored else "dim")
 
     def _write(self, piece: str, count: int, style: str = "") -> None:
@@ -285,7 +195,7 @@ class _Writer:
 
 
 def _print_depths(screen: Console, model: MoRModel, completion: Completion) -> None:
-    """Legend or plain counts, the histogram and the means."""
+    """Print the legend (in a pipe the counts), the histogram and the means."""
     num_recursions = model.config.num_recursions
     generated, prompt = completion.recursion_counts, completion.prompt_recursion_counts
     screen.print()

@@ -62,7 +62,7 @@ class EngineConfig:
     device: Annotated[str, Rule("a text: 'cpu', 'cuda' or 'cuda:1'")] | None = None
     """`cpu`, `cuda` or `cuda:1`. None: where the model is."""
     kernels: KernelName | None = None
-    """None: the fastest for device and dtype."""
+    """Kernels that compute the layers. None: the fastest for device and dtype."""
     num_threads: PositiveInt | None = None
     """CPU threads of the compiled kernels. None: as many as torch uses."""
 

@@ -68,7 +68,7 @@ class SamplingParams:
     frequency_penalty: Annotated[float, Range(ge=-2, le=2)] = 0.0
     """Taken from a token's logit once for each time that it is in the output."""
     seed: Annotated[int, Range(ge=0, lt=2**63)] | None = None
-    """Of this request's own random numbers. None draws one."""
+    """Seed of this request's own random numbers. None: one is drawn."""
     n: Annotated[int, Range(ge=1, le=1024)] = 1
     """Completions of each prompt; number i, from 0, has the seed `seed + i`."""
     stop: Annotated[
@@ -81,7 +81,7 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after the model's `eos_token_id`."""
     logprobs: Annotated[int, Range(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Report so many of the likeliest tokens beside each chosen one. None reports nothing."""
+    """Report so many of the likeliest tokens beside each chosen one. None: nothing is reported."""
     prompt_logprobs: bool = False
     """Report the log-probability of each token of the prompt, and the likeliest with `logprobs`."""
     prompt_logprobs_from: PositiveInt = 1

@@ -20,7 +20,7 @@ class ServeConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Keys of which a client must send one. Empty: every client is served."""
     max_model_len: Annotated[int, Range(ge=2)] | None = None
-    """Tokens of prompt and output together; None: what the model takes."""
+    """Tokens of prompt and output together. None: what the model takes."""
     max_waiting: NonNegativeInt = 512
     """Sequences that may wait until the engine runs them; more are refused with status 429."""
     request_timeout: PositiveFloat = 600.0
@@ -34,7 +34,7 @@ class ServeConfig:
     max_body_bytes: Annotated[int, Range(ge=1024)] = 8 * 2**20
     """Bytes of a request's body, at most."""
     chat_template: str | None = field(default=None, repr=False)
-    """Jinja template of a conversation; None: the model's own."""
+    """Jinja template of a conversation. None: the model's own."""
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)

@@ -8,6 +8,7 @@ from typing import Any
 from mor.bench.data_loading import measure as measure_reading
 from mor.bench.timing import gemm_gflops
 from mor.bench.train_ab import compare, comparisons
+from mor.cli.options.engine_options import add_engine_options, engine_settings
 from mor.cli.options.parser import Parser, parser
 from mor.errors import ConfigError, nearest
 from mor.machine import machine
@@ -17,9 +18,9 @@ from mor.terminal.table import print_table
 EXAMPLES = (
     "mor bench train --rounds 5 --models mor2 token3 --threads 2",
     "mor bench train --json --rounds 9 --only dropping",
-    "mor bench throughput --sequences 64 --prompt 128 --output 128",
-    "mor bench throughput --sequences 16 --prompt 1536 --output 512 --decode-only --models mor4",
-    "mor bench throughput --against transformers --sequences 1 32 --output 64",
+    "mor bench throughput --max-num-seqs 64 --prompt 128 --output 128",
+    "mor bench throughput --max-num-seqs 16 --prompt 1536 --output 512 --decode-only --models mor4",
+    "mor bench throughput --against transformers --max-num-seqs 1 32 --output 64",
     "mor bench latency --models mor3",
     "mor bench ops --json",
     "mor bench eval models/smollm2 --exported exported/smollm2 --data data/eval",
@@ -42,7 +43,8 @@ def run(args: Sequence[str]) -> int:
     p.add_argument("what", help=f"one of: {', '.join((*_WHAT, 'serve', 'eval'))}")
     p.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     p.add_argument("--rounds", type=int, default=None, help="timed rounds, A B A B")
-    _add_engine_options(p)
+    _add_workload_options(p)
+    add_engine_options(p, ("dtype", "quantization", "num_scheduler_steps"))
     p.add_argument(
         "--only", default=None, help=f"train: one of {', '.join(c.name for c in comparisons())}"
     )
@@ -71,12 +73,13 @@ def run(args: Sequence[str]) -> int:
 Tables = Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]
 
 
-def _add_engine_options(p: Parser) -> None:
+def _add_workload_options(p: Parser) -> None:
+    """The options that are fields of `ThroughputConfig`, and how to measure it."""
     p.add_argument("--preset", default="135m", help="shape of the models: 135m, 360m, 730m, 1.7b")
     p.add_argument(
         "--models", nargs="+", default=None, help="beside vanilla: mor2 ..; train: token3 .., too"
     )
-    p.add_argument("--sequences", type=int, nargs="+", default=[64], help="in flight")
+    p.add_argument("--max-num-seqs", type=int, nargs="+", default=[64], help="in flight")
     p.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     p.add_argument("--output", type=int, default=128, help="tokens generated for each")
     p.add_argument("--seconds", type=float, default=6.0, help="of each engine in a round")
@@ -89,14 +92,6 @@ def _add_engine_options(p: Parser) -> None:
         help="as many sequences as fit into the memory of the vanilla ones; decode only",
     )
     p.add_argument("--against", default=None, help="transformers, or float32 for int8 weights")
-    p.add_argument("--dtype", default=None, help="of the weights: float32 or bfloat16")
-    p.add_argument("--quantization", default=None, help="int8")
-    p.add_argument(
-        "--num-scheduler-steps",
-        type=int,
-        default=None,
-        help="decode ticks in a row on a GPU; 1: one by one",
-    )
 
 
 def _train(options: Any) -> tuple[dict[str, Any], Tables]:
@@ -164,27 +159,20 @@ def _steps(options: Any) -> tuple[dict[str, Any], Tables]:
     return record, steps.tables(record)
 
 
-def _plan(options: Any, sequences: int) -> Any:
+def _throughput_config(options: Any, sequences: int) -> Any:
+    """The `ThroughputConfig` of the options, with one of the numbers of sequences."""
     from mor.bench.throughput import ThroughputConfig
 
-    recursions: list[int] = []
-    for name in options.models or ("mor2", "mor3", "mor4"):
-        digits = name.removeprefix("mor")
-        if not digits.isdigit() or int(digits) < 2:
-            raise ConfigError(f"--models {name!r} is unknown: mor2, mor3, mor4, ..")
-        recursions.append(int(digits))
     return ThroughputConfig(
         preset=options.preset,
-        recursions=tuple(recursions),
+        models=tuple(options.models or ThroughputConfig.models),
         max_num_seqs=sequences,
         prompt=options.prompt,
         output=options.output,
         decode_only=options.decode_only or options.equal_memory,
         rounds=options.rounds or 5,
         seconds=options.seconds,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        num_scheduler_steps=options.num_scheduler_steps,
+        **engine_settings(options),
     )
 
 
@@ -198,7 +186,7 @@ def _throughput(options: Any) -> tuple[dict[str, Any], Tables]:
     if options.against not in (None, "transformers", "float32"):
         hint = nearest(options.against, ("transformers", "float32"))
         raise ConfigError(f"--against {options.against!r} is unknown: {hint}")
-    plans = [_plan(options, count) for count in options.sequences]
+    plans = [_throughput_config(options, count) for count in options.max_num_seqs]
     if options.against == "transformers":
         found = [
             baselines.against_transformers(p, p.max_num_seqs, options.output, _note) for p in plans
@@ -248,7 +236,7 @@ def _ratio_table(key: str, found: list[dict[str, Any]]) -> Any:
 def _latency(options: Any) -> tuple[dict[str, Any], Tables]:
     from mor.bench import latency
 
-    record = latency.measure(_plan(options, 1), _note)
+    record = latency.measure(_throughput_config(options, 1), _note)
     columns = ("", "time ratio", "FLOP ratio", "time / FLOPs", "tokens/s", "vanilla")
     rows = [
         (

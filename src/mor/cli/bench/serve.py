@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from mor.bench import serve, serve_offline
+from mor.cli.options.engine_options import add_engine_options, engine_settings
 from mor.cli.options.parser import Parser, parser
+from mor.cli.options.sampling_options import add_sampling_options
 from mor.errors import ConfigError, DataError, nearest
 from mor.io.checkpoint import resolve
 from mor.io.tokenizer import Tokenizer
@@ -93,10 +95,7 @@ def _parse(args: Sequence[str]) -> Any:
     p.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; below 1: in bursts")
     p.add_argument("--max-concurrency", type=int | None, default=None, help="requests under way")
     p.add_argument("--seed", type=int, default=0, help="of prompts, their order and arrivals")
-    p.add_argument("--ignore-eos", action="store_true", help="all answers have full length")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--max-recursions", type=int | None, default=None, help="dial of the compute")
-    p.add_argument("--num-recursions", type=int | None, default=None, help="passes of every token")
+    add_sampling_options(p, ("ignore_eos", "temperature", "min_recursions", "max_recursions"))
     p.add_argument("--percentile-metrics", default=",".join(serve.METRICS), help="rows to show")
     p.add_argument("--metric-percentiles", default="99", help="e.g. 50,90,99")
     p.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="e.g. ttft:500")
@@ -116,8 +115,7 @@ def _against_offline(args: Sequence[str]) -> int:
     p.add_argument("--random-output-len", type=int, default=128, help="tokens to generate")
     p.add_argument("--rounds", type=int, default=5, help="pairs of timed runs")
     p.add_argument("--seed", type=int, default=0, help="of the prompts")
-    p.add_argument("--dtype", default=None, help="of the weights")
-    p.add_argument("--quantization", default=None, help="int8")
+    add_engine_options(p, ("dtype", "quantization"))
     p.add_argument("--json", action="store_true", help="print one JSON line, no table")
     options = p.parse_args(list(args))
     if options.against != "offline":
@@ -130,8 +128,7 @@ def _against_offline(args: Sequence[str]) -> int:
         random_output_len=options.random_output_len,
         rounds=options.rounds,
         seed=options.seed,
-        dtype=options.dtype,
-        quantization=options.quantization,
+        **engine_settings(options),
     )
     with err_console().status("") as status:
         found = serve_offline.measure(plan, lambda what: status.update(f"measuring {what} ..."))
@@ -179,10 +176,10 @@ def _add_prompts(p: Parser) -> None:
 async def _measure(
     client: Client, options: Any, traffic: serve.ArrivalProcess
 ) -> tuple[list[serve.RawResponse], float]:
-    """The run itself, after one request that shows that the server answers."""
+    """The timed responses and the seconds they took, after one request that is not timed."""
     card = await client.card(options.model)
-    given = ("max_recursions", "num_recursions")
-    extra = {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    limits = ("min_recursions", "max_recursions")  # other servers do not know these fields
+    extra = {name: getattr(options, name) for name in limits if getattr(options, name) is not None}
     extra |= {"ignore_eos": True} if options.ignore_eos else {}
     extra |= {"temperature": options.temperature, "seed": options.seed}
     requests = serve.completion_bodies(_asks(options, card), card["id"], extra)

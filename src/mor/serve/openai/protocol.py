@@ -4,7 +4,7 @@ A field that is not listed here is refused by name: nothing that a client asks f
 ranges of sampling fields are those of `SamplingParams`; where the API's differ, it is written here.
 """
 
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,8 +25,8 @@ MAX_STOPS = 64
 
 def sampling_range(name: str, **bounds: float) -> Any:
     """The range of a field of `SamplingParams` as pydantic's `Field`; `bounds` replace its own."""
-    declared = asdict(range_of(SamplingParams, name)) | bounds
-    return Field(**{key: bound for key, bound in declared.items() if bound is not None})
+    limits = replace(range_of(SamplingParams, name), **bounds)
+    return Field(ge=limits.ge, gt=limits.gt, le=limits.le, lt=limits.lt)
 
 
 class RequestModel(BaseModel):

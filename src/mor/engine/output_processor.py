@@ -135,7 +135,8 @@ class OutputProcessor:
 
     def take_outputs(self) -> list[TokenOutput]:
         """All outputs since the last call; open streams get theirs, too."""
-        outputs, self._outputs = self._outputs, []
+        outputs = list(self._outputs)
+        self._outputs.clear()
         for output in outputs:
             if output.request_id in self._streams:
                 self._streams[output.request_id].append(output)

@@ -1,6 +1,6 @@
-"""How many recursions tokens take: histograms, means, and which tokens go deep.
+"""Recursion counts of tokens: histograms, means, and the vocabulary entries that go deepest.
 
-All counts are those of the causal `threshold` rule, which is what a user gets.
+All counts are those of the causal `threshold` rule, by which text is generated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,17 +15,18 @@ from mor.model.transformer import MoRModel
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDepth:
-    """How deep one entry of the vocabulary goes on some text."""
+    """Mean recursion count of one entry of the vocabulary on some text."""
 
     token_id: int
     piece: str
-    """Its text; a part of a character shows as U+FFFD."""
+    """Text of the token; an incomplete character is U+FFFD."""
     mean_recursions: float
     occurrences: int
+    """How often it was read."""
 
 
 def depth_histogram(counts: Iterable[int], num_recursions: int) -> tuple[float, ...]:
-    """(R + 1,) share of tokens by recursion count 0..R; all 0 without tokens."""
+    """(R + 1,) share of the tokens with 0, 1, .. R recursions; all 0 without tokens."""
     numbers = [0] * (num_recursions + 1)
     for count in counts:
         numbers[count] += 1
@@ -34,13 +35,13 @@ def depth_histogram(counts: Iterable[int], num_recursions: int) -> tuple[float, 
 
 
 def mean_recursions(histogram: Sequence[float]) -> float:
-    """Mean recursions per token of a (R + 1,) histogram of shares."""
+    """Mean recursions per token, of an (R + 1,) histogram of shares."""
     return sum(count * share for count, share in enumerate(histogram))
 
 
 @torch.no_grad()
 def recursion_counts(model: MoRModel, token_ids: Sequence[int]) -> list[int]:
-    """The recursion count of each token of one sequence.
+    """The recursion counts, (T,), of the tokens of one sequence.
 
     Raises:
         RequestError: the sequence is empty or too long for the model.
@@ -60,11 +61,11 @@ def tokens_by_depth(
     batches: Iterable[Tensor],
     document_end: int | None = None,
 ) -> list[TokenDepth]:
-    """Every token that occurs, with its mean recursion count; the deepest first.
+    """Mean recursion count of every token that occurs, the deepest first.
 
     Args:
-        batches: (B, T + 1) windows, of which the T inputs count, as in `mor.train.evaluate`.
-        document_end: id at which attention stops; None: it spans documents.
+        batches: (B, T + 1) windows; the first T tokens of each are inputs and count.
+        document_end: id that ends a document, at which attention stops; None: it spans documents.
     """
     was_training = model.training
     model.eval()
@@ -94,13 +95,13 @@ def tokens_by_depth(
 def extremes(
     tokens: Iterable[TokenDepth], num: int, min_occurrences: int
 ) -> tuple[list[TokenDepth], list[TokenDepth]]:
-    """The `num` deepest and the `num` shallowest tokens, those that are rare left out.
+    """The `num` deepest and the `num` shallowest of the tokens with enough occurrences.
 
     Among equally deep ones the more frequent come first. No token is in both lists.
     """
     often = [token for token in tokens if token.occurrences >= min_occurrences]
     deep = sorted(often, key=lambda t: (-t.mean_recursions, -t.occurrences, t.token_id))
-    num = min(num, (len(deep) + 1) // 2)
+    num = min(num, (len(deep) + 1) // 2)  # with few tokens, half of them each
     deepest = deep[:num]
     taken = {token.token_id for token in deepest}
     rest = [token for token in deep if token.token_id not in taken]

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on our models: `mor.eval.scoring` behind lm-eval's interface."""
+"""Run tasks of lm-evaluation-harness (lm-eval): a `Scorer` behind lm-eval's model interface."""
 
 import contextlib
 import logging
@@ -20,13 +20,18 @@ _BOOTSTRAPS = 100  # for the standard error of what is not a mean
 
 
 class HFStyleTokenizer:
-    """Text into ids as `transformers` would: special tokens are recognized, a BOS comes first where
-    the tokenizer says so."""
+    """Encodes text as `transformers` does: special tokens are recognized, and a BOS is put first
+    where the tokenizer is so configured."""
 
     def __init__(
         self, tokenizer: Tokenizer, config: MoRConfig, prefix_id: int | None = None
     ) -> None:
-        """Args as they are; `prefix_id` None: see the attribute.
+        """Wrap a tokenizer.
+
+        Args:
+            config: of the model, for its special tokens.
+            prefix_id: token before a text that has no context; None: the tokenizer's end of text,
+                otherwise the model's BOS.
 
         Raises:
             ConfigError: the model has no token `prefix_id`.
@@ -34,13 +39,13 @@ class HFStyleTokenizer:
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
         end = config.eos_token_id
         self.end_id = tokenizer.eos_id if end is None else end
-        """Ends a text."""
+        """The token that ends a text."""
         begin = self.end_id if config.bos_token_id is None else config.bos_token_id
-        between = self._backend.token_to_id(END_OF_TEXT)
-        known = (prefix_id, between, begin)
+        between_documents = self._backend.token_to_id(END_OF_TEXT)
+        known = (prefix_id, between_documents, begin)
         self.prefix_id = next(token for token in known if token is not None)
-        """The context of a text without context: what is between documents in pre-training, as far
-        as one can tell; a chat model's BOS opens a message instead."""
+        """The token before a text that has no context: preferably the one between documents in
+        pre-training, since a chat model's BOS opens a message instead."""
         if not 0 <= self.prefix_id < config.vocab_size:
             raise ConfigError(
                 f"prefix token {self.prefix_id} is outside 0..{config.vocab_size - 1}."
@@ -48,7 +53,11 @@ class HFStyleTokenizer:
         self._prefix = self._backend.decode([self.prefix_id], skip_special_tokens=False)
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
-        """Ids; None adds special tokens unless the text begins with one already."""
+        """Token ids of a text.
+
+        Args:
+            special: whether to add special tokens; None: unless the text begins with the prefix.
+        """
         if special is None:
             special = not (self._prefix and text.startswith(self._prefix))
         return self._backend.encode(text, add_special_tokens=special).ids
@@ -56,22 +65,23 @@ class HFStyleTokenizer:
 
 def evaluate(
     scorer: Scorer,
-    words: HFStyleTokenizer,
+    tokenizer: HFStyleTokenizer,
     tasks: Sequence[str],
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> dict[str, dict[str, float | None]]:
-    """Scores of each task on one of our models; see `run_tasks` for the options.
+    """Scores by task and metric, as `run_tasks` returns them, of a model behind a `Scorer`.
 
     Args:
-        on_progress: hears how many of how many requests are done.
+        on_progress: called with (requests done, requests in all).
+        **options: those of `run_tasks`.
 
     Raises:
         RequestError: an item does not fit the model, or the scorer cannot generate.
         ConfigError, MissingExtraError: as `run_tasks`.
     """
-    return run_tasks(lambda: _model(scorer, words, on_progress), tasks, **options)
+    return run_tasks(lambda: _model(scorer, tokenizer, on_progress), tasks, **options)
 
 
 def run_tasks(
@@ -83,14 +93,14 @@ def run_tasks(
     limit: int | None = None,
     seed: int = 1234,
 ) -> dict[str, dict[str, float | None]]:
-    """Scores of each task, by metric; `<metric>_stderr` is its standard error.
+    """Scores by task and metric; `<metric>_stderr` is the metric's standard error.
 
     Args:
-        model: makes a model of lm-eval.
+        model: called once, returns a model of lm-eval.
         tasks: names of tasks or groups.
-        include: folders of task files; a name in none of them is one of lm-eval's own tasks, whose
-            data it downloads.
-        num_fewshot: examples before each item; None: as the task says.
+        include: folders of task files; a task in none of them is one of lm-eval's own, whose data
+            it downloads.
+        num_fewshot: examples before each item; None: the task's number.
         limit: items of each task; None: all.
         seed: of the choice of examples.
 
@@ -105,6 +115,7 @@ def run_tasks(
         raise MissingExtraError("lm-eval", "eval") from error
     folders: list[Path | str] = list(include)
     with _quiet():
+        # lm-eval's own tasks are indexed only if one is asked for: that takes seconds.
         manager = TaskManager(include_path=folders or None, include_defaults=False)
         missing = [name for name in tasks if name not in manager.task_index]
         if missing:
@@ -128,7 +139,7 @@ def run_tasks(
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """`acc,none` as `acc`, other filters in the name; what is no number is left out."""
+    """A task's results by metric: "acc,none" as "acc", "acc,f" as "acc[f]"; None for no number."""
     scores: dict[str, float | None] = {}
     for key, value in values.items():
         metric, _, filtered = key.partition(",")
@@ -144,7 +155,7 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float | None]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """lm-eval tells of every step; here only its errors are heard."""
+    """Let lm-eval and datasets log errors only."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -156,26 +167,28 @@ def _quiet() -> Generator[None, None, None]:
             logger.setLevel(level)
 
 
-def _model(scorer: Scorer, words: HFStyleTokenizer, on_progress: Callable[[int, int], None]) -> Any:
-    """The scorer as a model of lm-eval."""
+def _model(
+    scorer: Scorer, tokenizer: HFStyleTokenizer, on_progress: Callable[[int, int], None]
+) -> Any:
+    """A model of lm-eval that calls the scorer."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Model(TemplateLM):
-        """What lm-eval calls."""
+        """lm-eval's abstract methods, by way of the scorer and the tokenizer."""
 
         @property
         def eot_token_id(self) -> int:
-            return words.end_id
+            return tokenizer.end_id
 
         @property
         def prefix_token_id(self) -> int:
-            return words.prefix_id
+            return tokenizer.prefix_id
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
-            return words.encode(string, add_special_tokens)
+            return tokenizer.encode(string, add_special_tokens)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -184,37 +197,40 @@ def _model(scorer: Scorer, words: HFStyleTokenizer, on_progress: Callable[[int, 
             pairs = [
                 LoglikelihoodRequest(tuple(context), tuple(after)) for _, context, after in requests
             ]
-            return [tuple(score) for score in _watched(scorer, pairs, on_progress)]
+            return [tuple(score) for score in _score_distinct(scorer, pairs, on_progress)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
             pairs: list[LoglikelihoodRequest] = []
             owners: list[int] = []
             for number, request in enumerate(requests):
                 for window in get_rolling_token_windows(
-                    token_list=words.encode(request.args[0]),
-                    prefix_token=words.prefix_id,
+                    token_list=tokenizer.encode(request.args[0]),
+                    prefix_token=tokenizer.prefix_id,
                     max_seq_len=scorer.max_length - 1,
                     context_len=1,
                 ):
                     context, after = make_disjoint_window(window)
+                    # A long text is several windows; their sums belong to one request.
                     pairs.append(LoglikelihoodRequest(tuple(context), tuple(after)))
                     owners.append(number)
             totals = [0.0] * len(requests)
-            for owner, score in zip(owners, _watched(scorer, pairs, on_progress), strict=True):
+            for owner, score in zip(
+                owners, _score_distinct(scorer, pairs, on_progress), strict=True
+            ):
                 totals[owner] += score.logprob
             return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            asked = [_request(words, scorer.max_length, *request.args) for request in requests]
+            asked = [_request(tokenizer, scorer.max_length, *request.args) for request in requests]
             return scorer.generate([prompt for prompt, _ in asked], [params for _, params in asked])
 
     return Model()
 
 
-def _watched(
+def _score_distinct(
     scorer: Scorer, pairs: list[LoglikelihoodRequest], on_progress: Callable[[int, int], None]
 ) -> Any:
-    """Scores of the pairs, each different pair computed once."""
+    """Scores of the pairs, equal pairs computed once; `on_progress` is told after each batch."""
     different = list(dict.fromkeys(pairs))
     finished = 0
 
@@ -228,9 +244,9 @@ def _watched(
 
 
 def _request(
-    words: HFStyleTokenizer, max_length: int, context: str, settings: Mapping[str, Any]
+    tokenizer: HFStyleTokenizer, max_length: int, context: str, settings: Mapping[str, Any]
 ) -> tuple[list[int], SamplingParams]:
-    """Prompt and params of a text to be generated."""
+    """Prompt and params of a `generate_until` request, from its task's generation_kwargs."""
     until = settings.get("until") or []
     stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
     max_tokens = int(settings.get("max_gen_toks", _MAX_TOKENS))
@@ -249,4 +265,4 @@ def _request(
         )
     except (TypeError, ValueError) as error:
         raise DataError(f"the task's generation_kwargs cannot be used: {error}") from error
-    return words.encode(context)[-room:] or [words.prefix_id], params
+    return tokenizer.encode(context)[-room:] or [tokenizer.prefix_id], params

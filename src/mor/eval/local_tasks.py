@@ -1,4 +1,4 @@
-"""Evaluation sets as files, made into tasks of lm-eval that need no network.
+"""Write evaluation sets that lie in files as tasks of lm-eval, which then needs no network.
 
 A set is `NAME.jsonl` or `NAME.jsonl.zst` with one item a line; `docs/ecosystem.md` has the fields.
 Items are shuffled once, always in the same way, so that the first N of a limit are a sample.
@@ -31,7 +31,7 @@ _CHOICES: Mapping[str, Any] = MappingProxyType(
 _ACC: Mapping[str, Any] = MappingProxyType(
     {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
 )
-_FILES: Mapping[str, str] = MappingProxyType(  # where they are not named like the task
+_FILES: Mapping[str, str] = MappingProxyType(  # task -> name of its set, where they differ
     {"lambada": "lambada_openai", "mmlu": "mmlu_test", "gsm8k": "gsm8k_test"}
 )
 TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -93,15 +93,15 @@ TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""What lm-eval's tasks say beyond name and files."""
+"""For each task the keys of lm-eval's YAML besides its name and files."""
 
 
 def write_tasks(names: Sequence[str], data: Path, folder: Path) -> None:
-    """Write the tasks of these sets into a folder, for lm-eval's `include_path`.
+    """Write the named tasks into a folder that lm-eval takes as `include_path`.
 
     Args:
-        data: holds the sets.
-        folder: gets a YAML and the items of each task, and lm-eval's cache of them.
+        data: folder of the sets.
+        folder: gets a YAML and the items of each task, and lm-eval's cache of the items.
 
     Raises:
         DataError: a set is missing or damaged; the message names it.
@@ -114,7 +114,7 @@ def write_tasks(names: Sequence[str], data: Path, folder: Path) -> None:
         files = {}
         for split, file in splits.items():
             items = list(read_set(data, file))
-            random.Random(0).shuffle(items)
+            random.Random(0).shuffle(items)  # so that the first N are a sample
             path = folder.resolve() / f"{name}.{split}.jsonl"
             path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
             files[split] = str(path)
@@ -130,17 +130,17 @@ def write_tasks(names: Sequence[str], data: Path, folder: Path) -> None:
 
 
 def read_set(data: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The items of a set.
+    """The items of the set `data/NAME.jsonl` or `data/NAME.jsonl.zst`.
 
     Raises:
         DataError: it is missing, damaged, or an item is no JSON object.
         MissingExtraError: it is compressed and zstandard is not installed.
     """
-    plain, packed = data / f"{name}.jsonl", data / f"{name}.jsonl.zst"
-    if not plain.is_file() and not packed.is_file():
+    plain, compressed = data / f"{name}.jsonl", data / f"{name}.jsonl.zst"
+    if not plain.is_file() and not compressed.is_file():
         known = [f.name.split(".")[0] for f in data.glob("*.jsonl*")]
-        raise DataError(f"{data} has no {plain.name} or {packed.name}: {nearest(name, known)}")
-    path = plain if plain.is_file() else packed
+        raise DataError(f"{data} has no {plain.name} or {compressed.name}: {nearest(name, known)}")
+    path = plain if plain.is_file() else compressed
     empty = True
     for number, line in enumerate(_lines(path), start=1):
         try:
@@ -156,6 +156,7 @@ def read_set(data: Path, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file, plain or compressed by zstandard."""
     if path.suffix != ".zst":
         with path.open(encoding="utf-8") as file:
             yield from file
@@ -166,7 +167,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise MissingExtraError("zstandard", "data") from error
     try:
         with path.open("rb") as file:
-            unpacked = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(file)
-            yield from io.TextIOWrapper(unpacked, "utf-8")
+            decompressed = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(file)
+            yield from io.TextIOWrapper(decompressed, "utf-8")
     except (zstandard.ZstdError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged ({error}): copy it again.") from error

@@ -1,4 +1,4 @@
-"""How well a model predicts text: nats per token, perplexity and bits per byte.
+"""Loss of a model on text: nats per token, perplexity and bits per byte.
 
 Bits per byte do not depend on the tokenizer, so models with different vocabularies can be compared.
 """
@@ -33,20 +33,20 @@ class TextLoss:
 
     evaluation: Evaluation
     num_bytes: int
-    """UTF-8 bytes of the predicted tokens' text; the end of a document has none."""
+    """UTF-8 bytes of the predicted tokens' text; end-of-text tokens have none."""
     num_windows: int
 
     @property
     def mean_recursions(self) -> float:
-        """Recursions of an average token under `threshold`."""
+        """Mean recursions per token under `threshold`."""
         return mean_recursions(self.evaluation.depth_histogram)
 
     def bits_per_byte(self, nll: float) -> float:
-        """What `nll` nats per token mean for each byte of the text."""
+        """nll * tokens / (ln 2 * bytes), for `nll` nats per token."""
         return nll * self.evaluation.tokens / math.log(2) / max(1, self.num_bytes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """All results by name, for JSON."""
         topk, threshold = self.evaluation.nll_topk, self.evaluation.nll_threshold
         return {
             **self.evaluation.as_dict(),
@@ -61,7 +61,7 @@ class TextLoss:
 
 
 def perplexity(nll: float) -> float:
-    """exp(nll); infinity where a float ends."""
+    """exp(nll); infinity where that exceeds a float."""
     try:
         return math.exp(nll)
     except OverflowError:
@@ -71,11 +71,11 @@ def perplexity(nll: float) -> float:
 def text_windows(
     tokenizer: Tokenizer, documents: Iterable[Document], sequence_length: int
 ) -> Iterator[Window]:
-    """The windows that a corpus of the documents would have, without writing one.
+    """The windows of T + 1 tokens that `mor data build` would cut these documents into.
 
     Each is int64 (T + 1,) and starts with the last target of the one before; a document is followed
-    by the end-of-text id. What is left after the last whole window is dropped, but text that is too
-    short for one window becomes one of its own length.
+    by the end-of-text id. Tokens after the last whole window are dropped, but a text that is too
+    short for one window becomes a window of its own length.
     """
     if sequence_length < 1:
         raise ConfigError(f"sequence_length={sequence_length} must be at least 1.")
@@ -94,7 +94,7 @@ def text_windows(
 
 
 def _encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[list[int]]:
-    """Token ids of each document with text, the end-of-text id included."""
+    """Token ids of each document that is not empty, with the end-of-text id."""
     eos = tokenizer.eos_id
     texts: list[str] = []
     num_characters = 0
@@ -110,7 +110,7 @@ def _encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[li
 
 
 def batched(windows: Iterable[Window], batch_tokens: int = _BATCH_TOKENS) -> Iterator[Tensor]:
-    """Windows of one length as (B, T + 1) batches of about so many tokens."""
+    """Windows of one length as (B, T + 1) batches of about `batch_tokens` tokens."""
     remaining = iter(windows)
     for first in remaining:
         more = islice(remaining, max(1, batch_tokens // len(first)) - 1)
@@ -123,10 +123,10 @@ def evaluate_windows(
     batches: Iterable[Tensor],
     document_end: int | None = None,
 ) -> TextLoss:
-    """Loss on batches of (B, T + 1) windows that follow each other in the text.
+    """Loss on (B, T + 1) batches of windows that follow each other in a text.
 
     Args:
-        document_end: id at which attention stops; None: it spans documents.
+        document_end: id that ends a document, at which attention stops; None: it spans documents.
 
     Raises:
         DataError: there are no windows.
@@ -146,11 +146,11 @@ def evaluate_text(
     sequence_length: int | None = None,
     max_windows: int | None = None,
 ) -> TextLoss:
-    """Loss on documents, tokenized as they are read.
+    """Loss on documents, which are tokenized as they are read.
 
     Args:
-        sequence_length: T, tokens that a window predicts; None takes all that the model can.
-        max_windows: stop after so many; None reads all.
+        sequence_length: T, tokens that a window predicts; None: `max_position_embeddings`.
+        max_windows: windows to read; None reads all.
 
     Raises:
         DataError: there is no text.
@@ -171,11 +171,11 @@ class _ByteCounter:
         self.num_windows = 0
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_id
-        self._open: list[int] = []  # of a document that has not ended yet
+        self._open: list[int] = []  # tokens of a document that has not ended yet
         self._num_bytes = 0
 
     def see(self, batch: Tensor) -> Tensor:
-        """Take note of a batch and pass it on."""
+        """Count a batch's bytes and windows, and return it."""
         self.num_windows += len(batch)
         for token in batch[:, 1:].reshape(-1).tolist():
             if token == self._eos:
@@ -185,7 +185,7 @@ class _ByteCounter:
         return batch
 
     def finish(self) -> int:
-        """Bytes of all that was seen."""
+        """Bytes of all batches counted."""
         self._close()
         return self._num_bytes
 

@@ -1,4 +1,4 @@
-"""What rounded weights cost: loss, and routing decisions that come out differently."""
+"""Loss with rounded (quantized) weights, and the recursion counts that rounding changes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,31 +15,33 @@ _SEQUENCES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationLoss:
-    """The engine with rounded weights beside the engine with the model's own."""
+    """Results on the same tokens with the model's own weights and with rounded ones."""
 
     tokens: int
+    """Predicted tokens."""
     nll: float
     """Mean over predicted tokens, in nats, under the causal `threshold` rule."""
     nll_rounded: float
+    """The same with rounded weights."""
     changed_counts: float
     """Share of tokens whose recursion count differs."""
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """The fields, and `nll_cost` = nll_rounded - nll, for JSON."""
         return {**asdict(self), "nll_cost": self.nll_rounded - self.nll}
 
 
 def quantization_loss(
     model: MoRModel, batches: Iterable[Tensor], rounded: EngineConfig
 ) -> QuantizationLoss:
-    """Run the same windows through two engines.
+    """Losses of the same windows in two engines, with the model's own weights and rounded ones.
 
     Args:
         batches: (B, T + 1) windows of token ids.
-        rounded: an engine with `quantization` or a `dtype`.
+        rounded: config of the second engine, with `quantization` or a `dtype`.
 
     Raises:
-        ConfigError: the model or this machine cannot run so.
+        ConfigError: the model or this machine cannot run with that config.
     """
     max_length = model.config.max_position_embeddings - 1  # one token is generated
     prompts = [row[:max_length] for batch in batches for row in batch.tolist()]

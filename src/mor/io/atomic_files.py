@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written is ever mistaken for something whole."""
+"""Write files and folders that appear complete or not at all."""
 
 import errno
 import os
@@ -23,12 +23,13 @@ def storage_error(path: Path, error: OSError, kind: type[MorError] = DataError) 
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file in one step: readers see the old or the new content, never a part."""
+    """Replace a file's content in one step: readers see the old or the new one, never a part."""
     staged = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with staged.open("wb") as file:
             file.write(data)
             file.flush()
+            # On disk before the rename: else a power cut may leave the new name without content.
             os.fsync(file.fileno())
         staged.replace(path)
     finally:
@@ -37,7 +38,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def staged_folder(target: Path) -> Generator[Path, None, None]:
-    """A new folder beside `target` that becomes `target` when the block ends without an error.
+    """A new folder that is renamed to `target` when the `with` block ends without an error.
 
     What a killed process left of earlier tries is removed; `target` must not exist yet.
     """
@@ -57,7 +58,7 @@ def staged_folder(target: Path) -> Generator[Path, None, None]:
 
 
 def _sync(path: Path) -> None:
-    """Have the operating system put a file or a folder's names on disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

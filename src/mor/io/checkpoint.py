@@ -1,4 +1,4 @@
-"""Models on disk, in Hugging Face's layout.
+"""Save and load models, in Hugging Face's layout.
 
     DIR/config.json  model.safetensors  tokenizer.json  generation_config.json
 
@@ -28,7 +28,7 @@ from mor.model.transformer import MoRModel
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 MODEL_TYPE = "mor"
 
-# Written for third-party tools; our own fields say the same.
+# Keys of config.json that follow from our fields and are written for third-party tools.
 _DERIVED = ("model_type", "architectures", "num_hidden_layers", "dtype", "auto_map")
 
 
@@ -65,10 +65,10 @@ def save_new(
     tokenizer: Tokenizer | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model to a folder that does not exist yet, whole or not at all.
+    """Write a model to a new folder, which appears complete or not at all.
 
     Args:
-        generation: what `generation_config.json` holds; None: the model's own special tokens.
+        generation: contents of `generation_config.json`; None: the model's own special tokens.
 
     Raises:
         CheckpointError: the folder exists or cannot be written, or the tokenizer is another
@@ -110,7 +110,7 @@ def write_model(model: MoRModel, folder: Path, tokenizer: Tokenizer | None = Non
 
 
 def config_json(model: MoRModel) -> dict[str, Any]:
-    """`config.json`: our fields, and those that third-party tools read."""
+    """Contents of `config.json`: our fields, and those that third-party tools read."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["MoRForCausalLM"],
@@ -131,13 +131,10 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> MoRModel:
-    """Read a model from a checkpoint's folder, or from a run's folder (its newest checkpoint).
+    """The model in a checkpoint's folder, or in a run's newest checkpoint, in evaluation mode.
 
     Args:
         dtype: of the parameters; None keeps the file's.
-
-    Returns:
-        The model in evaluation mode.
 
     Raises:
         CheckpointError: something is missing, damaged or does not fit; the message names it.
@@ -146,7 +143,8 @@ def load(
     config = load_config(folder)
     if not has_weights(folder):
         raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is not complete.")
-    stored_names = read_weights(folder)  # transformers puts its own name before ours
+    stored_names = read_weights(folder)
+    # `save_pretrained` of transformers writes the same names after "model.".
     state = {name.removeprefix("model."): value for name, value in stored_names.items()}
     model = MoRModel(config)
     _check_state(folder / WEIGHTS, state, model)
@@ -157,12 +155,12 @@ def load(
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors, whole or as `save_pretrained` shards them."""
+    """Whether a folder holds safetensors, in one file or in shards with an index."""
     return any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json"))
 
 
 def load_config(path: Path | str) -> MoRConfig:
-    """Read `config.json` of a checkpoint.
+    """The config in a checkpoint's `config.json`.
 
     Raises:
         CheckpointError: it is missing, not JSON, or of another kind of model.
@@ -187,7 +185,7 @@ def load_config(path: Path | str) -> MoRConfig:
 
 
 def end_token_ids(folder: Path) -> tuple[int, ...]:
-    """All tokens that a checkpoint's `generation_config.json` says end a text: often several.
+    """The end-of-text ids, often several, in a checkpoint's `generation_config.json`.
 
     Raises:
         CheckpointError: it cannot be read, or holds something else.
@@ -206,10 +204,10 @@ def end_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def resolve(path: Path | str) -> Path:
-    """The checkpoint's folder that `path` stands for.
+    """`path` if it is a checkpoint's folder; if it is a run's, its newest complete checkpoint.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it is neither.
     """
     folder = Path(path)
     if (folder / CONFIG).is_file():
@@ -226,7 +224,7 @@ def resolve(path: Path | str) -> Path:
 
 
 def newest_step(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None if there is none."""
+    """Folder of a run's newest complete checkpoint; None if there is none."""
     complete = [c.parent for c in (run / "checkpoints").glob(f"step-*/{CONFIG}")]
     return max(complete, key=lambda c: c.name, default=None)
 

@@ -1,4 +1,4 @@
-"""Token ids into text, as they come; and the texts that end a request."""
+"""The text of tokens as they are generated, and the stop texts that end it."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,23 @@ from mor.io.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_CHARACTER = 4
-"""Bytes of UTF-8, hence tokens, that one character can take."""
+"""Bytes of a UTF-8 character at most, hence the most tokens that it can span."""
 
 
 class IncrementalDetokenizer:
-    """The text of tokens as they come, never half a character; see `Tokenizer.pieces`."""
+    """The text of tokens as they are generated; a character appears when its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """Starts after the tokens `before`, whose text is whole."""
+        """Start after the tokens `before`, whose text ends with a whole character."""
         self._tokenizer = tokenizer
-        # Some decoders treat a first token differently, so new text is told from a difference.
+        # Some decoders drop the blank before a first token: decode new tokens after a few known
+        # ones, and take what the text has beyond theirs.
         self._context = list(before[-_MAX_CHARACTER:])
         self._pending: list[int] = []
         self._known = tokenizer.decode(self._context)
 
     def push(self, token: int) -> str:
-        """The text that is whole with this token; "" inside a character."""
+        """The text that this token completes; "" inside a character."""
         self._pending.append(token)
         text = self._tokenizer.decode([*self._context, *self._pending])
         if text.endswith(_REPLACEMENT):
@@ -33,7 +34,7 @@ class IncrementalDetokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is left when no more tokens come, broken characters as U+FFFD."""
+        """The text left when no more tokens come; an incomplete character is U+FFFD."""
         text = self._tokenizer.decode([*self._context, *self._pending])
         self._pending = []
         return text[len(self._known) :]
@@ -42,14 +43,14 @@ class IncrementalDetokenizer:
 class StopDetokenizer:
     """The text of one completion, up to the first of its stop texts.
 
-    An end that could become a stop text is held back until it is decided.
+    An end that begins a stop text is held back until the next tokens decide.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), before: Sequence[int] = ()
     ) -> None:
         self.text = ""
-        """What is certain so far."""
+        """The text so far, without what is held back."""
         self.stopped = False
         """Whether a stop text has come; it is not part of the text."""
         self._pieces = IncrementalDetokenizer(tokenizer, before)
@@ -57,15 +58,17 @@ class StopDetokenizer:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """One more token; the text that is certain now and was not before."""
+        """Add a token; returns the text that it releases, which may be empty."""
         return self._release(self._pieces.push(token))
 
     def flush(self) -> str:
-        """No more tokens come: the text that was held back, which may bring a stop text."""
+        """Release the text held back, when no more tokens come; it may contain a stop text."""
         return "" if self.stopped else self._release(self._pieces.flush(), last=True)
 
     def _release(self, piece: str, last: bool = False) -> str:
+        """Add to the text held back, and return what no stop text can begin in."""
         pending = self._held + piece
+        # Up to the first stop text; otherwise all but an end that may become one.
         found = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
         if found:
             self.stopped, keep = True, min(found)
@@ -79,6 +82,6 @@ class StopDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that begin `stop`."""
+    """Length of the longest end of `text` that `stop` begins with, `stop` as a whole aside."""
     max_length = min(len(text), len(stop) - 1)
     return next((n for n in range(max_length, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,8 @@
-"""GGUF files of the Llama architecture: weights dequantized, tokenizer rebuilt from the metadata.
+"""Read GGUF files of the Llama architecture: dequantized weights, and the tokenizer.
 
-llama.cpp rotates neighboring numbers of a head where Hugging Face rotates its two halves, so its
-converter reorders the rows of the query and key projections; here they are put back.
+llama.cpp rotates neighboring numbers of a head where Hugging Face rotates number i with i + D / 2,
+so its converter reorders the rows of the query and key projections; here they are put back. The
+tokenizer is rebuilt from the metadata.
 """
 
 import json
@@ -18,7 +19,7 @@ from torch import Tensor
 from mor.errors import CheckpointError, MissingExtraError
 from mor.io.tokenizer import TOKENIZER_CONFIG, Tokenizer
 
-_CONFIG: Mapping[str, str] = MappingProxyType(  # ours -> the key after "llama."
+_CONFIG: Mapping[str, str] = MappingProxyType(  # field of MoRConfig -> metadata key after "llama."
     {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
@@ -48,18 +49,19 @@ _TENSORS: Mapping[str, str] = MappingProxyType(
         "ffn_down": "mlp.down_proj",
     }
 )
-# The rules by which a text is cut before byte-pair encoding, by GGUF's name for them.
+# How "llama-bpe" splits a text before byte-pair encoding.
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")  # GGUF's names of the rules for splitting
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types
+# What the gguf package raises somewhere inside for a damaged file.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError, OSError)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
-    """A Llama's config and fp32 weights in Hugging Face's names, and its tokenizer.
+    """Config and fp32 weights of a Llama under Hugging Face's names, and its tokenizer.
 
     Raises:
         CheckpointError: the file is damaged, or no Llama.
@@ -86,7 +88,7 @@ def _open(path: Path) -> Any:
         raise MissingExtraError("gguf", "gguf") from error
 
     class Reader(gguf.GGUFReader):
-        """Names the tensor that lies beyond the file's end."""
+        """A reader whose error names the first tensor that lies beyond the file's end."""
 
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             built: list[Any] = []
@@ -104,7 +106,7 @@ def _open(path: Path) -> Any:
 
 
 def _config(path: Path, metadata: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """As Hugging Face's `config.json` has it."""
+    """The contents of the `config.json` that Hugging Face would have for this model."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(
@@ -141,18 +143,19 @@ def _config(path: Path, metadata: Mapping[str, Any], names: set[str]) -> dict[st
 
 
 def _as_written(value: Any) -> Any:
-    """A number that the file rounds to fp32 as it was before: 1e-05, not 9.99999974e-06."""
+    """A number before the file rounded it to fp32: 1e-05 for 9.99999974e-06."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _weights(
     path: Path, tensors: Sequence[Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 tensor) of each weight, under Hugging Face's names."""
     from gguf.quants import dequantize
 
     heads = config["num_attention_heads"]
     for tensor in tensors:
-        *layer, kind, suffix = tensor.name.split(".")
+        *layer, kind, suffix = tensor.name.split(".")  # "blk.3.attn_q.weight", "output.weight"
         known = kind in _TENSORS and suffix == "weight"
         if not known or (layer and (layer[0] != "blk" or len(layer) != 2)):
             raise CheckpointError(f"{path} holds {tensor.name!r}, which no Llama has.")
@@ -160,18 +163,18 @@ def _weights(
         if kind in ("attn_q", "attn_k"):
             count = heads if kind == "attn_q" else config.get("num_key_value_heads", heads)
             weight = _halves_first(weight, count)
-        place = f"model.layers.{layer[1]}." if layer else ""
-        yield f"{place}{_TENSORS[kind]}.weight", weight
+        prefix = f"model.layers.{layer[1]}." if layer else ""
+        yield f"{prefix}{_TENSORS[kind]}.weight", weight
 
 
 def _halves_first(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows (head, pair, half) back in the order (head, half, pair)."""
+    """The (H D, E) matrix with its rows (head, pair, half) in the order (head, half, pair)."""
     pairs = weight.view(num_heads, -1, 2, weight.shape[-1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-    """The byte-level BPE that the metadata describes, with its chat template."""
+    """The byte-level BPE tokenizer that the metadata describes, with its chat template."""
     ggml = {
         key.removeprefix("tokenizer.ggml."): value
         for key, value in metadata.items()
@@ -193,6 +196,7 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     backend = tokenizers.Tokenizer(bpe)
     backend.pre_tokenizer = _pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
+    # Control tokens are never read from text; user-defined ones are, before any other.
     for token, kind in zip(tokens, ggml.get("token_type", ()), strict=False):
         if kind in (_CONTROL, _USER_DEFINED):
             special = tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
@@ -207,6 +211,7 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _pre_tokenizer(rules: str) -> Any:
+    """How a text is split before byte-pair encoding, by GGUF's name for the rules."""
     if rules == "llama-bpe":
         split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_PATTERN), "isolated")
         return pre_tokenizers.Sequence(

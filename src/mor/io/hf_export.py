@@ -34,7 +34,7 @@ AUTO_MAP: Mapping[str, str] = MappingProxyType(
         "AutoModelForCausalLM": "modeling_mor.MoRForCausalLM",
     }
 )
-# What each code file consists of, in an order in which everything is defined before its use.
+# The modules of each code file, in an order in which everything is defined before its use.
 _CODE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "configuration_mor": (
@@ -99,15 +99,22 @@ def export(source: Path | str, out: Path | str, *, dtype: torch.dtype | None = N
 
 
 def write_code(folder: Path) -> None:
-    """Write the two code files into a folder."""
+    """Write `configuration_mor.py` and `modeling_mor.py` into a folder."""
     for name in _CODE:
         (folder / f"{name}.py").write_text(code(name), encoding="utf-8")
 
 
 def code(name: str) -> str:
-    """The text of a code file, `configuration_mor` or `modeling_mor`."""
+    """The text of a code file: its modules one after another, all imports at the top.
+
+    Imports of mor's modules go, or become imports of the other code file; shapes such as
+    `Float[Tensor, "n e"]` become `Tensor`, so that jaxtyping is not needed.
+
+    Args:
+        name: `configuration_mor` or `modeling_mor`.
+    """
     imports: set[str] = set()
-    elsewhere: dict[str, set[str]] = {}
+    elsewhere: dict[str, set[str]] = {}  # code file -> names that this one takes from it
     bodies = []
     for module in _CODE[name]:
         text = _SHAPES.sub("Tensor", _source(module).read_text(encoding="utf-8"))
@@ -115,6 +122,7 @@ def code(name: str) -> str:
         for node in ast.parse(text).body:
             if not isinstance(node, ast.Import | ast.ImportFrom):
                 continue
+            # An import may take several lines; all are blanked, so that line numbers stay.
             for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 lines[number - 1] = ""
             origin = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
@@ -142,7 +150,7 @@ def _source(module: str) -> Path:
 
 
 def _with_end_of_text(config: MoRConfig, tokenizer: Tokenizer | None) -> MoRConfig:
-    """What the model names, otherwise the tokenizer's: as the engine does."""
+    """The config, its `eos_token_id` taken from the tokenizer if it has none, as in the engine."""
     if config.eos_token_id is None and tokenizer is not None:
         try:
             return replace(config, eos_token_id=tokenizer.eos_id)
@@ -152,7 +160,7 @@ def _with_end_of_text(config: MoRConfig, tokenizer: Tokenizer | None) -> MoRConf
 
 
 def _tokenizer_json(config: MoRConfig, tokenizer: Tokenizer) -> str:
-    """`tokenizer_config.json`; batches are padded on the left, with the end of text if need be."""
+    """Text of `tokenizer_config.json`; it pads on the left, with the end of text if need be."""
     ids = {
         "bos_token": config.bos_token_id,
         "eos_token": config.eos_token_id,
@@ -174,7 +182,7 @@ def _add_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def _card(config: MoRConfig, name: str, source: str) -> str:
-    """What it is and how to load it."""
+    """Text of the model card, with the code that loads the folder."""
     origin = f"Written by `mor convert to-hf` from `{source}`; its code files need no `mor`."
     use = _USE.splitlines()
     return model_card(config, name=name, origin=origin, library="transformers", use=use)

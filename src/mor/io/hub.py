@@ -1,4 +1,4 @@
-"""Models on Hugging Face's hub."""
+"""Upload models to the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ def push_to_hub(
     token: str | None = None,
     message: str = "Upload model",
 ) -> str:
-    """Upload a checkpoint (or a run's newest one) as one commit; the commit's address.
+    """Upload a checkpoint (or a run's newest one) as one commit; returns the commit's address.
 
-    The repository is made if it does not exist. A folder without a model card gets one there.
+    Creates the repository if it does not exist. A folder without a model card gets one there.
 
     Args:
         repository: `owner/name`.
-        token: None takes what `hf auth login` has stored, or the variable HF_TOKEN.
+        token: access token; None takes the stored one of `hf auth login`, or HF_TOKEN.
 
     Raises:
         CheckpointError: there is no whole model, or the hub refuses it or cannot be reached.

@@ -1,7 +1,8 @@
 """Checkpoints of the Llama architecture (Llama, SmolLM, TinyLlama), read into our models.
 
-A vanilla model is the same function; a recursive one starts from the Llama's layers (`io.donor`)
-and has to be trained further. What a vanilla model would compute differently is refused by name.
+A vanilla model computes the same function; a recursive one is initialized from the Llama's layers
+(`io.uptrain`) and has to be trained further. What a vanilla model would compute differently is
+refused by name.
 """
 
 import math
@@ -24,7 +25,7 @@ from mor.model.config import LLAMA_FIELDS, MoRConfig
 from mor.model.sharing import Initialization
 from mor.model.transformer import MoRModel
 
-# What transformers' LlamaConfig means where a config.json says nothing.
+# The defaults of transformers' LlamaConfig, for what a config.json leaves out.
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 32000,
@@ -48,19 +49,20 @@ _UNSHARED: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaCheckpoint:
-    """What a Llama's folder or file holds, in Hugging Face's names."""
+    """The contents of a Llama's folder or file, under Hugging Face's names."""
 
     source: Path
     config: Mapping[str, Any]
-    """As in its `config.json`."""
+    """Contents of `config.json`."""
     state: Mapping[str, Tensor]
+    """Weights by name."""
     tokenizer: Tokenizer | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """As in its `generation_config.json`."""
+    """Contents of `generation_config.json`; empty without one."""
 
 
 def read_llama(source: Path | str) -> LlamaCheckpoint:
-    """A checkpoint in Hugging Face's layout, or a GGUF file.
+    """Read a folder in Hugging Face's layout, or a GGUF file.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -86,7 +88,7 @@ def read_llama(source: Path | str) -> LlamaCheckpoint:
 
 
 def llama_fields(values: Mapping[str, Any], name: str = "config.json") -> dict[str, Any]:
-    """The fields of our config that a Llama's `config.json` describes; layers are not among them.
+    """The fields of `MoRConfig` that a Llama's `config.json` gives, numbers of layers aside.
 
     Raises:
         CheckpointError: it asks for something that has no counterpart here.
@@ -111,6 +113,7 @@ def llama_fields(values: Mapping[str, Any], name: str = "config.json") -> dict[s
             )
         if rope.get("rope_theta") is not None:
             fields["rope_theta"] = rope["rope_theta"]
+    # Several ends of text stay in generation_config.json; the config takes the first.
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = fields.pop(token, None)
         first = (ids or [None])[0] if isinstance(ids, list) else ids
@@ -120,7 +123,7 @@ def llama_fields(values: Mapping[str, Any], name: str = "config.json") -> dict[s
 
 
 def config_from_llama(values: Mapping[str, Any], name: str = "config.json") -> MoRConfig:
-    """The vanilla model that a Llama's `config.json` describes.
+    """The config of the vanilla model that a Llama's `config.json` describes.
 
     Raises:
         CheckpointError: it is no Llama, or one that computes something that we do not.
@@ -145,7 +148,7 @@ def config_from_llama(values: Mapping[str, Any], name: str = "config.json") -> M
 
 
 def vanilla_from_llama(checkpoint: LlamaCheckpoint, dtype: torch.dtype | None = None) -> MoRModel:
-    """The same function as a vanilla model.
+    """The vanilla model that computes what the Llama does, in evaluation mode.
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.
@@ -191,7 +194,7 @@ def vanilla_from_llama(checkpoint: LlamaCheckpoint, dtype: torch.dtype | None = 
 def recursive_config(
     donor: MoRConfig, init: Initialization = "stepwise", sharing: str = "middle_cycle", **given: Any
 ) -> MoRConfig:
-    """The recursive model that a vanilla one is turned into.
+    """The config of the recursive model that is initialized from a vanilla one.
 
     Args:
         sharing: `cycle`, `sequence`, or these with `middle_` before: one unshared layer at each
@@ -218,8 +221,9 @@ def recursive_config(
             fields["num_coda_layers"],
             fields["num_recursions"],
         )
+        # Counts that cannot be computed with: let the config refuse them by name.
         if not all(isinstance(n, int) and n >= 0 for n in unshared) or not unshared[2]:
-            return MoRConfig.from_dict(fields)  # says which of them cannot be
+            return MoRConfig.from_dict(fields)
         share = (donor.num_hidden_layers - unshared[0] - unshared[1]) / unshared[2]
         fields["num_block_layers"] = math.floor(share) if init == "average" else math.ceil(share)
     return MoRConfig.from_dict(fields)
@@ -234,13 +238,13 @@ def from_llama(
     dtype: torch.dtype | None = None,
     **fields: Any,
 ) -> MoRModel:
-    """A model from a Llama's checkpoint: vanilla, or with `num_recursions` > 1 a recursive one.
+    """The model made from a Llama's checkpoint: vanilla, or recursive with `num_recursions` > 1.
 
     Raises:
         CheckpointError: the checkpoint is damaged or no Llama; the message names the tensor.
         ConfigError: a field cannot work.
     """
-    return _built(read_llama(source), init, sharing, seed, dtype, fields)
+    return _build(read_llama(source), init, sharing, seed, dtype, fields)
 
 
 def convert_llama(
@@ -253,21 +257,21 @@ def convert_llama(
     dtype: torch.dtype | None = None,
     **fields: Any,
 ) -> MoRModel:
-    """`from_llama`, written to a new folder with tokenizer and generation config, or not at all.
+    """Write what `from_llama` makes to a new folder, with tokenizer and generation config.
 
     Raises:
         CheckpointError, ConfigError: as `from_llama`; or `out` exists or cannot be written.
         CapacityError: the disk is full.
     """
-    if Path(out).exists():  # said before anything is read
+    if Path(out).exists():  # before anything is read
         raise CheckpointError(f"{out} exists: choose a new folder, or remove it first.")
     checkpoint = read_llama(source)
-    model = _built(checkpoint, init, sharing, seed, dtype, fields)
+    model = _build(checkpoint, init, sharing, seed, dtype, fields)
     save_new(model, out, checkpoint.tokenizer, checkpoint.generation)
     return model
 
 
-def _built(
+def _build(
     checkpoint: LlamaCheckpoint,
     init: Initialization,
     sharing: str,
@@ -281,7 +285,7 @@ def _built(
         name = others[0]
         raise ConfigError(f"{name} needs num_recursions >= 2: a vanilla model is the Llama itself.")
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)  # of the routers
+        torch.manual_seed(seed)  # routers are drawn anew
         vanilla = vanilla_from_llama(checkpoint, dtype)
         if recursions == 1:
             return vanilla

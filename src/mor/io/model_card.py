@@ -1,6 +1,6 @@
-"""The model card: `README.md` beside a model's weights, with its numbers and the commands.
+"""The model card, `README.md` beside a model's weights, in the form that model hubs read.
 
-A pure function of what it is given; `mor convert` and the end of `mor train` write it.
+`mor convert` and the end of `mor train` write it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,17 @@ def model_card(
     library: str = "mor",
     use: Sequence[str] | None = None,
 ) -> str:
-    """Text of a model's card, in the form that model hubs read.
+    """Text of a model card: what the model is, its shape, the commands and numbers given here.
 
     Args:
         name: heading.
-        commands: that made the model, one a line.
-        origin: a sentence on where its weights come from.
-        base_model: repository of the model that it was made from.
-        numbers: of its evaluation.
-        depth_shares: share of the tokens with 0, 1, .. R recursions.
-        library: that loads it.
-        use: lines on how to use it; None: with `mor`.
+        commands: lines that made the model.
+        origin: a sentence on where the weights come from.
+        base_model: hub repository of the model that it was made from.
+        numbers: results of an evaluation by name.
+        depth_shares: (R + 1,) share of the tokens with 0, 1, .. R recursions.
+        library: the hub's name of the library that loads the model.
+        use: lines of the section "Use"; None: those for `mor`.
     """
     meta = [
         f"library_name: {library}",
@@ -76,7 +76,7 @@ _USE = (
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write a card into a model's folder, in one step.
+    """Write `README.md` into a model's folder.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -89,6 +89,7 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def _what(config: MoRConfig) -> str:
+    """A sentence on the kind of model."""
     if config.num_recursions == 1:
         return "A plain (vanilla) Transformer of the Llama architecture, in the format of `mor`."
     if config.routing == "none":
@@ -102,6 +103,7 @@ def _what(config: MoRConfig) -> str:
 
 
 def _shape(config: MoRConfig) -> dict[str, str]:
+    """Rows of the card's first table."""
     layers = f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}"
     heads, kv_heads, _ = config.num_heads_and_dim
     shape = {
@@ -114,7 +116,7 @@ def _shape(config: MoRConfig) -> dict[str, str]:
         "KV bytes per token, bf16": f"{cost.kv_bytes_per_token(config):,.0f}",
     }
     if config.relaxation_rank:
-        shape["rank of each depth's deltas"] = str(config.relaxation_rank)
+        shape["rank of each depth's LoRA pairs"] = str(config.relaxation_rank)
     if config.thresholds is not None:
         shape["thresholds"] = ", ".join(f"{t:.3f}" for t in config.thresholds)
     return shape

@@ -1,14 +1,14 @@
-"""Checkpoints of the paper's own code, read into our models.
+"""Read checkpoints of the paper's own code, the reference implementation.
 
-The reference implementation builds a Llama and then rewrites its layers, so where a parameter lies
-depends on routing and sharing:
+It builds a Llama and then rewrites its layers, so the name of a parameter depends on routing and
+sharing:
 
     expert choice  model.layers.{P + r}.block.{i}   and a `mor_router` per depth
     token choice   model.layers.{P}.block_list.{r}.{i}   and one `mor_router`
     recursive      plain layer numbers, the shared ones repeated
 
-with P = 1 for the `middle_` sharings and 0 otherwise. Tied parameters may appear once, under their
-first name, or under every name.
+with depth r, block layer i, and P = 1 for the `middle_` sharings and 0 otherwise. Tied parameters
+may appear once, under their first name, or under every name.
 """
 
 import re
@@ -38,9 +38,9 @@ def from_official(
     """A model with the reference implementation's parameters.
 
     Args:
-        state_dict: its parameters by its names.
-        llama_config: its Llama config (`config.json`).
-        cfg: its own config (YAML): `recursive`, `kv_sharing`, `mor`.
+        state_dict: parameters under the reference implementation's names.
+        llama_config: contents of its `config.json`, a Llama's.
+        cfg: contents of its YAML, with the sections `recursive`, `kv_sharing` and `mor`.
 
     Raises:
         ConfigError: the configuration asks for something that has no counterpart here.
@@ -77,7 +77,7 @@ def convert_official(
     llama_config: Path | str | None = None,
     tokenizer: Path | str | None = None,
 ) -> MoRModel:
-    """A published checkpoint, written to a new folder, or not at all.
+    """Write the model of a published checkpoint to a new folder, and return it.
 
     Args:
         folder: holds the weights, safetensors or `pytorch_model.bin`, whole or in shards.
@@ -110,7 +110,7 @@ def convert_official(
 def config_from_official(
     state: Mapping[str, Tensor], llama_config: Mapping[str, Any], cfg: Mapping[str, Any]
 ) -> MoRConfig:
-    """Our config of a reference checkpoint; layer counts are read off its parameters."""
+    """The config of a reference checkpoint; numbers of layers come from its parameters' names."""
     shape = llama_fields(llama_config)
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
@@ -145,6 +145,7 @@ def config_from_official(
         return MoRConfig.from_dict(
             {**fields, "num_block_layers": len(block), **_routing_fields(mor)}
         )
+    # Without routing the layers are numbered as they run: R times those of the block.
     applied = llama_config["num_hidden_layers"] - 2 * int(middle)
     return MoRConfig(
         **fields, num_block_layers=applied // recursive["num_recursion"], routing="none"
@@ -152,21 +153,26 @@ def config_from_official(
 
 
 def official_names(config: MoRConfig) -> Callable[[str], str | None]:
-    """The map from the reference implementation's parameter names to ours (None: nothing learned).
+    """A function from the reference implementation's parameter names to ours; None for buffers.
 
     Raises (when called):
         CheckpointError: no layer of such a model has a parameter of that name.
     """
-    places = _layer_places(config)
-    return lambda name: _our_name(name, places, config)
+    prefixes = _layer_prefixes(config)
+    return lambda name: _our_name(name, prefixes, config)
 
 
+# Layer numbers of models without routing, and block layer numbers of those with it.
 _PLAIN = re.compile(r"model\.layers\.(\d+)\.(?!block|mor_router|mlp_router|router_bias)")
 _BLOCK = re.compile(r"model\.layers\.(?:\d+\.block|(?:\d+\.)?block_list\.\d+)\.(\d+)\.")
 
 
 def _supported(cfg: Mapping[str, Any], recursive: Mapping[str, Any]) -> str:
-    """The sharing's name; refuses what we have no counterpart for."""
+    """The name of the sharing.
+
+    Raises:
+        ConfigError: the configuration asks for something that has no counterpart here.
+    """
     sharing = str(recursive.get("sharing", "cycle"))
     refused = {
         "recursive.ln_share=false (norms that differ by depth)": (
@@ -184,14 +190,14 @@ def _supported(cfg: Mapping[str, Any], recursive: Mapping[str, Any]) -> str:
 
 
 def _routing_fields(mor: Mapping[str, Any]) -> dict[str, Any]:
-    """Routing fields of our config from its `mor` section."""
+    """The routing fields of `MoRConfig`, from the section `mor`."""
     router_type = str(mor.get("router_type", "linear"))
     fields: dict[str, Any] = {
         "router_type": "random" if mor.get("rand_router") else router_type.removeprefix("wide_"),
         "router_temperature": float(mor.get("temp", 1.0)),
         "z_loss_coeff": float(mor.get("z_coeff", 0.001)) if mor.get("z_loss") else 0.0,
     }
-    own = mor.get(mor["type"]) or {}
+    own = mor.get(mor["type"]) or {}  # the section of this routing, `expert` or `token`
     activation = own.get("router_func")
     if mor["type"] == "expert":
         sampling = own.get("sampling") or "none"
@@ -218,7 +224,11 @@ def _routing_fields(mor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rename(state: Mapping[str, Tensor], config: MoRConfig) -> dict[str, Tensor]:
-    """Parameters under our names; later copies of tied ones must equal the first."""
+    """Parameters under our names.
+
+    Raises:
+        CheckpointError: two parameters that are tied differ.
+    """
     our_name = official_names(config)
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -234,36 +244,40 @@ def _rename(state: Mapping[str, Tensor], config: MoRConfig) -> dict[str, Tensor]
     return renamed
 
 
-def _layer_places(config: MoRConfig) -> dict[str, str]:
-    """Prefixes of layers and routers in the reference implementation -> ours."""
+def _layer_prefixes(config: MoRConfig) -> dict[str, str]:
+    """Prefixes of layers and routers: the reference implementation's -> ours."""
     first, loops = config.num_prelude_layers, config.num_recursions
     schedule = block_schedule(config.sharing, config.num_block_layers, loops)
     expert, token = config.routing == "expert_choice", config.routing == "token_choice"
-    places = {f"model.layers.{i}.": f"prelude.{i}." for i in range(first)}
-    for i, slot in enumerate(schedule):
+    prefixes = {f"model.layers.{i}.": f"prelude.{i}." for i in range(first)}
+    # Token choice has one module for the whole block: the layer after the prelude if there is one.
+    unshared = f"model.layers.{first}." if first else "model.layers."
+    for i, layer_key in enumerate(schedule):
         if expert:
-            theirs = f"model.layers.{first + slot.depth}.block.{slot.layer}."
+            theirs = f"model.layers.{first + layer_key.depth}.block.{layer_key.layer}."
         elif token:
-            unshared = f"{first}." if first else ""
-            theirs = f"model.layers.{unshared}block_list.{slot.depth}.{slot.layer}."
+            theirs = f"{unshared}block_list.{layer_key.depth}.{layer_key.layer}."
         else:
             theirs = f"model.layers.{first + i}."
-        places[theirs] = f"block.{slot.layer}."
-    for r in range(loops if expert else 0):
-        places[f"model.layers.{first + r}.mor_router."] = f"router.routers.{r}."
-        places[f"model.layers.{first + r}.mlp_router."] = f"router.aux_routers.{r}."
-    unshared = f"model.layers.{first}." if first else "model.layers."
-    if token:
-        places[f"{unshared}mor_router."] = "router.router."
-        places[f"{unshared}router_bias"] = "router.bias"
-    middle = loops if expert else 1 if token else len(schedule)
+        prefixes[theirs] = f"block.{layer_key.layer}."
+    # Numbers that the block takes in `model.layers`, after which the coda's begin.
+    block_numbers = len(schedule)
+    if expert:
+        block_numbers = loops
+        for r in range(loops):
+            prefixes[f"model.layers.{first + r}.mor_router."] = f"router.routers.{r}."
+            prefixes[f"model.layers.{first + r}.mlp_router."] = f"router.aux_routers.{r}."
+    elif token:
+        block_numbers = 1
+        prefixes[f"{unshared}mor_router."] = "router.router."
+        prefixes[f"{unshared}router_bias"] = "router.bias"
     for i in range(config.num_coda_layers):
-        places[f"model.layers.{first + middle + i}."] = f"coda.{i}."
-    return places
+        prefixes[f"model.layers.{first + block_numbers + i}."] = f"coda.{i}."
+    return prefixes
 
 
-def _our_name(name: str, places: Mapping[str, str], config: MoRConfig) -> str | None:
-    """Our name of a parameter; None for buffers that hold nothing learned."""
+def _our_name(name: str, prefixes: Mapping[str, str], config: MoRConfig) -> str | None:
+    """Our name of a parameter; None for buffers, which hold nothing learned."""
     unshared = {
         "model.embed_tokens.weight": "embed_tokens.weight",
         "model.norm.weight": "norm.weight",
@@ -273,16 +287,16 @@ def _our_name(name: str, places: Mapping[str, str], config: MoRConfig) -> str | 
         return unshared[name]
     if name.endswith("rotary_emb.inv_freq"):
         return None
-    matches = [prefix for prefix in places if name.startswith(prefix)]
+    matches = [prefix for prefix in prefixes if name.startswith(prefix)]
     if not matches:
         raise CheckpointError(
             f"the checkpoint has a parameter {name!r} that no layer of a model with "
             f"routing={config.routing!r} and sharing={config.sharing!r} has."
         )
-    prefix = max(matches, key=len)
+    prefix = max(matches, key=len)  # "model.layers.1." also begins "model.layers.1.block.0."
     rest = name.removeprefix(prefix)
     if "router" in prefix and "bias" not in prefix:
         linear = {"router.weight": "proj.weight"}
         mlp = {"router.0.weight": "up.weight", "router.2.weight": "down.weight"}
         rest = (linear | mlp).get(rest, rest)
-    return places[prefix] + rest
+    return prefixes[prefix] + rest

@@ -1,8 +1,8 @@
-"""Text to token ids and back: byte-level BPE in Hugging Face's `tokenizer.json` format.
+"""Text to token ids and back, in Hugging Face's `tokenizer.json` format.
 
-A tokenizer that mor trains knows every byte, so any text survives the round trip exactly. Text is
-only ever text: a document that spells out `<|endoftext|>` is encoded letter by letter, and the
-end-of-text id marks nothing but the end of a document.
+A tokenizer that mor trains (byte-level BPE) knows every byte, so any text survives the round trip
+exactly. Special tokens are not recognized in text: a document that spells out `<|endoftext|>` is
+encoded letter by letter, and the end-of-text id occurs only where a document ends.
 """
 
 import re
@@ -20,10 +20,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 
-# What lies beside a tokenizer and goes where it goes: names of special tokens, chat template.
+# Files that are read and saved with a tokenizer: names of special tokens, chat template.
 _COMPANIONS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
-# What the model families that we read call the end of a text, the first one present counts.
+# Names of the end of text in the model families that we read; the first one present counts.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # how other vocabularies name a byte
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -35,10 +35,10 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, companions: Mapping[str, str] | None = None
     ) -> None:
-        """Wraps `backend`, which is changed: no truncation, no padding, special tokens as text.
+        """Wrap `backend`, and switch off its truncation, padding and recognition of special tokens.
 
         Args:
-            companions: texts of the files that are saved beside it, by name.
+            companions: texts of the files that are saved with it, by name.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -49,7 +49,7 @@ class Tokenizer:
         self._byte_values = _byte_values() if is_bytes else {}
         self._vocab_size = 1 + max(backend.get_vocab().values(), default=-1)
         self.sidecar_files = dict(companions or {})
-        """Texts of the files that lie beside it, by name; the chat template is in one of them."""
+        """Texts of the files that are saved with it, by name; one has the chat template."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -57,7 +57,7 @@ class Tokenizer:
 
         Args:
             texts: read once, as a stream.
-            vocab_size: the most entries; short texts give fewer. The first is the end of text
+            vocab_size: number of entries; short texts give fewer. The first is the end of text
                 (id 0), the next 256 are the bytes.
 
         Raises:
@@ -117,7 +117,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path: Path | str) -> Path:
-        """Writes `path` if it is named `*.json`, else `path/tokenizer.json`; returns that file.
+        """Write `path` if it is named `*.json`, else `path/tokenizer.json`; returns that file.
 
         Each file appears whole or not at all, the companions first.
 
@@ -188,7 +188,7 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, part of a character as they may be."""
+        """The bytes of a token, which need not be whole characters; none for an unknown id."""
         name = self._backend.id_to_token(token_id)
         if name is None:
             return b""
@@ -200,7 +200,7 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Ids of the tokens that `encode` never gives, by how they are spelled."""
+        """Ids of the special tokens, which `encode` never gives, by their text."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
@@ -211,24 +211,26 @@ class Tokenizer:
         completes the character, or to the last one.
         """
         pieces: list[str] = []
-        # Some decoders treat the first token differently, so text is told from the difference
-        # that tokens make after those of the piece before: ids[context:told] stand for `known`.
-        context = told = 0
+        # Some decoders drop the blank before a first token. So tokens are decoded after those of
+        # the piece before, ids[start:stop] with the text `known`, and the rest of the text counts.
+        start = stop = 0
         known = ""
         for end in range(1, len(ids) + 1):
-            text = self.decode(ids[context:end])
+            text = self.decode(ids[start:end])
             if text.endswith(_REPLACEMENT) and end < len(ids):
                 pieces.append("")
                 continue
             pieces.append(text[len(known) :])
-            context, told = told, end
-            known = self.decode(ids[context:told])
+            start, stop = stop, end
+            known = self.decode(ids[start:stop])
         return pieces
 
 
 def _byte_values() -> dict[str, int]:
-    """The byte of each letter of a byte-level vocabulary: printable ones stand for themselves, the
-    others for what follows U+0100, in order."""
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's table).
+
+    Printable bytes are written as the character of that code, the others as U+0100, U+0101, ..
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(0x100) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}

@@ -1,4 +1,4 @@
-"""Weights that other programs wrote: safetensors or torch's pickles, whole or in shards.
+"""Read weights: safetensors or torch's pickles, in one file or in shards with an index.
 
 Pickles are read with `weights_only`: one that would run code is refused.
 """
@@ -37,7 +37,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object.
+    """The object in a JSON file.
 
     Raises:
         CheckpointError: it cannot be read, or holds something else.
@@ -69,9 +69,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _cut_tensor(file: Path) -> str | None:
-    """The first tensor of a safetensors file that lies beyond its end, if that is what is wrong."""
+    """Name of the first tensor that lies beyond the end of a safetensors file; None if none does.
+
+    The format: 8 bytes of length, a JSON header with each tensor's offsets, the tensors.
+    """
     try:
-        data = file.read_bytes()[: 2**26]
+        data = file.read_bytes()[: 2**26]  # a header is at most 64 MiB here
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         room = file.stat().st_size - 8 - length
@@ -101,12 +104,13 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors that an index names, from the files beside it."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
         raise CheckpointError(f"{index} has no 'weight_map' of tensors to files.")
     state: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name:
+        if Path(name).name != name:  # "../x": a file outside the checkpoint
             raise CheckpointError(f"{index} names {name!r}: shards must lie beside it.")
         wanted = [tensor for tensor, file in places.items() if file == name]
         if not (index.parent / name).is_file():

@@ -1,4 +1,4 @@
-"""`MoRCache`: the ragged key-value cache that `generate` of `transformers` hands around."""
+"""`MoRCache`: the ragged KV cache that `generate` of `transformers` passes from step to step."""
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ class MoRCache(Cache):
     """Keys and values of every (depth, layer); each sequence holds only the tokens that were there.
 
     Implements `AttentionBackend`. A layer key's tensors are (B, S, G, D), each row filled from the
-    left; with `kv_strategy='shared'` only depth 0 stores, and serves all depths. Gradients do
+    left. The config's `KVPolicy` says which depths write and which of them are read. Gradients do
     not flow through a cache.
 
     Shape letters: B batch, T time, W tokens of the longest row, S entries, G key-value heads,
@@ -32,11 +32,11 @@ class MoRCache(Cache):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self._kept: dict[LayerKey, tuple[Tensor, Tensor, Tensor]] = {}  # keys, values, positions
-        self._whole: FullSequenceAttention | None = FullSequenceAttention(
-            self.config
-        )  # of the first pass
+        """Drop all entries, as if new."""
+        # (B, S, G, D) keys, (B, S, G, D) values, (B, S) positions
+        self._kept: dict[LayerKey, tuple[Tensor, Tensor, Tensor]] = {}
+        # Attention of the first pass, which has nothing to look back to; None afterwards.
+        self._first_pass: FullSequenceAttention | None = FullSequenceAttention(self.config)
         self.positions: Tensor | None = None
         """(B, tokens so far) position of each token, -1 at padding."""
         self.recursion_counts: Tensor | None = None
@@ -45,7 +45,7 @@ class MoRCache(Cache):
     # -- the model's side -------------------------------------------------------------------------
 
     def has_kv(self, layer_key: LayerKey) -> bool:
-        """True below depth 0 when depths share their keys and values."""
+        """Whether another depth has written what this call reads."""
         return not self.config.kv_policy.writes(layer_key.depth)
 
     def attend(
@@ -59,8 +59,8 @@ class MoRCache(Cache):
         """Append k and v, then let each query see the entries up to its own position."""
         if k is not None and v is not None:
             self._append(layer_key, k.detach(), v.detach(), ragged)
-        if self._whole is not None:  # nothing was there before: plainly causal
-            return self._whole.attend(layer_key, q, k, v, ragged)
+        if self._first_pass is not None:
+            return self._first_pass.attend(layer_key, q, k, v, ragged)
         read = layer_key._replace(depth=self.config.kv_policy.kv_depth(layer_key.depth))
         keys, values, held = self._kept[read]
         where = ragged.to_padded(ragged.positions[:, None, None])[:, 0, :, 0]  # (B, W)
@@ -81,9 +81,10 @@ class MoRCache(Cache):
             nowhere = ragged.positions.new_empty(ragged.batch, 0)
             self._kept[layer_key] = empty, empty, nowhere
         rows, (keys, values, held) = ragged.sequence_ids, self._kept[layer_key]
-        new = torch.bincount(rows, minlength=ragged.batch)
+        new = torch.bincount(rows, minlength=ragged.batch)  # (B,) new entries of each sequence
         within = torch.arange(len(rows), device=rows.device) - (new.cumsum(0) - new)[rows]
-        filled = (held != _NOWHERE).sum(1)
+        filled = (held != _NOWHERE).sum(1)  # (B,) entries so far
+        # All rows grow together, by at least `_GROWTH`: most steps then copy nothing.
         missing = int((filled + new).max()) - held.shape[1]
         if missing > 0:
             room = -(-missing // _GROWTH) * _GROWTH
@@ -99,8 +100,8 @@ class MoRCache(Cache):
         )
 
     def advance(self, positions: Int[Tensor, "b t"], counts: Int[Tensor, "b t"]) -> None:
-        """Note the tokens of a finished forward pass."""
-        self._whole = None
+        """Add the (B, T) tokens of a forward pass that has ended."""
+        self._first_pass = None
         if self.positions is not None and self.recursion_counts is not None:
             positions = torch.cat((self.positions, positions), dim=1)
             counts = torch.cat((self.recursion_counts, counts), dim=1)
@@ -117,7 +118,7 @@ class MoRCache(Cache):
         return -1
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """`get_max_length` under the name of transformers 4."""
+        """-1, like `get_max_length`, whose name this is in transformers 4."""
         return -1
 
     @property
@@ -129,7 +130,7 @@ class MoRCache(Cache):
         return len(self._kept)
 
     def reorder_cache(self, beam_idx: Int[Tensor, " b"]) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
+        """Replace each row i by row `beam_idx[i]`."""
         if self.positions is None or self.recursion_counts is None:
             return
         for layer_key, kept in self._kept.items():
@@ -139,11 +140,11 @@ class MoRCache(Cache):
         self.recursion_counts = self.recursion_counts.index_select(0, beam_idx)
 
     def batch_select_indices(self, indices: Int[Tensor, " b"]) -> None:
-        """Keep these rows."""
+        """Keep the rows with these indices."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times, copies side by side."""
         if self.positions is not None:
             rows = torch.arange(self.positions.shape[0], device=self.positions.device)
             self.reorder_cache(rows.repeat_interleave(repeats))

@@ -35,7 +35,7 @@ _RECURSION_KWARGS = ("min_recursions", "max_recursions")
 
 @dataclass
 class MoRCausalLMOutput(ModelOutput):
-    """What one forward pass gives; None where it was not asked for."""
+    """What one forward pass returns; None where it was not asked for."""
 
     loss: Tensor | None = None
     """Mean over the predicted tokens, in nats; in training plus `aux_loss`."""
@@ -88,19 +88,15 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding."""
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding."""
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
         return self.model.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the head."""
         self.model.lm_head = new_embeddings
 
     # -- forward ----------------------------------------------------------------------------------
@@ -130,9 +126,9 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: (B, T); None counts the tokens that are no padding.
             past_key_values: a `MoRCache` that knows the tokens before these.
             labels: the ids themselves, shifted in here; -100 and padding do not count.
-            logits_to_keep: logits of so many last tokens only, or of these places; 0 is all.
+            logits_to_keep: how many last tokens get logits (0: all), or the (K,) indices of them.
             num_items_in_batch: what the summed loss is divided by; None: predicted tokens.
-            min_recursions, max_recursions: passes that every token takes at least, and at most.
+            min_recursions, max_recursions: bounds on every token's passes of the block.
             selection: of expert choice; None: `topk` in training, otherwise `threshold`.
 
         Raises:
@@ -150,11 +146,12 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         if selection == "topk" and cache is not None and cache.get_seq_length():
             raise RequestError("selection='topk' needs whole sequences: give no past_key_values.")
         limits = self._limits(min_recursions, max_recursions, selection, tokens.ragged)
-        x = tokens.packed(given)
+        x = tokens.without_padding(given)  # (N,) ids or (N, E) embeddings
         x = self.model.embed_tokens(x) if inputs_embeds is None else x
         hidden, counts, losses, states = self._run(
             x, tokens, cache, selection, limits, output_hidden_states
         )
+        # 0 keeps all, since -0 is 0. The loss needs the logits of all tokens in any case.
         where = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = aux_loss = None
         logits = self.model.lm_head(hidden if labels is not None else hidden[:, where])
@@ -222,22 +219,22 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """(B, T, E) states after the final norm, (B, T) counts, routers' losses, hidden states."""
         if keep_states is None:
             keep_states = self.config.output_hidden_states
-        model, notes = self.model, _HiddenStateHook(self.model.config)
+        model, hook = self.model, _HiddenStateHook(self.model.config)
         kv = FullSequenceAttention(model.config) if cache is None else cache
         context = model.context(tokens.ragged, kv)
         with ExitStack() as stack:
             for layer in (*model.prelude, *model.block, *model.coda) if keep_states else ():
-                stack.enter_context(layer.register_forward_pre_hook(notes))
+                stack.enter_context(layer.register_forward_pre_hook(hook))
             x = model.run_prelude(x, context)
             x, counts, record = model.run_recursions(x, context, selection, limits=limits)
             after_block = x
             x = model.norm(model.run_coda(x, context))
-        counts, hidden = tokens.padded(counts), tokens.padded(x)
+        counts, hidden = tokens.with_padding(counts), tokens.with_padding(x)
         if cache is not None:
             cache.advance(tokens.positions, counts)
         if not keep_states:
             return hidden, counts, record.losses, None
-        states = (*map(tokens.padded, notes.states(after_block)), hidden)
+        states = (*map(tokens.with_padding, hook.states(after_block)), hidden)
         return hidden, counts, record.losses, states
 
     def _loss(
@@ -266,7 +263,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     # -- generate ---------------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See `GenerationMixin`; takes `min_recursions` and `max_recursions`, too.
+        """Generate as `GenerationMixin` does, with `min_recursions` and `max_recursions` as well.
 
         With `return_dict_in_generate` the result has `recursion_counts`, (B, tokens - 1): passes
         of each position of the sequences; the last token has not been through the model. (Not for
@@ -284,7 +281,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """See `GenerationMixin`; also in training mode selection must be causal here."""
+        """The inputs of `GenerationMixin`, with causal selection also in training mode."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -325,25 +322,25 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class _HiddenStateHook:
-    """A hook that notes what goes into each layer at each depth."""
+    """A forward pre-hook that keeps the input of each layer at each depth."""
 
     def __init__(self, config: MoRConfig) -> None:
         before, after = config.num_prelude_layers, config.num_coda_layers
-        slots = (
+        layer_keys = (
             *(LayerKey(UNSHARED, i) for i in range(before)),
             *block_schedule(config.sharing, config.num_block_layers, config.num_recursions),
             *(LayerKey(UNSHARED, before + i) for i in range(after)),
         )
-        self._order = {layer_key: number for number, layer_key in enumerate(slots)}
+        self._order = {layer_key: number for number, layer_key in enumerate(layer_keys)}
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
-        """Note the tokens that are present and their states."""
+        """Keep the rows and the states of the tokens that enter the layer."""
         x, layer_key, context = args
         self._inputs[self._order[layer_key]] = context.ragged.token_indices, x
 
     def states(self, after_block: Float[Tensor, "n e"]) -> Iterator[Tensor]:
-        """(N, E) before each layer; who is not there has the state that it left the block with."""
+        """(N, E) states before each layer; tokens that left the block keep what they left with."""
         for number in range(len(self._order)):
             if number in self._inputs:
                 yield after_block.index_copy(0, *self._inputs[number])

@@ -1,4 +1,4 @@
-"""`PaddedTokens`: which tokens of a batch are no padding, and where they stand.
+"""`PaddedTokens`: the tokens of a padded batch that are no padding, and their positions.
 
 Only these are computed: padding takes no part in routing, attention or losses, so a padded batch
 gives what its sequences give one by one.
@@ -18,11 +18,12 @@ from mor.model.ragged_batch import RaggedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedTokens:
-    """Which of (B, T) new tokens are present, and where they stand."""
+    """The N of (B, T) new tokens that are no padding, and their positions."""
 
     present: Bool[Tensor, "b t"]
+    """False at padding."""
     positions: Int[Tensor, "b t"]
-    """-1 at padding."""
+    """Position of each token in its sequence; -1 at padding."""
     ragged: RaggedBatch
 
     @classmethod
@@ -33,7 +34,7 @@ class PaddedTokens:
         positions: Tensor | None,
         cache: MoRCache | None,
     ) -> "PaddedTokens":
-        """Read them off what `transformers` passes.
+        """Those of the arguments that `transformers` passes to `forward`.
 
         Args:
             given: (B, T) ids or (B, T, E) embeddings.
@@ -51,6 +52,7 @@ class PaddedTokens:
                 f"attention_mask has shape {tuple(mask.shape)}; {seen} tokens in the cache and "
                 f"{time} new ones in {batch} sequences need ({batch}, {seen + time})."
             )
+        # Given positions, else those that the mask counts, else those after the cache's.
         if positions is not None:
             positions = positions.to(device).expand(batch, time)
         elif mask is not None:
@@ -65,12 +67,13 @@ class PaddedTokens:
         kept, _ = RaggedBatch.full(batch, time, device).select(present.reshape(-1))
         if not kept.num_tokens:
             raise RequestError("attention_mask lets no token through: it is 0 everywhere.")
-        flat = torch.arange(kept.num_tokens, device=device)
-        ragged = replace(kept, token_indices=flat, positions=positions[present])
+        # Hidden states hold the present tokens only, so rows are counted among these.
+        rows = torch.arange(kept.num_tokens, device=device)
+        ragged = replace(kept, token_indices=rows, positions=positions[present])
         return cls(present=present, positions=positions.masked_fill(~present, -1), ragged=ragged)
 
     def check(self, config: MoRConfig) -> None:
-        """Check the positions.
+        """Check that positions fit the model and rise along each sequence.
 
         Raises:
             RequestError: the model does not have one of them, or they do not rise.
@@ -87,15 +90,15 @@ class PaddedTokens:
                 "their own, with padding and an attention_mask."
             )
 
-    def packed(self, values: Shaped[Tensor, "b t *e"]) -> Shaped[Tensor, "n *e"]:
-        """The values of the present tokens."""
+    def without_padding(self, values: Shaped[Tensor, "b t *e"]) -> Shaped[Tensor, "n *e"]:
+        """(N, ..) values of the tokens that are no padding, of (B, T, ..) ones."""
         return values[self.present]
 
-    def padded(self, values: Shaped[Tensor, "n *e"]) -> Shaped[Tensor, "b t *e"]:
-        """The inverse of `packed`; zeros elsewhere."""
+    def with_padding(self, values: Shaped[Tensor, "n *e"]) -> Shaped[Tensor, "b t *e"]:
+        """(B, T, ..) values with zeros at padding, of (N, ..) ones."""
         shape = (*self.present.shape, *values.shape[1:])
         if values.shape[0] == self.present.numel():
             return values.view(shape)
-        places = self.present.reshape(-1).nonzero()[:, 0]
+        rows = self.present.reshape(-1).nonzero()[:, 0]
         whole = values.new_zeros(self.present.numel(), *values.shape[1:])
-        return whole.index_copy(0, places, values).view(shape)
+        return whole.index_copy(0, rows, values).view(shape)

@@ -213,7 +213,7 @@ def test_every_window_comes_once_per_epoch(
     length, rows = numbers["sequence_length"], numbers["batch_size"]
     num_windows = batches.num_windows
     assert num_windows == (numbers["tokens"] - 1) // length >= 1
-    assert batches.tokens_per_batch == length * rows
+    assert batches.at(0).shape == (rows, length + 1)
 
     num_epochs = 3
     num_batches = -(-num_epochs * num_windows // rows)

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,16 @@ from mor.data.corpus import build_from_documents
 from mor.data.sources import Document
 from mor.errors import ConfigError, DataError
 from mor.eval.loss import (
+    TextLoss,
     batched,
     check_length,
     check_vocabulary,
-    evaluate_text,
     evaluate_windows,
     perplexity,
     text_windows,
 )
 from mor.io.tokenizer import Tokenizer
+from mor.model.transformer import MoRModel
 from mor.train.evaluate import evaluate
 from tiny import tiny_model
 
@@ -29,6 +32,19 @@ TEXTS = ("def 数学(x): return x * 2\n", "", "🙂🙂🙂 über " * 9, "a", "w
 DOCUMENTS = [Document(str(number), text) for number, text in enumerate(TEXTS)]
 TOKENIZER = Tokenizer.train(TEXTS, 290)
 VOCAB = TOKENIZER.vocab_size
+
+
+def evaluate_text(
+    model: MoRModel,
+    documents: Iterable[Document],
+    *,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+) -> TextLoss:
+    """Loss on documents, as `mor eval` computes it for a file of text."""
+    length = sequence_length or model.config.max_position_embeddings
+    windows = islice(text_windows(TOKENIZER, documents, length), max_windows)
+    return evaluate_windows(model, TOKENIZER, batched(windows))
 
 
 @pytest.mark.parametrize("length", [1, 7, 32])
@@ -74,7 +90,7 @@ def test_bytes_are_those_of_the_predicted_text_whatever_the_windows() -> None:
 def test_a_uniform_model_knows_its_bits_per_byte() -> None:
     model = tiny_model("vanilla", vocab_size=VOCAB, tie_word_embeddings=False)
     torch.nn.init.zeros_(model.lm_head.weight)
-    loss = evaluate_text(model, TOKENIZER, DOCUMENTS, sequence_length=8)
+    loss = evaluate_text(model, DOCUMENTS, sequence_length=8)
     found = loss.as_dict()
     assert found["nll_topk"] == pytest.approx(math.log(VOCAB))
     assert found["perplexity_threshold"] == pytest.approx(VOCAB)
@@ -88,25 +104,25 @@ def test_text_is_evaluated_like_its_windows() -> None:
     model = tiny_model("expert", vocab_size=VOCAB)
     windows = list(batched(text_windows(TOKENIZER, DOCUMENTS, 16)))
     expected = evaluate(model, windows)
-    loss = evaluate_text(model, TOKENIZER, DOCUMENTS, sequence_length=16)
+    loss = evaluate_text(model, DOCUMENTS, sequence_length=16)
     assert loss.evaluation == expected
     assert expected.nll_topk != expected.nll_threshold
     assert loss.as_dict()["nll_gap"] == expected.nll_threshold - expected.nll_topk
     means = sum(n * share for n, share in enumerate(expected.depth_histogram))
     assert 1 < loss.mean_recursions == pytest.approx(means)
-    one = evaluate_text(model, TOKENIZER, DOCUMENTS, sequence_length=16, max_windows=1)
+    one = evaluate_text(model, DOCUMENTS, sequence_length=16, max_windows=1)
     assert (one.num_windows, one.evaluation.tokens) == (1, 16)
 
 
 def test_without_a_length_windows_are_as_long_as_the_model_takes() -> None:
     model = tiny_model("expert", vocab_size=VOCAB, max_position_embeddings=24)
-    assert evaluate_text(model, TOKENIZER, DOCUMENTS, max_windows=1).evaluation.tokens == 24
+    assert evaluate_text(model, DOCUMENTS, max_windows=1).evaluation.tokens == 24
 
 
 def test_no_text_is_an_error() -> None:
     model = tiny_model("expert", vocab_size=VOCAB)
     with pytest.raises(DataError, match="nothing to evaluate"):
-        evaluate_text(model, TOKENIZER, [Document("a", "")])
+        evaluate_text(model, [Document("a", "")])
 
 
 def test_perplexity_ends_in_infinity() -> None:

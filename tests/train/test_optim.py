@@ -310,9 +310,9 @@ def test_other_rules_are_named_with_their_cure(values: dict[Any, Any], words: li
 
 def test_sizes_of_a_step() -> None:
     config = TrainConfig(batch_size=12, micro_batch_size=4, sequence_length=10)
-    assert (config.micro_size, config.num_micro_batches, config.tokens_per_step) == (4, 3, 120)
+    assert (config.micro_size, config.tokens_per_step) == (4, 120)
     whole = TrainConfig(batch_size=12, sequence_length=10)
-    assert (whole.micro_size, whole.num_micro_batches, whole.tokens_per_step) == (12, 1, 120)
+    assert (whole.micro_size, whole.tokens_per_step) == (12, 120)
     assert TrainConfig.from_dict({"init_from": "a/b"}).init_from == Path("a/b")
 
 

@@ -244,11 +244,6 @@ class Batches:
         self._shuffle = shuffle
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None  # epoch, its permutation
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens that a batch predicts: B * T."""
-        return self._batch_size * self._sequence_length
-
     def at(self, index: int) -> torch.Tensor:
         """Batch number `index` (from 0, without end): int64 (B, T + 1).
 

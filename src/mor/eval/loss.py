@@ -138,29 +138,6 @@ def evaluate_windows(
     )
 
 
-def evaluate_text(
-    model: MoRModel,
-    tokenizer: Tokenizer,
-    documents: Iterable[Document],
-    *,
-    sequence_length: int | None = None,
-    max_windows: int | None = None,
-) -> TextLoss:
-    """Loss on documents, which are tokenized as they are read.
-
-    Args:
-        sequence_length: T, tokens that a window predicts; None: `max_position_embeddings`.
-        max_windows: windows to read; None reads all.
-
-    Raises:
-        DataError: there is no text.
-        RequestError: the windows are too long for the model.
-    """
-    length = sequence_length or model.config.max_position_embeddings
-    windows = islice(text_windows(tokenizer, documents, length), max_windows)
-    return evaluate_windows(model, tokenizer, batched(windows))
-
-
 class _ByteCounter:
     """Counts the bytes of the text that windows predict, document by document.
 

@@ -112,7 +112,7 @@ class EngineScorer(Scorer):
         return [scores[i] for i in range(len(pairs))]
 
     def _waves(self, pairs: Sequence[LoglikelihoodRequest]) -> Iterator[list[int]]:
-        """Indices of pairs to score together: the first of new contexts, the others of earlier ones.
+        """Indices of pairs to score together: the first of new contexts, the rest of earlier ones.
 
         Contexts come in the order of their tokens, so that those with a common prefix are near.
         """

@@ -21,7 +21,7 @@ from mor.model.config import MoRConfig
 from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import RecursionLimits
 from mor.model.sampling import Completion, SamplingParams, check_request, params_for_each
-from mor.model.sharing import UNSHARED, LayerKey
+from mor.model.sharing import LayerKey
 from mor.model.transformer import MoRModel
 
 
@@ -40,15 +40,6 @@ class RaggedKVCache(AttentionBackend):
     def begin(self, sequences: Sequence[int]) -> None:
         """Say which sequence of the cache each sequence of the coming batch is."""
         self._sequences = list(sequences)
-
-    def num_entries(self, depth: int, sequence: int) -> int:
-        """Tokens of a sequence with entries at a depth (UNSHARED: in prelude and coda)."""
-        sizes = [
-            len(kept[2])
-            for (layer_key, seq), kept in self._kept.items()
-            if layer_key.depth == depth and seq == sequence
-        ]
-        return max(sizes, default=0)
 
     def has_kv(self, layer_key: LayerKey) -> bool:
         return not self._kv_policy.writes(layer_key.depth)
@@ -320,7 +311,6 @@ def _advance(
 
 
 __all__ = [
-    "UNSHARED",
     "RaggedKVCache",
     "batch_new_tokens",
     "generate",

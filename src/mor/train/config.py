@@ -174,11 +174,6 @@ class TrainConfig:
         return self.micro_batch_size or self.batch_size
 
     @property
-    def num_micro_batches(self) -> int:
-        """Forward passes per optimizer step."""
-        return self.batch_size // self.micro_size
-
-    @property
     def tokens_per_step(self) -> int:
         """Tokens that an optimizer step predicts."""
         return self.batch_size * self.sequence_length

@@ -1,4 +1,4 @@
-"""A second, naive implementation of the model: the truth that the packed one is held to.
+"""A second, naive implementation of the model, which tests compare the real one with.
 
 One sequence at a time, dense (T, T) masks, every token computed at every depth and thrown away
 afterwards where it was not selected. Reads only a model's parameters and config.
@@ -51,10 +51,11 @@ def layer(
     h = norm(x, module.input_layernorm.weight, eps)
     source = norm(kv, module.input_layernorm.weight, eps)
     num = x.shape[0]
-    q = rotate((h @ matrix(attn.q_proj, depth).T).view(num, heads, dim), model.config.rope_theta)
-    k = rotate(
-        (source @ matrix(attn.k_proj, depth).T).view(num, groups, dim), model.config.rope_theta
-    )
+    q = (h @ matrix(attn.q_proj, depth).T).view(num, heads, dim)
+    k = (source @ matrix(attn.k_proj, depth).T).view(num, groups, dim)
+    if model.config.qk_norm:
+        q, k = norm(q, attn.q_norm.weight, eps), norm(k, attn.k_norm.weight, eps)
+    q, k = rotate(q, model.config.rope_theta), rotate(k, model.config.rope_theta)
     v = (source @ matrix(attn.v_proj, depth).T).view(num, groups, dim)
     k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / dim**0.5
@@ -70,7 +71,7 @@ def layer(
 class Naive:
     """Forward pass of one sequence; `losses` and `selected` are filled on the way.
 
-    Every token takes at least `least` and at most `most` passes, whatever the router says.
+    Every token takes at least `minimum` and at most `maximum` passes, whatever the router says.
     """
 
     def __init__(

@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "expert": {"num_recursions": 3},
     "expert_shared": {"num_recursions": 3, "kv_strategy": "shared"},
     "expert_relaxed": {"num_recursions": 3, "relaxation_rank": 5},
+    "expert_qk_norm": {"num_recursions": 3, "qk_norm": True},
     "expert_aux_router": {"num_recursions": 2, "selection_training": "aux_router"},
     "expert_bare": {
         "num_recursions": 4,
@@ -106,6 +107,7 @@ def configs(draw: st.DrawFn) -> MoRConfig:
         "sharing": draw(st.sampled_from(["cycle", "sequence"])) if routing == "none" else "cycle",
         "kv_strategy": "shared" if shared else "recursion_wise",
         "tie_word_embeddings": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
         "relaxation_rank": draw(st.sampled_from([0, 0, 3, 20])) if recursions > 1 else 0,
     }
     if routing == "none":

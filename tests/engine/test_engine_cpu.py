@@ -71,7 +71,7 @@ def clearance(kind: str, ids: tuple[int, ...]) -> float:
     return float(min(margins))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if not tiny_config(k).qk_norm])
 def test_float32_equals_the_oracle_in_float32(kind: str) -> None:
     model = model_of(kind)
     llm = cpu_engine(

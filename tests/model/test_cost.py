@@ -223,6 +223,7 @@ def test_activations_shrink_with_presence() -> None:
         config = tiny_config(kind)
         full = activation_values_per_token(config, [1.0] * config.num_recursions)
         layer = 4 * 24 + 2 * (4 + 2) * 6 + 2 * 40
+        layer += (4 + 2) * 6 if config.qk_norm else 0  # before their norms
         assert full == config.num_hidden_layers * layer
         mean = sum(depth_fractions_of(config)) / config.num_recursions
         assert activation_values_per_token(config) <= full

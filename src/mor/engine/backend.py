@@ -59,6 +59,8 @@ class ExecutionBackend:
         small = weights in (torch.float32, torch.bfloat16)
         best = "triton" if device.type == "cuda" else "cpu" if fits and small else "reference"
         kernels = config.kernels or best
+        if kernels == "cpu" and model.config.qk_norm:
+            raise ConfigError("kernels='cpu' has no qk_norm yet: use kernels='reference'.")
         if kernels == "cpu" and (device.type != "cpu" or not small or not fits):
             raise ConfigError(
                 "kernels='cpu' needs a CPU, float32 or bfloat16, and hidden_size, "

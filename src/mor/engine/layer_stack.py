@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from mor.model.attention import RotaryEmbedding
 from mor.model.config import MoRConfig
 from mor.model.depth_lora import DepthLoRALinear
-from mor.model.layers import Layer, RMSNorm
+from mor.model.layers import Layer
+from mor.model.norm import RMSNorm
 from mor.ops.cpu.packed_weights import PackedLinear, PackedLoRA, Storage
 from mor.ops.low_rank import LoRAPair, add_loras
 from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
@@ -174,10 +175,12 @@ class TorchStack:
             before, after = layer.input_layernorm, layer.post_attention_layernorm
             y = ops.rms_norm(x, before.weight, before.eps)
             q = d_q(y, F.linear(y, w_q)).unflatten(1, (-1, size))
+            q = self._norm_heads(layer.self_attn.q_norm, q)
             q = ops.rotate(q, angles, metadata)
             if application.writes_kv and writing:
                 both = d_kv(y, F.linear(y[:writing], w_kv)).unflatten(1, (2, groups, size))
-                k = ops.rotate(both[:, 0], angles, metadata)
+                k = self._norm_heads(layer.self_attn.k_norm, both[:, 0])
+                k = ops.rotate(k, angles, metadata)
                 ops.store(k, both[:, 1], kv, home, metadata)
             y = ops.attend(q, kv, home, metadata).flatten(1)
             x = x + d_o(y, F.linear(y, w_o))
@@ -185,6 +188,14 @@ class TorchStack:
             y = ops.silu_mul(d_gate_up(y, F.linear(y, w_gate_up)))
             x = x + d_down(y, F.linear(y, w_down))
         return x
+
+    def _norm_heads(self, norm: RMSNorm | None, heads: Tensor) -> Tensor:
+        """(N, H, D) queries or keys, each head normalized if the layer has a norm for them."""
+        if norm is None:
+            return heads
+        rows = heads.reshape(-1, heads.shape[-1])  # (N * H, D)
+        rms_norm = self._kernels.operations.rms_norm
+        return rms_norm(rows, norm.weight, norm.eps).view(heads.shape)
 
 
 class CpuKernels:
@@ -333,7 +344,7 @@ class CpuStack:
 
 
 def fits_cpu_kernels(config: MoRConfig, block_size: int) -> bool:
-    """Whether the compiled kernels take these shapes: panels of 16 everywhere."""
+    """Whether the compiled kernels take this model: no q and k norms, panels of 16 everywhere."""
     _, _, size = config.num_heads_and_dim
     widths = (config.hidden_size, config.intermediate_size, size, block_size)
-    return all(width % 16 == 0 for width in widths)
+    return not config.qk_norm and all(width % 16 == 0 for width in widths)

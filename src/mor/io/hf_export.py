@@ -53,6 +53,7 @@ _CODE: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "mor.model.sharing",
             "mor.model.ragged_batch",
             "mor.model.depth_lora",
+            "mor.model.norm",
             "mor.model.attention",
             "mor.model.layers",
             "mor.model.router",

@@ -1,4 +1,4 @@
-"""Checkpoints of the Llama architecture (Llama, SmolLM, TinyLlama), read into our models.
+"""Read checkpoints of the Llama architecture (Llama, SmolLM, TinyLlama) and of Qwen3.
 
 A vanilla model computes the same function; a recursive one is initialized from the Llama's layers
 (`io.uptrain`) and has to be trained further. What a vanilla model would compute differently is
@@ -25,8 +25,12 @@ from mor.model.config import LLAMA_FIELDS, MoRConfig
 from mor.model.sharing import Initialization
 from mor.model.transformer import MoRModel
 
-# The defaults of transformers' LlamaConfig, for what a config.json leaves out.
-_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+# By `model_type`: the class of transformers, and its config's defaults for what a config.json
+# leaves out, with the fields of `MoRConfig` that the type stands for.
+_ARCHITECTURES: Mapping[str, str] = MappingProxyType(
+    {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+)
+_LLAMA_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -36,6 +40,20 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
+    }
+)
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "llama": _LLAMA_DEFAULTS,
+        "qwen3": {
+            **_LLAMA_DEFAULTS,
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "qk_norm": True,
+        },
     }
 )
 _UNSHARED: Mapping[str, str] = MappingProxyType(
@@ -99,11 +117,15 @@ def llama_fields(values: Mapping[str, Any], name: str = "config.json") -> dict[s
         "hidden_act": values.get("hidden_act", "silu") != "silu",
         "quantization_config": values.get("quantization_config") is not None,
         "partial_rotary_factor": values.get("partial_rotary_factor", 1.0) != 1.0,
+        "use_sliding_window": bool(values.get("use_sliding_window")),
     }
     for key, asked in refused.items():
         if asked:
             raise CheckpointError(f"{name}: {key}={values[key]!r} has no counterpart here.")
-    fields = {f: values[f] for f in LLAMA_FIELDS if values.get(f) is not None}
+    defaults = _DEFAULTS.get(str(values.get("model_type")), _LLAMA_DEFAULTS)
+    # qk_norm is no key of theirs: the model's type implies it.
+    theirs = (f for f in LLAMA_FIELDS if f != "qk_norm")
+    fields = {f: values[f] for f in theirs if values.get(f) is not None}
     for rope in (values.get(key) or {} for key in ("rope_scaling", "rope_parameters")):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -119,20 +141,23 @@ def llama_fields(values: Mapping[str, Any], name: str = "config.json") -> dict[s
         first = (ids or [None])[0] if isinstance(ids, list) else ids
         if first is not None and first >= 0:  # some write -1 for none
             fields[token] = first
-    return {**_DEFAULTS, **fields}
+    return {**defaults, **fields}
 
 
 def config_from_llama(values: Mapping[str, Any], name: str = "config.json") -> MoRConfig:
     """The config of the vanilla model that a Llama's `config.json` describes.
 
     Raises:
-        CheckpointError: it is no Llama, or one that computes something that we do not.
+        CheckpointError: it is neither Llama nor Qwen3, or computes something that we do not.
     """
-    kind, classes = values.get("model_type"), values.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or classes != ["LlamaForCausalLM"]:
+    kind = values.get("model_type")
+    wanted = _ARCHITECTURES.get(str(kind))
+    classes = values.get("architectures") or [wanted]
+    if wanted is None or classes != [wanted]:
+        known = " and ".join(f"{k!r} ({v})" for k, v in _ARCHITECTURES.items())
         raise CheckpointError(
             f"{name} describes a model of type {kind!r} ({', '.join(map(str, classes))}): only "
-            "'llama' (LlamaForCausalLM) can be read."
+            f"{known} can be read."
         )
     try:
         return MoRConfig(

@@ -26,6 +26,7 @@ _EQUAL_FIELDS = (  # what both configs must agree in
     "head_dim",
     "rope_theta",
     "rms_norm_eps",
+    "qk_norm",
     "tie_word_embeddings",
 )
 
@@ -111,7 +112,8 @@ def _set_loras(shared: nn.Module, original: nn.Module, depth: int) -> None:
     """Set the LoRA pairs of one depth so that the shared layer comes nearest to the original one.
 
     Depths share the norms, too, so it is W diag(n), a matrix with the norm n of its input, whose
-    difference the pair B A diag(n) approximates. At full rank the layer is then the original one.
+    difference the pair B A diag(n) approximates. At full rank the layer is then the original one,
+    but for the norms of queries and keys (`qk_norm`), which stay those of the shared layer.
     """
     for name, norm in _NORMS.items():
         target = shared.get_submodule(name)

@@ -8,8 +8,9 @@ In reading order:
     kv_policy     which depths write keys and values, and which they read
     ragged_batch  RaggedBatch: the tokens that are present, (N, E) without holes
     depth_lora    a shared matrix with a LoRA pair for each depth
+    norm          RMSNorm
     attention     grouped-query attention, RoPE, and the protocol of the caches
-    layers        RMSNorm, SwiGLU, the Llama layer
+    layers        SwiGLU, the Llama layer
     router        expert choice and token choice, their losses
     transformer   MoRModel: prelude, block, coda; the forward pass with losses
     cost          parameters, FLOPs and KV bytes in closed form

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mor.model.config import MoRConfig
 from mor.model.depth_lora import DepthLoRALinear
+from mor.model.norm import RMSNorm
 from mor.model.ragged_batch import RaggedBatch
 from mor.model.sharing import LayerKey
 from mor.ops.document_attention import attend_at, attend_inside
@@ -143,6 +144,7 @@ class FullSequenceAttention(AttentionBackend):
 class Attention(nn.Module):
     """y = o(softmax(q(x) k(x)^T / sqrt(D)) v(x)): causal grouped-query attention with RoPE.
 
+    With `qk_norm` each head of q(x) and k(x) is normalized before RoPE (Qwen3, arXiv 2505.09388).
     H query heads share G key-value heads, H / G each (Ainslie et al., arXiv 2305.13245). Keys and
     values are held by the caller's `AttentionBackend`. transformers calls it `LlamaAttention`.
 
@@ -160,16 +162,25 @@ class Attention(nn.Module):
         self.k_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)
         self.v_proj = DepthLoRALinear(width, kv_width, rank, kv_depths)
         self.o_proj = DepthLoRALinear(inner, width, rank, depths)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:  # one weight (D,) for all heads
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self, x: Float[Tensor, "n e"], layer_key: LayerKey, context: ForwardContext
     ) -> Float[Tensor, "n e"]:
         """(N, E) attention output of the present tokens over the cache entries of `layer_key`."""
         num, rope, kv = x.shape[0], context.rope, context.kv
-        q = rope.rotate(self.q_proj(x, layer_key.depth))
+        q = rope.rotate(self._norm_heads(self.q_norm, self.q_proj(x, layer_key.depth)))
         k = v = None
         if not kv.has_kv(layer_key):
-            k = rope.rotate(self.k_proj(x, layer_key.depth))
+            k = rope.rotate(self._norm_heads(self.k_norm, self.k_proj(x, layer_key.depth)))
             v = self.v_proj(x, layer_key.depth).view(num, self.num_kv_heads, self.head_dim)
         out = kv.attend(layer_key, q, k, v, context.ragged)
         return self.o_proj(out.reshape(num, self.num_heads * self.head_dim), layer_key.depth)
+
+    def _norm_heads(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
+        """(N, H * D) queries or keys, each head normalized if there is a norm."""
+        return x if norm is None else norm(x.unflatten(1, (-1, self.head_dim))).flatten(1)

@@ -39,6 +39,7 @@ LLAMA_FIELDS: tuple[str, ...] = (
     "max_position_embeddings",
     "rope_theta",
     "rms_norm_eps",
+    "qk_norm",
     "tie_word_embeddings",
     "initializer_range",
     "bos_token_id",
@@ -80,6 +81,8 @@ class MoRConfig:
     """Base of the rotary embedding's wavelengths."""
     rms_norm_eps: NonNegativeFloat = 1e-5
     """Added to the mean square that RMSNorm divides by."""
+    qk_norm: bool = False
+    """Whether each query and key head is normalized before RoPE, as in Qwen3."""
     tie_word_embeddings: bool = True
     """Whether the head is the embedding."""
     initializer_range: NonNegativeFloat = 0.02

@@ -70,8 +70,10 @@ def depth_fractions_of(
 
 
 def num_layer_parameters(config: MoRConfig) -> int:
-    """Parameters of one layer with its norms, without LoRA pairs: matrices + 2 E."""
-    return num_layer_matrix_parameters(config) + 2 * config.hidden_size
+    """Parameters of one layer with its norms, without LoRA pairs: matrices + 2 E (+ 2 D)."""
+    _, _, dim = config.num_heads_and_dim
+    qk_norms = 2 * dim if config.qk_norm else 0
+    return num_layer_matrix_parameters(config) + 2 * config.hidden_size + qk_norms
 
 
 def num_layer_matrix_parameters(config: MoRConfig) -> int:
@@ -226,10 +228,13 @@ def activation_values_per_token(
 
     A layer keeps the inputs and outputs of its two norms (4 E), the rotated queries and keys, the
     values and attention's output (2 H D + 2 G D), and the SwiGLU's gate and up (2 I): what
-    `ops.memory_efficient` saves.
+    `ops.memory_efficient` saves. With `qk_norm` queries and keys also before their norms
+    ((H + G) D).
     """
     heads, kv_heads, dim = config.num_heads_and_dim
     layer = 4 * config.hidden_size + 2 * (heads + kv_heads) * dim + 2 * config.intermediate_size
+    if config.qk_norm:
+        layer += (heads + kv_heads) * dim
     there = depth_fractions if depth_fractions is not None else depth_fractions_of(config)
     unshared_layers = config.num_prelude_layers + config.num_coda_layers
     return (unshared_layers + config.num_block_layers * sum(there)) * layer

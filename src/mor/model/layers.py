@@ -1,30 +1,14 @@
 """The Llama layer: RMSNorm -> attention -> +residual -> RMSNorm -> SwiGLU -> +residual."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mor.model.attention import Attention, ForwardContext
 from mor.model.config import MoRConfig
 from mor.model.depth_lora import DepthLoRALinear
+from mor.model.norm import RMSNorm
 from mor.model.sharing import UNSHARED, LayerKey
-from mor.ops.memory_efficient import rms_norm, swiglu
-
-
-class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), the mean over the last axis, taken in fp32.
-
-    Zhang and Sennrich, arXiv 1910.07467. torch calls it `nn.RMSNorm`, transformers `LlamaRMSNorm`.
-    """
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Float[Tensor, "*n e"]) -> Float[Tensor, "*n e"]:
-        """Normalize the last axis."""
-        return rms_norm(x, self.weight, self.eps)
+from mor.ops.memory_efficient import swiglu
 
 
 class SwiGLU(nn.Module):

@@ -24,7 +24,8 @@ from mor.model.attention import (
 )
 from mor.model.config import MoRConfig
 from mor.model.depth_lora import DepthLoRALinear
-from mor.model.layers import Layer, RMSNorm
+from mor.model.layers import Layer
+from mor.model.norm import RMSNorm
 from mor.model.ragged_batch import RaggedBatch
 from mor.model.router import (
     ExpertChoiceRouter,

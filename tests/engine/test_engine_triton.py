@@ -52,7 +52,12 @@ def test_in_the_interpreter(kinds: str) -> None:
             pytest.param(
                 kind, (2, 7, 1), 3, 3, num_scheduler_steps, id=f"short-{kind}-{num_scheduler_steps}"
             )
-            for kind, num_scheduler_steps in (("expert", 1), ("expert_shared", 1), ("expert", 4))
+            for kind, num_scheduler_steps in (
+                ("expert", 1),
+                ("expert_shared", 1),
+                ("expert_qk_norm", 1),
+                ("expert", 4),
+            )
         ),
         *(
             pytest.param(

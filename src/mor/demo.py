@@ -1,8 +1,11 @@
-"""`mor demo`: the main job end to end, on text that every Python brings along.
+"""`Demo`: training, measuring and generating end to end, on the standard library's source.
 
 Trains a Mixture-of-Recursions model, its vanilla twin at equal training FLOPs, and the same model
-with random routing at equal tokens; measures them side by side; generates colored text. Each stage
-leaves its result in the output folder, so an interrupted demo goes on where it was.
+with random routing at equal tokens; measures them side by side; generates colored text.
+
+The output folder holds `data/` (the corpus), `mor/`, `vanilla/` and `random/` (the runs),
+`demo.json` (the plan, then the measurements) and `report.html`. Each stage leaves its result there,
+so a demo that was interrupted goes on where it was.
 """
 
 import json
@@ -52,9 +55,10 @@ BATCH_SIZE = 4
 NAMES = ("MoR", "vanilla", "random routing")
 _FOLDERS = ("mor", "vanilla", "random")
 _PROMPT = "def read_config(path):\n"
-_END_SHARE, _END_S = 0.15, 25.0  # of the time and in seconds, for evaluation and generation
-_MIN_STEPS = 20
-_ROUNDS = 3
+# Time that is left for evaluation and generation: this share of all, and at least so many seconds.
+_END_SHARE, _END_S = 0.15, 25.0
+_MIN_STEPS = 20  # of each run, however little time there is
+_ROUNDS = 3  # measurements in turns, of which the median counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +67,13 @@ class Demo:
 
     out: Path
     minutes: float
+    """The time that all of it should take."""
     screen: Console
 
     # -- state: what earlier stages left ----------------------------------------------------------
 
     def _read(self) -> dict[str, Any]:
+        """The state in `demo.json`: `minutes` and `steps` once planned, `runs` once measured."""
         path = self.out / "demo.json"
         if not path.exists():
             if self.out.exists() and any(self.out.iterdir()) and not (self.out / "data").exists():
@@ -90,7 +96,7 @@ class Demo:
     # -- the stages -----------------------------------------------------------------------------
 
     def run(self) -> int:
-        """All stages that are not done yet; returns the exit status."""
+        """Run all stages that are not done yet and show the result; returns the exit status."""
         started = time.monotonic()
         state = self._read()
         done = "runs" in state
@@ -113,6 +119,7 @@ class Demo:
         return 0
 
     def _prepare_text(self) -> None:
+        """Build the corpus, unless it is there."""
         corpus = self.out / "data"
         if (corpus / "index.json").is_file():
             return
@@ -127,15 +134,20 @@ class Demo:
         )
 
     def _plan(self, seconds: float) -> list[int]:
-        """Optimizer steps of each run that fill the time, measured on a few steps of each."""
+        """Optimizer steps of each run, in the order of NAMES, that fill the time together.
+
+        Measured on a few steps of each model.
+        """
         steppers = [
             Stepper(model_config(i), BATCH_SIZE, SEQUENCE_LENGTH) for i in range(len(NAMES))
         ]
         started = time.monotonic()
         with self.screen.status("measuring a few steps to plan the time ..."):
-            taken = [[timed(s.step) for s in steppers] for _ in range(1 + _ROUNDS)][1:]
-        step_s = [statistics.median(column) for column in zip(*taken, strict=True)]
-        share = flops_per_token(0) / flops_per_token(1)  # vanilla's steps for one of MoR's
+            rounds = [[timed(s.step) for s in steppers] for _ in range(1 + _ROUNDS)]
+        measured = rounds[1:]  # the first one warms up
+        step_s = [statistics.median(column) for column in zip(*measured, strict=True)]
+        # Vanilla takes so many steps for one of MoR's, at equal FLOPs; random routing just as many.
+        share = flops_per_token(0) / flops_per_token(1)
         left = seconds - (time.monotonic() - started)
         left = min(left * (1 - _END_SHARE), left - _END_S)
         steps = int(left / (step_s[0] + share * step_s[1] + step_s[2]))
@@ -167,6 +179,7 @@ class Demo:
         return True
 
     def _measure(self, steps: list[int]) -> dict[str, Any]:
+        """What `demo.json` gets at the end: machine, a summary of each run, a sample of MoR."""
         models = [load(self.out / folder) for folder in _FOLDERS]
         tokenizer = Tokenizer.load(self.out / "data")
         with self.screen.status("generating with each model in turns ..."):
@@ -191,11 +204,13 @@ class Demo:
     # -- showing --------------------------------------------------------------------------------
 
     def _show(self, state: dict[str, Any]) -> None:
+        """Print the comparison, the verdict and the sample, and write them to `report.html`."""
         runs = [RunSummary.from_dict(values) for values in state["runs"]]
         tokenizer = Tokenizer.load(self.out / "data")
         sample = state["sample"]
         pieces = tokenizer.pieces(sample["token_ids"])
         recursions = model_config(0).num_recursions
+        # A row per quantity, a column per model.
         table = RichTable("", *NAMES, box=None, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
@@ -207,6 +222,7 @@ class Demo:
         self.screen.print("a sample; each generated token as deep as it was computed:")
         self.screen.print(depth_legend(recursions), soft_wrap=True)
         self.screen.print(colored_text(pieces, sample["counts"], recursions), soft_wrap=True)
+        # The same for a browser.
         page = report_page(
             runs,
             ColoredText(
@@ -235,7 +251,7 @@ class Demo:
 
 
 def model_config(index: int) -> MoRConfig:
-    """The demo's models in the order of NAMES."""
+    """The config of one of the demo's models, numbered as in NAMES."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": SEQUENCE_LENGTH,
@@ -249,7 +265,7 @@ def model_config(index: int) -> MoRConfig:
 
 
 def train_config(index: int, steps: int, corpus: Path) -> TrainConfig:
-    """The training of one of the demo's models."""
+    """The training config of one of the demo's models."""
     return TrainConfig(
         model=model_config(index).to_dict(),
         data=str(corpus),
@@ -265,12 +281,12 @@ def train_config(index: int, steps: int, corpus: Path) -> TrainConfig:
 
 
 def flops_per_token(index: int) -> float:
-    """Training FLOPs of one token of one of the demo's models."""
+    """Training FLOPs per token of one of the demo's models."""
     return training_flops(model_config(index), SEQUENCE_LENGTH)
 
 
 def engine(model: MoRModel) -> LLM:
-    """An engine for the demo's small models; every prompt is computed, none remembered."""
+    """An engine without prefix caching: equal prompts are computed each time, as they are timed."""
     return LLM(
         model,
         EngineConfig(kv_cache_memory_bytes=2**28, max_num_seqs=32, enable_prefix_caching=False),
@@ -278,7 +294,7 @@ def engine(model: MoRModel) -> LLM:
 
 
 def generation_speeds(models: list[MoRModel], tokenizer: Tokenizer) -> list[float]:
-    """Tokens/s of each model, 32 sequences at a time, measured in turns."""
+    """Generated tokens per second of each model, 32 sequences at a time, measured in turns."""
     prompts = [tokenizer.encode(_PROMPT)] * 32
     params = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
 
@@ -287,14 +303,19 @@ def generation_speeds(models: list[MoRModel], tokenizer: Tokenizer) -> list[floa
 
     engines = [engine(model) for model in models]
     for llm in engines:
-        job(llm)()
+        job(llm)()  # compiles and allocates
     seconds = [[timed(job(llm)) for llm in engines] for _ in range(_ROUNDS)]
     num = len(prompts) * params.max_tokens
     return [num / statistics.median(column) for column in zip(*seconds, strict=True)]
 
 
 def summarize(index: int, model: MoRModel, run: Path, steps: int, speed: float) -> RunSummary:
-    """Read a finished run's metrics and add what the cost model says."""
+    """What the comparison shows of a finished run: its metrics and the cost model's numbers.
+
+    Args:
+        run: its folder.
+        speed: generated tokens per second.
+    """
     config = model.config
     rows = MetricsFile(run / "metrics.jsonl").rows()
     last = rows[-1]
@@ -322,7 +343,7 @@ def summarize(index: int, model: MoRModel, run: Path, steps: int, speed: float) 
 
 
 def verdict(runs: list[RunSummary]) -> str:
-    """What the numbers say, whichever way they went."""
+    """A sentence that compares MoR with vanilla and with random routing, whoever is better."""
     mor, vanilla, random = runs
 
     def against(other: RunSummary) -> str:

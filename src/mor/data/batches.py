@@ -1,4 +1,4 @@
-"""Reading token shards: as one long array, as batches for training, in order for evaluation.
+"""`TokenShards` and `Batches`: a corpus as one long array, as windows, and as training batches.
 
 `mor.data.shards` describes the files. Shape letters: B batch, T time.
 """
@@ -26,7 +26,7 @@ class TokenShards:
     def __init__(
         self, path: Path, split: str, index: CorpusIndex, arrays: Sequence[npt.NDArray[Any]]
     ) -> None:
-        """Use `open`; `arrays` are the tokens of the split's shards in order."""
+        """For `open`; `arrays` are the tokens of the split's shards in order."""
         self.path = path
         self.split = split
         self._index = index
@@ -35,7 +35,7 @@ class TokenShards:
 
     @classmethod
     def open(cls, path: Path | str, split: str = "train", verify: bool = True) -> "TokenShards":
-        """Memory-maps the shards of one split.
+        """Memory-map the shards of one split.
 
         Args:
             path: folder of the corpus.
@@ -76,7 +76,7 @@ class TokenShards:
 
     @property
     def eos_id(self) -> int:
-        """The id that follows each document."""
+        """The end-of-text id, which follows each document."""
         return self._index.eos_id
 
     def window(self, start: int, length: int) -> npt.NDArray[np.int64]:
@@ -91,7 +91,7 @@ class TokenShards:
                 f"{self.split!r}, which holds {self.num_tokens}."
             )
         tokens = np.empty(length, np.int64)
-        filled = 0
+        filled = 0  # a turn copies what lies in one shard
         while filled < length:
             shard = bisect_right(self._starts, start + filled) - 1
             offset = start + filled - self._starts[shard]
@@ -104,6 +104,7 @@ class TokenShards:
 def _map_shard(
     file: Path, shard: Shard, dtype: np.dtype[Any], verify: bool
 ) -> npt.NDArray[np.unsignedinteger]:
+    """The tokens of a shard, memory-mapped; DataError if they are not what the index says."""
     expected_bytes = shard.num_tokens * dtype.itemsize
     try:
         num_bytes = file.stat().st_size
@@ -129,7 +130,7 @@ def _map_shard(
 
 
 def _count_windows(shards: TokenShards, sequence_length: int) -> int:
-    """How many windows of sequence_length + 1 tokens fit, each one sequence_length after the last.
+    """Number of windows of T + 1 tokens that start at 0, T, 2 T, ...
 
     Neighbors share a token: the last target of one is the first input of the next.
     """
@@ -203,9 +204,9 @@ def stack_rows(
 
 
 class Batches:
-    """Batches in an order that only the seed and the batch number decide.
+    """Batches in an endless order that the seed and the batch number alone decide.
 
-    So a run resumes from one number, and needs no other state. Every window comes once per epoch,
+    So a run resumes from one number and needs no other state. Every window comes once per epoch,
     in an order that differs from epoch to epoch; a batch may span the end of an epoch.
     """
 
@@ -219,7 +220,7 @@ class Batches:
         shuffle: bool = True,
         stream: int = 0,
     ) -> None:
-        """Cuts `shards` into windows.
+        """Cut `shards` into windows of T + 1 tokens.
 
         Args:
             sequence_length: T, the tokens that a sequence predicts.
@@ -260,7 +261,7 @@ class Batches:
         return self._shards.window(window * self._sequence_length, self._sequence_length + 1)
 
     def _window_at(self, position: int) -> int:
-        """Which window is the one at `position` in the endless sequence of epochs."""
+        """Number of the window at `position` of the endless order."""
         epoch, offset = divmod(position, self.num_windows)
         if not self._shuffle:
             return offset

@@ -1,4 +1,4 @@
-"""Text into token shards; `mor.data.shards` describes the files.
+"""Builds of a corpus: text into token shards, whose files `mor.data.shards` describes.
 
 The documents are read twice. The first pass finds every unreadable line before any work is done,
 trains the tokenizer if one is wanted, and sees which documents to hold out; the second encodes and
@@ -27,7 +27,7 @@ _BYTES_PER_WORKER = 2**25  # of sources; less is not worth a process
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What a build has written."""
+    """Numbers of documents, tokens and shards that a build has written."""
 
     path: Path
     vocab_size: int
@@ -56,7 +56,7 @@ def build_corpus(
     workers: int | None = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
-    """Tokenizes files into the corpus `out`, which appears whole or not at all.
+    """Tokenize files into the corpus `out`, which appears whole or not at all.
 
     A build that is cut off leaves `out.partial`, from which the same call goes on.
 
@@ -84,11 +84,12 @@ def build_corpus(
     )
     validation_split = ValidationSplit(0.0 if valid else valid_fraction, seed)
     encoder = None if tokenizer is None else _load_encoder(tokenizer)
-    learned = train_tokenizer if encoder is None else _digest(encoder)
-    plan = [learned, valid_fraction, seed, shard_tokens, text_field, documents.plan()]
+    # Everything the corpus depends on: a build that was cut off goes on only with the same plan.
+    tokenizer_id = train_tokenizer if encoder is None else _digest(encoder)
+    plan = [tokenizer_id, valid_fraction, seed, shard_tokens, text_field, documents.plan()]
     with open_journal(out, [INDEX_VERSION, *plan]) as journal:
         encoder = _prepare(journal, documents, validation_split, encoder, train_tokenizer)
-        writing = CorpusWriter(
+        writer = CorpusWriter(
             folder=journal.folder / CORPUS_FOLDER,
             read=documents.after,
             encoder=encoder,
@@ -98,7 +99,8 @@ def build_corpus(
             progress=progress,
             journal=journal,
         )
-        finish(writing.folder, index := writing.run(), out, overwrite)
+        index = writer.run()
+        finish(writer.folder, index, out, overwrite)
     return _summarize(out, index, validation_split)
 
 
@@ -109,7 +111,10 @@ def _prepare(
     encoder: Tokenizer | None,
     train_tokenizer: int | None,
 ) -> Tokenizer:
-    """All before the second pass, as far as the journal does not say that it is done."""
+    """The tokenizer, after all that comes before the second pass.
+
+    Datasets on the hub are fetched; documents are surveyed, unless the journal has the survey.
+    """
     if documents.on_hub:
         journal.record("fetching", documents.on_hub)
         documents.fetch(journal.folder / "hub")
@@ -127,7 +132,7 @@ def _prepare(
 
 
 def _workers_for(documents: SourceDocuments) -> int:
-    """A process for each core, or for each so many bytes of text if they are fewer."""
+    """Number of workers: one per core, but at most one per 2**25 bytes of sources."""
     size = sum(file.path.stat().st_size for file in documents.files)
     return max(1, min(os.cpu_count() or 1, size // _BYTES_PER_WORKER))
 
@@ -144,7 +149,7 @@ def build_from_documents(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
-    """Tokenizes documents into the corpus `out`, which appears whole or not at all.
+    """Tokenize documents into the corpus `out`, which appears whole or not at all.
 
     Args:
         documents: iterated twice; a one-shot iterator is first put into a list.
@@ -173,7 +178,7 @@ def build_from_documents(
     encoder = None if tokenizer is None else _load_encoder(tokenizer)
     encoder = _survey(documents, validation_split, encoder, train_tokenizer)
     with staged(out) as folder:
-        writing = CorpusWriter(
+        writer = CorpusWriter(
             folder=folder,
             read=lambda number: documents,
             encoder=encoder,
@@ -181,7 +186,7 @@ def build_from_documents(
             shard_tokens=shard_tokens,
             progress=progress,
         )
-        index = writing.run()
+        index = writer.run()
         (folder / TOKENIZER_FILE).write_text(encoder.to_json(), encoding="utf-8")
         finish(folder, index, out, overwrite)
     return _summarize(out, index, validation_split)
@@ -193,19 +198,24 @@ def _survey(
     encoder: Tokenizer | None,
     train_tokenizer: int | None,
 ) -> Tokenizer:
-    """Read all documents once: find what is wrong, what to hold out, and the words to learn."""
+    """The first pass: count the documents, find unreadable ones, train the tokenizer.
+
+    Returns:
+        `encoder`, or the one trained on the documents that are not held out as a whole.
+    """
     texts = validation_split.survey(documents)
     if encoder is None:
         assert train_tokenizer is not None
         encoder = Tokenizer.train(texts, train_tokenizer)
     else:
-        deque(texts, maxlen=0)
+        deque(texts, maxlen=0)  # reads all, keeps none
     if not validation_split.num_documents:
         raise DataError("no document has text: every one is empty, or there is none.")
     return encoder
 
 
 def _digest(encoder: Tokenizer) -> str:
+    """A short text that differs between tokenizers."""
     return hashlib.blake2b(encoder.to_json().encode(), digest_size=16).hexdigest()
 
 
@@ -233,6 +243,7 @@ def _check_positive(**values: int | None) -> None:
 
 
 def _load_encoder(path: Path) -> Tokenizer:
+    """The tokenizer at `path`; DataError if it has no end-of-text token."""
     encoder = Tokenizer.load(path)
     try:
         _ = encoder.eos_id  # here, where it can be said which tokenizer has none

@@ -1,4 +1,4 @@
-"""Documents to token ids, in order, by one process or by many: the same ids either way."""
+"""Documents into token ids, in order, by one process or by many: the ids are the same."""
 
 import os
 import re
@@ -32,16 +32,18 @@ Ids = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a document that is encoded in one go."""
+    """A part of a document that is encoded in one call."""
 
     document: Document
     text: str
     is_last: bool
+    """Whether the document ends with it."""
     number: int
-    """Of the document among all, those without text included."""
+    """The document's, counting those without text as well."""
 
 
 def _segments(document: Document, number: int) -> Iterator[Segment]:
+    """The document in parts of at least 2**18 characters, cut where no token can span the cut."""
     start = 0
     while cut := _CUT.search(document.text, start + _SEGMENT_CHARACTERS):
         yield Segment(document, document.text[start : cut.start()], False, number)
@@ -50,7 +52,7 @@ def _segments(document: Document, number: int) -> Iterator[Segment]:
 
 
 def batched_segments(documents: Iterable[Document], first: int = 0) -> Iterator[list[Segment]]:
-    """Parts of all documents with text, in batches that are encoded at a time.
+    """Segments of all documents with text, in batches of about 2**20 characters.
 
     Args:
         first: number of the first document.
@@ -92,10 +94,11 @@ def encode_in_order(
             for batch in batches:
                 texts = [segment.text for segment in batch]
                 waiting.append((batch, pool.submit(encode, texts)))
+                # Two batches per worker keep all of them busy, and memory bounded.
                 if len(waiting) > 2 * workers:
-                    yield from _first(waiting)
+                    yield from _first_result(waiting)
             while waiting:
-                yield from _first(waiting)
+                yield from _first_result(waiting)
         except BrokenProcessPool as error:
             raise CapacityError(
                 f"one of {workers} workers died, mostly for want of memory: take fewer workers; "
@@ -103,9 +106,10 @@ def encode_in_order(
             ) from error
 
 
-def _first(
+def _first_result(
     waiting: deque[tuple[list[Segment], Future[list[Ids]]]],
 ) -> Iterator[tuple[Segment, Ids]]:
+    """Take the oldest batch out of `waiting`, and wait for its ids."""
     batch, future = waiting.popleft()
     return zip(batch, future.result(), strict=True)
 
@@ -117,7 +121,7 @@ def _encode(encoder: Tokenizer, batch: list[Segment]) -> list[Ids]:
 
 @contextmanager
 def _pool(encoder: Tokenizer, workers: int) -> Generator[ProcessPoolExecutor, None, None]:
-    """Processes that each hold the tokenizer; they encode with one thread each."""
+    """Context with a pool of processes that each hold the tokenizer and encode with one thread."""
     before = os.environ.get(_NO_THREADS)
     os.environ[_NO_THREADS] = "false"  # inherited when a worker starts
     context = get_context("spawn")  # a fork would copy the threads' locks

@@ -1,7 +1,8 @@
 """Datasets of the Hugging Face hub, streamed into local files before a corpus is built of them.
 
-A build reads its documents twice and may be cut off at any time; the hub is asked once. Documents
-are kept in packed files of 10,000; a fetch that was cut off skips those that are there.
+A build reads its documents twice and may be cut off at any time, so it reads local copies:
+`000000.jsonl.zst` and so on, of 10,000 documents each. A fetch that was cut off goes on after the
+last of them.
 """
 
 import json
@@ -17,8 +18,8 @@ from mor.io.atomic_files import write_file
 
 PREFIX = "hf:"
 _FORM = re.compile(r"hf:(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
-_CHUNK = 10_000  # documents in a file
-_DONE = "complete.json"
+_FILE_DOCUMENTS = 10_000  # in each file but the last
+_COMPLETE_FILE = "complete.json"  # written when the last file is there
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class HubDataset:
 
     @classmethod
     def parse(cls, text: str) -> "HubDataset":
-        """Read `hf:OWNER/NAME`, `hf:OWNER/NAME:CONFIG`, `hf:OWNER/NAME@SPLIT` or all three.
+        """Parse `hf:OWNER/NAME`, `hf:OWNER/NAME:CONFIG`, `hf:OWNER/NAME@SPLIT` or all three.
 
         Raises:
             ConfigError: another form.
@@ -54,6 +55,10 @@ def fetch(
 ) -> list[Path]:
     """Stream the texts into `folder` as `.jsonl.zst`, going on where an earlier call was cut off.
 
+    Args:
+        text_field: the column that holds the text, and the field in the files.
+        max_documents: the most documents to take; None: all.
+
     Returns:
         The files in order.
 
@@ -68,25 +73,26 @@ def fetch(
         raise MissingExtraError("zstandard", "data") from error
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(folder.glob("*.jsonl.zst"))
-    if (folder / _DONE).is_file():
+    if (folder / _COMPLETE_FILE).is_file():
         return files
-    done = len(files) * _CHUNK
+    # Files appear whole (`write_file`), and only the last one may hold fewer.
+    done = len(files) * _FILE_DOCUMENTS
     rows = _rows(dataset, text_field, done, max_documents)
-    while True:
-        texts = _next(dataset, rows, text_field, done)
+    while True:  # one file per turn; a short one, which may be empty, is the last
+        texts = _next_texts(dataset, rows, text_field, done)
         if texts:
             data = "".join(json.dumps({text_field: text}) + "\n" for text in texts)
             file = folder / f"{len(files):06d}.jsonl.zst"
             write_file(file, zstandard.ZstdCompressor().compress(data.encode()))
             files.append(file)
             done += len(texts)
-        if len(texts) < _CHUNK:
-            write_file(folder / _DONE, json.dumps({"documents": done}).encode())
+        if len(texts) < _FILE_DOCUMENTS:
+            write_file(folder / _COMPLETE_FILE, json.dumps({"documents": done}).encode())
             return files
 
 
 def _rows(dataset: HubDataset, text_field: str, skip: int, maximum: int | None) -> Any:
-    """An iterator over the dataset's rows, without the first ones."""
+    """An iterator over the dataset's rows from number `skip` on, up to number `maximum`."""
     try:
         import datasets
     except ImportError as error:
@@ -106,11 +112,15 @@ def _rows(dataset: HubDataset, text_field: str, skip: int, maximum: int | None) 
     return rows if maximum is None else islice(rows, max(0, maximum - skip))
 
 
-def _next(dataset: HubDataset, rows: Any, text_field: str, done: int) -> list[str]:
-    """The texts of the next file; fewer than it can hold at the end."""
+def _next_texts(dataset: HubDataset, rows: Any, text_field: str, done: int) -> list[str]:
+    """The texts of the next file; fewer than 10,000 at the end.
+
+    Args:
+        done: rows before them, for the row numbers in messages.
+    """
     texts: list[str] = []
     try:
-        for row in islice(rows, _CHUNK):
+        for row in islice(rows, _FILE_DOCUMENTS):
             where = f"{dataset}, row {done + len(texts) + 1}"
             check_field(where, text_field, row)
             texts.append(check_text(where, text_field, row[text_field]))

@@ -1,6 +1,10 @@
-"""What a run reads: one corpus, or several mixed by weight. Shape letters: B batch, T time."""
+"""Corpora mixed by weight: batches of them, and windows to evaluate on.
+
+Shape letters: B batch, T time.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,19 +15,31 @@ from mor.data.batches import Batches, TokenShards, spread_windows, stack_rows
 from mor.errors import ConfigError
 
 SEQUENCES_PER_CYCLE = 1000
-"""Sequences of a mixture in which every corpus has exactly its share, rounded to a thousandth."""
+"""Sequences after which every corpus has had exactly its share, rounded to a thousandth."""
+
+
+class _Cycle(NamedTuple):
+    """The order of corpora in one cycle of `SEQUENCES_PER_CYCLE` sequences."""
+
+    number: int
+    sources: npt.NDArray[np.int64]
+    """(cycle,) the corpus of each sequence."""
+    ranks: npt.NDArray[np.int64]
+    """(cycle,) how many sequences of the same corpus come before it in the cycle."""
 
 
 def sequence_quotas(weights: Sequence[float], total: int = SEQUENCES_PER_CYCLE) -> list[int]:
-    """`total` dealt out by weight, to the nearest whole numbers, at least 1 to each.
+    """Whole numbers near weight / sum(weights) * total that add up to `total`, each at least 1.
 
     Raises:
-        ConfigError: there is not enough for all.
+        ConfigError: there are more weights than `total`.
     """
     if len(weights) > total:
         raise ConfigError(f"{len(weights)} corpora cannot share {total} sequences: mix fewer.")
     exact = [weight / sum(weights) * total for weight in weights]
     counts = [max(1, int(share)) for share in exact]
+    # Rounding down leaves some over; the minimum of 1 may have given out too many. Each step
+    # changes the count that is furthest from its exact share.
     while (missing := total - sum(counts)) != 0:
         sign = 1 if missing > 0 else -1
         able = [i for i, count in enumerate(counts) if count + sign > 0]
@@ -34,9 +50,9 @@ def sequence_quotas(weights: Sequence[float], total: int = SEQUENCES_PER_CYCLE) 
 class MixedBatches:
     """Batches of several corpora, in an order that only the seed and the batch number decide.
 
-    The order is made of blocks of 1,000 sequences. In each a corpus has its share, in a place of
-    its own in every block; the k-th sequence that it gives is the k-th of its own endless order
-    (see `Batches`), so a small corpus comes round more often than a large one.
+    The order is made of cycles of 1,000 sequences. Each cycle holds every corpus's share, shuffled
+    anew; the k-th sequence of a corpus in the whole order is the k-th of its own endless order
+    (`Batches.row`), so a small corpus is repeated more often than a large one.
     """
 
     def __init__(
@@ -55,11 +71,11 @@ class MixedBatches:
         self._parts = parts
         self._batch_size = batch_size
         self._seed = seed
-        self._block: tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
+        self._cycle: _Cycle | None = None  # the latest one; runs read forward
 
     @property
     def num_windows(self) -> int:
-        """Windows of all corpora."""
+        """Windows of all corpora together."""
         return sum(part.num_windows for part in self._parts)
 
     def at(self, index: int) -> Tensor:
@@ -77,24 +93,32 @@ class MixedBatches:
 
     def source_of(self, position: int) -> tuple[int, int]:
         """Which corpus the sequence at `position` is from, and its position in that one's order."""
-        block, offset = divmod(position, SEQUENCES_PER_CYCLE)
-        if self._block is None or self._block[0] != block:
-            dealt = np.repeat(np.arange(len(self.counts)), self.counts)
-            order = np.random.default_rng((self._seed, block, 0, 1)).permutation(dealt)
-            ranks = np.empty(SEQUENCES_PER_CYCLE, np.int64)
-            for source, count in enumerate(self.counts):
-                ranks[order == source] = np.arange(count)
-            self._block = (block, order, ranks)
-        source = int(self._block[1][offset])
-        return source, block * self.counts[source] + int(self._block[2][offset])
+        number, offset = divmod(position, SEQUENCES_PER_CYCLE)
+        if self._cycle is None or self._cycle.number != number:
+            self._cycle = self._shuffle(number)
+        source = int(self._cycle.sources[offset])
+        # Every earlier cycle has taken `counts` sequences of it.
+        return source, number * self.counts[source] + int(self._cycle.ranks[offset])
+
+    def _shuffle(self, number: int) -> _Cycle:
+        unshuffled = np.repeat(np.arange(len(self.counts)), self.counts)
+        # `Batches` seeds with three numbers; a fourth that is not 0 draws something else.
+        sources = np.random.default_rng((self._seed, number, 0, 1)).permutation(unshuffled)
+        ranks = np.empty(SEQUENCES_PER_CYCLE, np.int64)
+        for source, count in enumerate(self.counts):
+            ranks[sources == source] = np.arange(count)
+        return _Cycle(number=number, sources=sources, ranks=ranks)
 
 
 def spread_mixture(
     shards: Sequence[TokenShards], weights: Sequence[float], length: int, num_windows: int
 ) -> Tensor:
-    """At most `num_windows` windows of all corpora by weight, at least one of each: (B, T + 1).
+    """(B, T + 1): at most `num_windows` windows, shared out over the corpora by weight.
 
-    Each corpus's are evenly spread over it.
+    Each corpus gives at least one; its windows are evenly spread over it.
+
+    Args:
+        length: T.
 
     Raises:
         DataError: a split is too short for one window.

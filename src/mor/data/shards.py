@@ -1,4 +1,4 @@
-"""The files of a tokenized corpus.
+"""The files of a tokenized corpus: their index, `CorpusIndex`, and `ShardWriter`.
 
 A corpus is a folder that `mor.data.corpus` writes and `mor.data.batches` reads:
 
@@ -35,7 +35,7 @@ _DTYPES = MappingProxyType({"uint16": "<u2", "uint32": "<u4"})
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index says about one `.bin` file."""
+    """The index's entry of one `.bin` file; the fields' names are its keys."""
 
     __no_type_check__ = True  # values come from a file: CorpusIndex.read checks them
 
@@ -47,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """`index.json`: everything about a corpus but the tokens."""
+    """`index.json`: the vocabulary of a corpus and its shards by split."""
 
     vocab_size: int
     eos_id: int
@@ -61,7 +61,7 @@ class CorpusIndex:
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
-        """`dtype` with the byte order of the files."""
+        """numpy's type of the files: `dtype`, little-endian."""
         return np.dtype(_DTYPES[self.dtype])
 
     def to_json(self) -> str:
@@ -90,6 +90,7 @@ class CorpusIndex:
 
 
 def _parse_index(fields: Any) -> CorpusIndex:
+    """The index from parsed JSON; KeyError, TypeError or ValueError if it cannot be one."""
     if fields["version"] != INDEX_VERSION:
         raise ValueError(f"version {fields['version']}, this mor reads {INDEX_VERSION}")
     index = CorpusIndex(
@@ -103,7 +104,7 @@ def _parse_index(fields: Any) -> CorpusIndex:
     if fields["dtype"] != index.dtype:
         raise ValueError(f"dtype {fields['dtype']} does not fit vocab_size {index.vocab_size}")
     for shard in (shard for shards in index.splits.values() for shard in shards):
-        if Path(shard.file).name != shard.file:
+        if Path(shard.file).name != shard.file:  # a foreign index must not name files elsewhere
             raise ValueError(f"shard {shard.file!r} does not lie in the folder of the index")
         numbers = (shard.num_tokens, shard.num_documents, shard.crc32)
         if not all(isinstance(number, int) for number in numbers) or min(numbers[:2]) < 1:
@@ -119,7 +120,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, split: str, index: CorpusIndex, shard_tokens: int) -> None:
-        """Writes to `folder` what `index` says about ids; no file before the first document."""
+        """Write to `folder` with the id type of `index`; no file before the first document."""
         self.shards: list[Shard] = []
         self._folder = folder
         self._split = split
@@ -127,7 +128,8 @@ class ShardWriter:
         self._eos_id = index.eos_id
         self._shard_tokens = shard_tokens
         self._file: BinaryIO | None = None
-        self._starts = array("q")
+        # Of the shard that is being written:
+        self._starts = array("q")  # where each of its documents starts, int64
         self._num_tokens = 0
         self._crc32 = 0
         self._inside_document = False
@@ -151,11 +153,11 @@ class ShardWriter:
 
     @property
     def num_written(self) -> int:
-        """Tokens of all shards so far."""
+        """Tokens of the split so far, those of the open shard included."""
         return sum(shard.num_tokens for shard in self.shards) + self._num_tokens
 
     def state(self) -> dict[str, Any] | None:
-        """What is on disk when this returns, for `restore`; None inside a document."""
+        """How far the shards are, for `restore`; on disk when this returns. None in a document."""
         if self._inside_document:
             return None
         if self._file is not None:
@@ -164,14 +166,14 @@ class ShardWriter:
         return {"shards": [asdict(shard) for shard in self.shards], "tokens": self._num_tokens}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on after a state; what was written later is forgotten.
+        """Go on after a state; what was written later is cut off.
 
         Raises:
             OSError: the shard cannot be read.
             DataError: it has fewer tokens than the state says.
         """
         self.shards = [Shard(**shard) for shard in state["shards"]]
-        if not state["tokens"]:
+        if not state["tokens"]:  # it ended with a complete shard
             return
         path = self._folder / f"{self._name}.bin"
         tokens = np.fromfile(path, self._dtype, state["tokens"])
@@ -188,7 +190,7 @@ class ShardWriter:
         self._num_tokens, self._crc32 = len(tokens), zlib.crc32(tokens.tobytes())
 
     def write(self, ids: Sequence[int] | npt.NDArray[Any], ends_document: bool) -> None:
-        """Appends a document or a part of one; an end-of-text id follows its end.
+        """Append a document or a part of one; the end-of-text id is added after its end.
 
         Raises:
             OSError: the disk is full, or the like.

@@ -1,7 +1,8 @@
-"""Documents out of files: `.txt` and its kin, `.jsonl`, `.jsonl.zst`, `.parquet`; out of folders
-saved by Hugging Face's `datasets`, and out of datasets on its hub.
+"""`SourceDocuments`: the documents of text files, JSON lines, tables and datasets.
 
-Every complaint names the file and, where there is one, the line.
+Sources are `.txt` and other text files, `.jsonl`, `.jsonl.zst`, `.parquet`, folders of them,
+folders saved by Hugging Face's `datasets`, and datasets on its hub. Every error names the file and,
+where there is one, the line.
 """
 
 import json
@@ -33,16 +34,16 @@ _ZSTD_CHUNK_BYTES = 2**16  # packed bytes at a time, so that unpacked ones stay 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that belongs together: tokens of it never mix with those of another."""
+    """One text: the unit that is held out or trained on, and that end-of-text ids separate."""
 
     name: str
     """Decides whether the document is held out, so it should not change from build to build."""
     text: str
     split: str | None = None
-    """The split that its source was named for; None: by chance."""
+    """The split that its source was given for; None: `ValidationSplit` chooses."""
 
     def __post_init__(self) -> None:
-        """Checks the text.
+        """Check the text.
 
         Raises:
             DataError: it is not valid Unicode; JSON can smuggle in half a surrogate pair.
@@ -65,8 +66,8 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class _OnHub:
-    """A dataset that is not here yet."""
+class _HubSource:
+    """A dataset on the hub that has not been fetched."""
 
     dataset: HubDataset
     split: str | None
@@ -87,12 +88,12 @@ class SourceDocuments:
         valid: Sequence[Path | str] = (),
         hub_documents: int | None = None,
     ) -> None:
-        """Finds the files; reads none.
+        """Find the files without reading them.
 
         Args:
             sources: files, folders, and hub datasets as `hf:OWNER/NAME:CONFIG@SPLIT`.
             text_field: the field or column that holds the text.
-            valid: more of them, whose documents are all held out.
+            valid: more sources, whose documents are all held out.
             hub_documents: the most documents to take of each dataset on the hub.
 
         Raises:
@@ -104,11 +105,11 @@ class SourceDocuments:
         self.sources = tuple(map(str, (*sources, *valid)))
         self.text_field = text_field
         self._hub_documents = hub_documents
-        self._places: list[SourceFile | _OnHub] = []
+        self._places: list[SourceFile | _HubSource] = []
         for number, source in enumerate(self.sources):
             split = "valid" if number >= len(sources) else None
             if source.startswith(PREFIX):
-                self._places.append(_OnHub(HubDataset.parse(source), split))
+                self._places.append(_HubSource(HubDataset.parse(source), split))
                 continue
             try:
                 found = _find_files(Path(source))
@@ -116,7 +117,7 @@ class SourceDocuments:
                 raise _unreadable(Path(source), error) from error
             self._places += [SourceFile(file.path, file.name, split) for file in found]
         self.counts: list[int] = []
-        """Documents of the files that have been read to their end, from the first file on."""
+        """Number of documents in each file that has been read to its end, from the first file."""
 
     @property
     def files(self) -> list[SourceFile]:
@@ -125,14 +126,14 @@ class SourceDocuments:
 
     @property
     def on_hub(self) -> list[str]:
-        """Datasets on the hub that are not fetched."""
-        return [str(place.dataset) for place in self._places if isinstance(place, _OnHub)]
+        """Names of the datasets on the hub that have not been fetched."""
+        return [str(place.dataset) for place in self._places if isinstance(place, _HubSource)]
 
     def plan(self) -> list[list[Any]]:
-        """What the sources are, as plain data: another plan means other documents."""
+        """The sources as plain data, with sizes and times: another plan means other documents."""
         plan: list[list[Any]] = []
         for place in self._places:
-            if isinstance(place, _OnHub):
+            if isinstance(place, _HubSource):
                 plan.append([str(place.dataset), self._hub_documents, place.split])
                 continue
             stat = place.path.stat()
@@ -144,9 +145,11 @@ class SourceDocuments:
         """Stream datasets of the hub into `folder`, and read those files from now on.
 
         Raises:
-            DataError, MissingExtraError, OSError: see `hub.fetch`.
+            DataError: a dataset cannot be loaded, has no such column, or a row holds no text.
+            MissingExtraError: `datasets` or `zstandard` is not installed.
+            OSError: the files cannot be written.
         """
-        places: list[SourceFile | _OnHub] = []
+        places: list[SourceFile | _HubSource] = []
         for number, place in enumerate(self._places):
             if isinstance(place, SourceFile):
                 places.append(place)
@@ -162,7 +165,7 @@ class SourceDocuments:
         self._places = places
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents.
+        """Yield all documents.
 
         Raises:
             DataError: a file, a line or a row cannot be read, named with the cause and the cure; or
@@ -180,15 +183,17 @@ class SourceDocuments:
             )
 
     def after(self, number: int) -> Iterator[Document]:
-        """The documents but for the first ones; files that `counts` knows are skipped unread.
+        """The documents without the first `number`; files whose `counts` are known are skipped.
 
         Raises:
-            DataError, MissingExtraError: see `__iter__`.
+            DataError: a file, a line or a row cannot be read, or a dataset has not been fetched.
+            MissingExtraError: a `.jsonl.zst` needs zstandard, tables need pyarrow or datasets.
         """
         if self.on_hub:
             raise DataError(
                 f"{self.on_hub[0]}: is on the hub: make a corpus of it with `mor data build`."
             )
+        # `number` falls by the documents of each file, to those to skip in the files after it.
         for place, file in enumerate(self.files):
             if place < len(self.counts) and number >= self.counts[place]:
                 number -= self.counts[place]
@@ -204,6 +209,7 @@ class SourceDocuments:
 
 
 def _find_files(source: Path) -> list[SourceFile]:
+    """The files of one source; DataError if there is none that can be read."""
     if source.is_dir() and is_saved_dataset(source):
         return [SourceFile(source, source.name)]
     if source.is_dir():
@@ -274,6 +280,7 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 
 
 def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines, without their ends, of bytes that come in chunks."""
     parts: list[bytes] = []  # of a line that is not complete yet
     for chunk in chunks:
         head, *rest = chunk.split(b"\n")
@@ -285,6 +292,7 @@ def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _unpack_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The unpacked content in chunks; DataError if it is damaged or cut off."""
     try:
         import zstandard
     except ImportError as error:
@@ -302,6 +310,7 @@ def _unpack_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
                     f"{path}: not readable as zstd ({error}): check it with `zstd --test`, "
                     "and copy or pack it again."
                 ) from error
+            # What follows a frame's end is the next frame's start.
             packed = frame.unused_data if frame.eof else b""
             if frame.eof:
                 frame = None

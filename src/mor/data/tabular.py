@@ -1,6 +1,6 @@
-"""Texts out of tables: parquet files, and folders that Hugging Face's `datasets` has saved.
+"""Texts of parquet files, and of folders that `save_to_disk` of Hugging Face's `datasets` wrote.
 
-Every complaint names the file and, where there is one, the row, numbered from 1.
+Every error names the file and, where there is one, the row, numbered from 1.
 """
 
 import json
@@ -11,17 +11,18 @@ from typing import Any
 from mor.errors import DataError, MissingExtraError, nearest
 
 PARQUET_SUFFIX = ".parquet"
-_ROWS = 1000  # read at a time
-_ONE, _MANY = "state.json", "dataset_dict.json"  # what save_to_disk leaves: a dataset, several
+_BATCH_ROWS = 1000  # read at a time
+_DATASET_FILE = "state.json"  # in a folder that a dataset was saved to
+_DATASET_DICT_FILE = "dataset_dict.json"  # in one that a dictionary of splits was saved to
 
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` of a dataset, or of a dictionary of them, has written this folder."""
-    return (folder / _ONE).is_file() or (folder / _MANY).is_file()
+    return (folder / _DATASET_FILE).is_file() or (folder / _DATASET_DICT_FILE).is_file()
 
 
 def parquet_texts(path: Path, text_field: str) -> Iterator[str]:
-    """The texts of a parquet file's rows.
+    """The texts of a parquet file's rows, in order.
 
     Raises:
         DataError: it cannot be read, has no such column, or a row holds no text.
@@ -35,7 +36,7 @@ def parquet_texts(path: Path, text_field: str) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             check_field(str(path), text_field, file.schema_arrow.names)
-            batches = file.iter_batches(batch_size=_ROWS, columns=[text_field])
+            batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=[text_field])
             columns = (batch.column(0).to_pylist() for batch in batches)
             yield from _checked(str(path), columns, text_field)
     except (OSError, pa.ArrowException) as error:
@@ -45,7 +46,7 @@ def parquet_texts(path: Path, text_field: str) -> Iterator[str]:
 
 
 def dataset_texts(folder: Path, text_field: str) -> Iterator[str]:
-    """The texts of the rows of a saved dataset; of several splits, those of `train`.
+    """The texts of a saved dataset's rows, in order; of a dictionary of splits, those of `train`.
 
     Raises:
         DataError: it cannot be read, has no such column, or a row holds no text.
@@ -55,12 +56,12 @@ def dataset_texts(folder: Path, text_field: str) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise MissingExtraError("datasets", "data") from error
-    folder = _split_of(folder)
+    folder = _train_split(folder)
     try:
         rows: Any = datasets.load_from_disk(str(folder))
         check_field(str(folder), text_field, rows.column_names)
         rows = rows.select_columns([text_field])
-        columns = (batch[text_field] for batch in rows.iter(batch_size=_ROWS))
+        columns = (batch[text_field] for batch in rows.iter(batch_size=_BATCH_ROWS))
         yield from _checked(str(folder), columns, text_field)
     except DataError:
         raise
@@ -71,13 +72,16 @@ def dataset_texts(folder: Path, text_field: str) -> Iterator[str]:
         ) from error
 
 
-def _split_of(folder: Path) -> Path:
-    if (folder / _ONE).is_file():
+def _train_split(folder: Path) -> Path:
+    """The folder itself if it holds one dataset, otherwise its split `train`."""
+    if (folder / _DATASET_FILE).is_file():
         return folder
     try:
-        splits = json.loads((folder / _MANY).read_text(encoding="utf-8"))["splits"]
+        splits = json.loads((folder / _DATASET_DICT_FILE).read_text(encoding="utf-8"))["splits"]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / _MANY}: not readable ({error}): save it again.") from error
+        raise DataError(
+            f"{folder / _DATASET_DICT_FILE}: not readable ({error}): save it again."
+        ) from error
     if "train" not in splits:
         raise DataError(
             f"{folder}: holds the splits {', '.join(splits)} but no train: name the folder of the "
@@ -97,7 +101,7 @@ def check_field(where: str, text_field: str, known: Iterable[str]) -> None:
 
 
 def check_text(where: str, text_field: str, value: object) -> str:
-    """The value if it is text; DataError if not."""
+    """Return the value if it is a string, raise DataError if not."""
     if not isinstance(value, str):
         raise DataError(
             f"{where}: the field {text_field!r} holds a value of type {type(value).__name__}: "
@@ -107,6 +111,7 @@ def check_text(where: str, text_field: str, value: object) -> str:
 
 
 def _checked(where: str, columns: Iterable[Iterable[object]], text_field: str) -> Iterator[str]:
+    """The values of batches of one column, each checked to be a string."""
     number = 0
     for column in columns:
         for value in column:

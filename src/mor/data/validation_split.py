@@ -1,4 +1,8 @@
-"""Which documents are held out for validation."""
+"""`ValidationSplit`: which documents are held out for validation.
+
+A document is held out if the hash of its name and the seed, as a number in [0, 1), is below the
+fraction: the choice does not depend on the other documents, nor on their order.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,7 +12,7 @@ from mor.data.sources import Document
 
 
 class ValidationSplit:
-    """Decides which documents go to the `valid` split, after a survey of all of them."""
+    """Counts the documents in a first pass (`survey`), tells each one's split in a second."""
 
     def __init__(self, fraction: float, seed: int) -> None:
         """Args:
@@ -19,14 +23,16 @@ class ValidationSplit:
         self.num_empty = 0
         self._fraction = fraction
         self._seed = seed
-        # The documents that stand for their split even if the fraction would leave it empty.
-        self._lowest: tuple[float, int] = (2.0, -1)  # score and number
+        # Score and number of two documents: that of the lowest score is held out and that of the
+        # highest is trained on, whatever the fraction, so that neither split is empty.
+        self._lowest: tuple[float, int] = (2.0, -1)
         self._highest: tuple[float, int] = (-1.0, -1)
 
     def survey(self, documents: Iterable[Document]) -> Iterator[str]:
-        """Passes on the texts of `documents` and takes note of them.
+        """Count all documents; yield the texts that a tokenizer may learn from.
 
-        Texts of sources that are held out as a whole are noted only.
+        Those of sources that are held out as a whole are counted only. Documents without text are
+        counted in `num_empty`, and have no number.
         """
         for document in documents:
             if not document.text:
@@ -42,7 +48,7 @@ class ValidationSplit:
                 yield document.text
 
     def state(self) -> dict[str, Any]:
-        """What the survey has found, as plain data for `restore`."""
+        """What the survey has found, as plain data for `restore`; its keys are in the journal."""
         return {
             "documents": self.num_documents,
             "empty": self.num_empty,
@@ -51,12 +57,16 @@ class ValidationSplit:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Knows what an earlier survey has found."""
+        """Take over what an earlier survey has found."""
         self.num_documents, self.num_empty = state["documents"], state["empty"]
         self._lowest, self._highest = tuple(state["lowest"]), tuple(state["highest"])
 
     def split_of(self, number: int, document: Document) -> str:
-        """`train` or `valid`, where `number` counts the documents with text from 0."""
+        """`train` or `valid`.
+
+        Args:
+            number: of the document, counting those with text from 0.
+        """
         if document.split is not None:
             return document.split
         if self._fraction == 0 or number == self._highest[1]:
@@ -65,6 +75,7 @@ class ValidationSplit:
         return "valid" if held_out else "train"
 
     def _score(self, document: Document) -> float:
-        """Uniform in [0, 1) and the same wherever and whenever the document is seen."""
+        """Uniform in [0, 1), and a function of the seed and the document's name."""
+        # File names that are not Unicode hold lone surrogates.
         name = f"{self._seed}:{document.name}".encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(name, digest_size=6).digest()) / 2**48

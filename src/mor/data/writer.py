@@ -1,4 +1,4 @@
-"""The second half of a build: documents into shards, and the shards into their place."""
+"""`CorpusWriter`: the second pass of a build, documents into shards; moving them to their place."""
 
 import re
 import secrets
@@ -45,7 +45,13 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def finish(folder: Path, index: CorpusIndex, out: Path, overwrite: bool) -> None:
-    """Complete the corpus in `folder` and put it in the place of `out`."""
+    """Write the index of the corpus in `folder`, and move the folder to `out`.
+
+    A corpus in `out` is moved aside first and deleted last; if the move fails it is put back.
+
+    Raises:
+        DataError: `out` has been taken in the meantime.
+    """
     (folder / INDEX_FILE).write_text(index.to_json(), encoding="utf-8")
     check_out(out, overwrite)  # again: another build may have ended first
     replaced = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")
@@ -62,7 +68,7 @@ def finish(folder: Path, index: CorpusIndex, out: Path, overwrite: bool) -> None
 
 @contextmanager
 def staged(out: Path) -> Generator[Path, None, None]:
-    """A new folder beside `out`, which disappears if it is still there in the end."""
+    """Context with a new folder beside `out`, which is deleted at the end unless it was moved."""
     staging = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
@@ -75,29 +81,40 @@ def staged(out: Path) -> Generator[Path, None, None]:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusWriter:
-    """The second pass over the documents: encode, write."""
+    """Encodes the documents and writes the shards of both splits, or the rest of them."""
 
     folder: Path
+    """Where the shards are written."""
     read: Callable[[int], Iterable[Document]]
-    """The documents but for so many first ones."""
+    """Gives the documents without so many first ones."""
     encoder: Tokenizer
     validation_split: ValidationSplit
     shard_tokens: int
     workers: int = 1
+    """Processes that encode."""
     progress: Callable[[int, int], None] | None = None
+    """Called with the numbers of written and of all documents."""
     journal: Journal | None = None
+    """Records now and then how far the shards are; None: the build cannot be taken up again."""
 
     def run(self) -> CorpusIndex:
-        """All of it, or what the journal says is left."""
+        """Write what the journal does not say is written, and return the whole corpus's index.
+
+        Raises:
+            DataError: the sources hold other documents than in the first pass.
+            OSError: the shards cannot be written.
+        """
         index = CorpusIndex(self.encoder.vocab_size, self.encoder.eos_id, {})
         before = self.journal.entries.get("state") if self.journal else None
-        number = read = saved = 0  # documents with text, all documents, tokens in the last state
+        # Documents with text so far, all documents so far, tokens in the journal's last state.
+        number = read = saved = 0
         with (
             ShardWriter(self.folder, "train", index, self.shard_tokens) as train,
             ShardWriter(self.folder, "valid", index, self.shard_tokens) as valid,
         ):
             writers = {"train": train, "valid": valid}
             if before is not None:
+                # Shards are cut back to the state: what a killed build wrote after it is redone.
                 number, read = before["documents"], before["read"]
                 for split, writer in writers.items():
                     writer.restore(before[split])
@@ -110,6 +127,7 @@ class CorpusWriter:
                 number += segment.is_last
                 if self.progress and segment.is_last:
                     self.progress(number, total)
+                # A state is one between two documents, of both splits at once.
                 written = train.num_written + valid.num_written
                 if segment.is_last and self.journal and written >= saved + _STATE_TOKENS:
                     saved = written

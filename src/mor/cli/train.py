@@ -1,15 +1,17 @@
 """`mor train`: pre-train a model, or continue."""
 
+import argparse
 import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
+from mor.cli.options.config_options import field_help
 from mor.cli.options.overrides import model_fields, yaml_value
 from mor.cli.options.parser import parser
-from mor.errors import ConfigError, nearest
+from mor.errors import ConfigError
 from mor.io.checkpoint import load_config, resolve
 from mor.io.model_card import model_card, write_card
 from mor.terminal.console import console
@@ -17,6 +19,7 @@ from mor.terminal.training_progress import watched
 from mor.train.config import TrainConfig
 from mor.train.distributed import is_rank0
 from mor.train.trainer import Trainer
+from mor.validation import base_type, check_keys
 from mor.yaml_config import merge, read_yaml
 
 HELP = "Pre-train a model, or continue."
@@ -97,9 +100,8 @@ def _split(args: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     group = p.add_argument_group("training config, the same keys as in the YAML file")
     for f in fields(TrainConfig):
         if f.name != "model":
-            kind = getattr(f.type, "__name__", str(f.type)).replace("typing.", "")
-            text = f"{kind}, default {f.default}"
-            group.add_argument(f"--{f.name}", default=None, metavar="VALUE", help=text)
+            text = f"{field_help(f, TrainConfig)} (default: {f.default})"
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
     group.add_argument("--model.FIELD", default=None, metavar="VALUE", help="a field of the model")
     own, model = model_fields(args)
     overrides: dict[str, Any] = {"model": model} if model else {}
@@ -127,24 +129,23 @@ def load_train_config(path: str | Path, overrides: dict[str, Any] | None = None)
             a combination that cannot work.
     """
     values = merge(read_yaml(Path(path)), overrides or {})
+    check_keys(values, TrainConfig, f"{path}: field", ConfigError)
     known = {f.name: f for f in fields(TrainConfig)}
     for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{path}: field {key!r} is unknown: {nearest(key, known)}")
-        values[key] = _typed(value, str(known[key].type))
+        values[key] = _typed(value, base_type(known[key].type))
     return TrainConfig.from_dict(values)
 
 
-def _typed(value: Any, kind: str) -> Any:
+def _typed(value: Any, kind: Any) -> Any:
     """The value as its field wants it: `1e-3` as a number, 2e4 as an integer, text as a path.
 
     What is still of the wrong type is refused by the config itself.
     """
-    if "dict" in kind and isinstance(value, dict):
+    if get_origin(kind) is dict and isinstance(value, dict):  # the fields of the model
         return {k: yaml_value(v) if isinstance(v, str) else v for k, v in value.items()}
-    if "Path" in kind:
+    if kind is Path:
         return None if value is None else Path(str(value))
-    if isinstance(value, str) and kind != "<class 'str'>" and "Literal" not in kind:
+    if kind in (int, float, bool) and isinstance(value, str):
         value = yaml_value(value)
     whole = isinstance(value, float) and value.is_integer()
-    return int(value) if "int" in kind and whole else value
+    return int(value) if kind is int and whole else value

@@ -138,8 +138,11 @@ class MoRConfig:
     """tau_r, router logit from which a token goes on to depth r. None: 0, sigmoid's 0.5."""
 
     bos_token_id: NonNegativeInt | None = None
+    """Token before a text. None: the model has none."""
     eos_token_id: NonNegativeInt | None = None
+    """Token after a text, which ends a request. None: the tokenizer's."""
     pad_token_id: NonNegativeInt | None = None
+    """Token that other programs fill a batch's shorter sequences with. None: there is none."""
 
     def __post_init__(self) -> None:
         # The length of a table is num_recursions: `_check_depth_tables` looks at both together.

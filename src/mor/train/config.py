@@ -64,7 +64,7 @@ class TrainConfig:
     batch_size: PositiveInt = 1024
     """Sequences per optimizer step."""
     micro_batch_size: PositiveInt | None = None
-    """Sequences per forward pass of one process; None: its whole part of the batch at once."""
+    """Sequences per forward pass of one process. None: its whole part of the batch at once."""
     steps: PositiveInt = 10_000
     """Optimizer steps."""
     budget: Annotated[str, Rule("an amount with a unit, such as '300 steps'")] | None = None
@@ -75,22 +75,27 @@ class TrainConfig:
     lr: PositiveFloat = 3e-3
     """Peak learning rate."""
     muon_lr: PositiveFloat | None = None
-    """Peak learning rate of Muon, whose updates are as large as AdamW's at the same rate; None:
+    """Peak learning rate of Muon, whose updates are as large as AdamW's at the same rate. None:
     `lr`."""
     muon_momentum: Fraction = 0.95
+    """Share of Muon's momentum that is kept at each step."""
     schedule: Schedule = "trapezoid"
+    """Course of the learning rate after the warm-up: constant and then linearly down, or a half
+    cosine."""
     warmup_fraction: Fraction = 0.05
-    """Of all steps, rising linearly."""
+    """Share of all steps in which the learning rate rises linearly."""
     cooldown_fraction: Fraction = 0.2
-    """Of all steps, falling linearly (trapezoid only)."""
+    """Share of all steps in which it falls linearly, at the end (trapezoid only)."""
     final_lr_fraction: Fraction = 0.0
-    """Of the peak: what the learning rate falls to."""
+    """What the learning rate falls to, as a share of its peak."""
     beta1: Fraction = 0.9
+    """Share of AdamW's mean of gradients that is kept at each step."""
     beta2: Fraction = 0.95
+    """Share of AdamW's mean of squared gradients that is kept at each step."""
     weight_decay: NonNegativeFloat = 0.1
-    """On matrices; norms have none."""
+    """Weight decay of matrices; norms have none."""
     embedding_weight_decay: NonNegativeFloat | None = None
-    """On embedding and head; None: `weight_decay`."""
+    """Weight decay of embedding and head. None: `weight_decay`."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 does not clip."""
     capacity_warmup_steps: NonNegativeInt = 0
@@ -116,6 +121,7 @@ class TrainConfig:
     """Also write the metrics for TensorBoard (extra `track`)."""
 
     seed: NonNegativeInt = 0
+    """Of initial weights and of the order of the data."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`."""
     precision: Precision = "fp32"

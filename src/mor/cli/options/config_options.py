@@ -44,9 +44,9 @@ def add_field_options(
         annotation = known[name].type
         default = defaults.get(name, known[name].default)
         assert default is not MISSING, f"{name} needs a default on the command line"
-        text = helps.get(name) or _help(annotation, field_docs(config_class)[name])
-        settings = {"default": default, "help": text.replace("%", "%%")}  # argparse formats it
-        p.add_argument(flag(name), **settings, **_value_settings(annotation, default))
+        text = helps.get(name) or field_help(known[name], config_class)
+        settings = _value_settings(annotation, default)
+        p.add_argument(flag(name), default=default, help=text, **settings)
 
 
 def field_values(options: Any, config_class: type) -> dict[str, Any]:
@@ -75,10 +75,10 @@ def field_docs(config_class: type) -> Mapping[str, str]:
     return MappingProxyType(docs)
 
 
-def _help(annotation: Any, doc: str) -> str:
+def field_help(field: Field[Any], config_class: type) -> str:
     """A field's docstring in words of the command line, with the choices of a Literal."""
-    text = doc.replace("None: ", "Default: ")
-    kind = base_type(annotation)
+    text = field_docs(config_class)[field.name].replace("None: ", "Default: ")
+    kind = base_type(field.type)
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     return f"{text} Choices: {', '.join(choices)}." if choices else text
 

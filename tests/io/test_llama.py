@@ -211,7 +211,7 @@ def test_block_starts_from_the_layers_asked_for(
 
 @pytest.mark.parametrize("init", ["average", "stepwise"])
 def test_relaxed_at_full_rank_has_the_logits_of_transformers(tmp_path: Path, init: Any) -> None:
-    """1 + 2 * 2 + 1 layers: the block's are shared, and their deltas make them whole again."""
+    """1 + 2 * 2 + 1 layers: the block's are shared, and their LoRA pairs make them whole again."""
     theirs = llama(**SHAPES["gqa_tied"])
     theirs.save_pretrained(tmp_path / "llama")
     fields = {"num_recursions": 2, "routing": "none", "init": init}

@@ -55,8 +55,8 @@ def test_parameters_are_those_of_the_module(config: MoRConfig) -> None:
     assert num_router_parameters(config) == sum(
         c for n, c in count.items() if n.startswith("router")
     )
-    deltas = sum(c for n, c in count.items() if "delta_" in n)
-    assert num_lora_parameters(config) == deltas
+    loras = sum(c for n, c in count.items() if "delta_" in n)
+    assert num_lora_parameters(config) == loras
     one = sum(c for n, c in count.items() if n.startswith("block.0.") and "delta_" not in n)
     assert num_layer_parameters(config) == one
 

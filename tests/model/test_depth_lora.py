@@ -1,4 +1,4 @@
-"""Low-rank relaxation: what deltas start from, that they learn, and that nothing else moved."""
+"""Low-rank relaxation: what LoRA pairs start from, that they learn, and that nothing else moved."""
 
 import json
 from itertools import pairwise
@@ -67,8 +67,8 @@ def test_each_rank_comes_closer() -> None:
 
 def test_a_truncated_decomposition_is_the_nearest_matrix_of_its_rank() -> None:
     lost = torch.randn(9, 14, generator=torch.Generator().manual_seed(0)).double()
-    delta = LoRAPair.truncated(lost, 4)
-    missed = (lost - delta.up @ delta.down).norm() ** 2
+    pair = LoRAPair.truncated(lost, 4)
+    missed = (lost - pair.up @ pair.down).norm() ** 2
     left_out = torch.linalg.svdvals(lost)[4:]
     torch.testing.assert_close(missed, left_out.pow(2).sum())  # Eckart and Young
 
@@ -93,7 +93,7 @@ def test_applications_stand_for_evenly_spaced_layers() -> None:
 
 @pytest.mark.parametrize("kind", ["recursive", "expert", "token", "sequence", "expert_shared"])
 def test_a_new_model_is_the_unrelaxed_one(kind: str) -> None:
-    """Shared weights and routers are drawn as without deltas, and deltas begin with nothing."""
+    """Shared weights and routers are drawn as without LoRA pairs, and these begin at zero."""
     torch.manual_seed(5)
     plain = MoRModel(tiny_config(kind)).eval()
     torch.manual_seed(5)
@@ -123,7 +123,7 @@ def test_every_delta_learns(kind: str, optimizer: str) -> None:
             assert changed.all(), f"{name}: {changed.tolist()}"
 
 
-def test_shared_keys_and_values_have_one_delta() -> None:
+def test_shared_keys_and_values_have_one_pair() -> None:
     attention = tiny_model("expert_shared", relaxation_rank=3).block[0].self_attn
     lengths = [len(m.delta_up) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
     assert lengths == [3, 1, 1]
@@ -150,7 +150,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert len([n for n in state if n.endswith("q_proj.weight")]) == 4  # 1 + 2 + 1: still shared
 
 
-def test_a_checkpoint_from_before_has_no_deltas(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_has_no_loras(tmp_path: Path) -> None:
     mor.save(tiny_model("expert").float(), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     values = json.loads(file.read_text())
@@ -183,17 +183,17 @@ def _unrouted(fields: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(names) if fields.get("routing") == "none" else {}
 
 
-def test_groups_of_rows_have_their_own_deltas() -> None:
+def test_groups_of_rows_have_their_own_pairs() -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(7, 5, generator=draw).double()
-    deltas = [
+    pairs = [
         LoRAPair(*(torch.randn(s, generator=draw).double() for s in ((2, 5), (4, 2))))
         for _ in range(3)
     ]
-    out = add_loras(deltas, (0, 2, 2, 7), x, torch.zeros(6, 4).double())  # 6 rows: one writes not
+    out = add_loras(pairs, (0, 2, 2, 7), x, torch.zeros(6, 4).double())  # 6 rows: one writes not
     for row in range(6):
-        delta = deltas[0 if row < 2 else 2]
-        torch.testing.assert_close(out[row], delta.up @ delta.down @ x[row])
+        pair = pairs[0 if row < 2 else 2]
+        torch.testing.assert_close(out[row], pair.up @ pair.down @ x[row])
 
 
 def test_fused_deltas_are_side_by_side() -> None:

@@ -11,7 +11,7 @@ Rows = list[list[int]]
 
 
 def model_of(ragged: RaggedBatch) -> Rows:
-    """The plain model that a packing stands for."""
+    """The plain model of a ragged batch: lists of positions."""
     rows: Rows = [[] for _ in range(ragged.batch)]
     for row, position in zip(ragged.sequence_ids.tolist(), ragged.positions.tolist(), strict=True):
         rows[row].append(position)
@@ -125,7 +125,7 @@ def test_nobody_stays() -> None:
     assert again.num_tokens == 0
 
 
-def test_everybody_stays_is_the_same_packing() -> None:
+def test_everybody_stays_is_the_same_batch() -> None:
     ragged = RaggedBatch.full(2, 3, CPU)
     same, places = ragged.select(torch.ones(6, dtype=torch.bool))
     assert same is ragged

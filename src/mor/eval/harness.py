@@ -174,6 +174,7 @@ def _model(
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+    # Defined in here because lm-eval, an extra, is imported in here.
     class Model(TemplateLM):
         """lm-eval's abstract methods, by way of the scorer and the tokenizer."""
 

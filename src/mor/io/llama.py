@@ -185,7 +185,7 @@ def vanilla_from_llama(checkpoint: LlamaCheckpoint, dtype: torch.dtype | None = 
     config = config_from_llama(checkpoint.config, f"{checkpoint.source}: config.json")
     source, state = checkpoint.source, dict(checkpoint.state)
     model = MoRModel(config)
-    names = {ours: _llama_name(ours) for ours in model.state_dict()}
+    names = {ours: _llama_name(ours) for ours in model.state_dict()}  # ours -> theirs
     if config.tie_word_embeddings:
         head = state.pop(names.pop("lm_head.weight"), None)
         if head is not None and not torch.equal(
@@ -207,6 +207,7 @@ def vanilla_from_llama(checkpoint: LlamaCheckpoint, dtype: torch.dtype | None = 
             )
         if not state[theirs].is_floating_point():
             raise CheckpointError(f"{source}: {theirs!r} holds {state[theirs].dtype}, no weights.")
+    # A weight that is not read would change the function; only tables of angles may be left.
     known = set(names.values())
     for theirs in sorted(state):
         if theirs not in known and not theirs.endswith("rotary_emb.inv_freq"):

@@ -90,9 +90,10 @@ def init_from_vanilla(
         _copy(layer, [layers[i]])
     for i, layer in enumerate(model.coda):
         _copy(layer, [layers[len(layers) - config.num_coda_layers + i]])
+    # A block layer is the mean of its sources; with one source, a copy.
     for layer, drawn in zip(model.block, sources, strict=True):
         _copy(layer, [layers[i] for i in drawn])
-    if config.relaxation_rank:
+    if config.relaxation_rank:  # after the copies: pairs are differences from the shared layers
         last = len(layers) - config.num_coda_layers
         shape = config.sharing, config.num_block_layers, config.num_recursions
         for layer_key, i in original_layers(*shape, config.num_prelude_layers, last).items():

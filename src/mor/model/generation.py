@@ -200,6 +200,7 @@ def generate(
             cannot do what the params ask for; or they hold stop strings, which need a tokenizer.
     """
     sequences = []
+    # Everything is checked before anything is computed.
     each = params_for_each(params, len(prompts))
     for number, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
         check_request(model.config, prompt, p, f"prompt {number}")
@@ -215,6 +216,7 @@ def generate(
     was_training = model.training
     model.eval()
     cache = RaggedKVCache(model.config, len(sequences))
+    # All sequences step together; those that have finished leave the batch.
     active = list(range(len(sequences)))
     while active:
         rows = _step(model, cache, active, [sequences[i] for i in active])

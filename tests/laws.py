@@ -56,7 +56,7 @@ LAYERS = MappingProxyType(  # what each part of src/mor may import besides itsel
 MAY_PRINT = ("src/mor/cli/", "src/mor/terminal/", "src/mor/demo.py", "src/mor/bench/")
 DOCUMENTED = tuple(f"src/mor/{part}/" for part in ("model", "engine", "ops", "io", "data", "train"))
 WITHOUT_TORCH = frozenset(
-    f"src/mor/engine/{name}.py" for name in ("request", "pages", "prefix", "scheduler")
+    f"src/mor/engine/{name}.py" for name in ("request", "pages", "prefix", "plan", "scheduler")
 )
 ALLOWED_EFFECTS = frozenset(  # `import mor.io.hf` is how a user registers our models
     (("src/mor/io/hf/__init__.py", "register"),)

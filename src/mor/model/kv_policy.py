@@ -10,9 +10,10 @@ and read their own under either policy.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class KVPolicy(Protocol):
     """How the depths of one shared layer divide keys and values among themselves."""
 

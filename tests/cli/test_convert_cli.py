@@ -57,8 +57,9 @@ def test_from_llama_to_a_relaxed_model(mor: Mor, llama: Path, tmp_path: Path) ->
     model = package.load(tmp_path / "out")
     assert model.config.relaxation_rank == 3
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in called.out
-    assert "| rank of each depth's deltas | 3 |" in (tmp_path / "out" / "README.md").read_text()
-    assert "deltas of rank 3" in mor("info", tmp_path / "out").out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| rank of each depth's LoRA pairs | 3 |" in card
+    assert "LoRA pairs of rank 3" in mor("info", tmp_path / "out").out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mor.cli.options.config_options import add_field_options
 from mor.cli.options.overrides import model_fields
 from mor.cli.options.parser import Parser, parser
 from mor.errors import ConfigError, nearest
@@ -16,6 +17,7 @@ from mor.io.llama import convert_llama
 from mor.io.model_card import model_card, write_card
 from mor.io.reference_checkpoint import convert_official
 from mor.model import cost
+from mor.model.config import MoRConfig
 from mor.model.transformer import MoRModel
 from mor.terminal.console import console, fail
 
@@ -43,9 +45,13 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 _SHARINGS = ("middle_cycle", "middle_sequence", "cycle", "sequence")
 _INITS = ("stepwise", "average", "lower", "upper", "random")
-_FIELDS = (
-    *("routing", "kv_strategy", "relaxation_rank"),
-    *("num_block_layers", "num_prelude_layers", "num_coda_layers"),
+_FIELDS = (  # of MoRConfig, with an option of their own
+    "routing",
+    "kv_strategy",
+    "relaxation_rank",
+    "num_block_layers",
+    "num_prelude_layers",
+    "num_coda_layers",
 )
 
 
@@ -165,26 +171,23 @@ def _add_recursive(p: Parser) -> None:
         default=None,
         help="layers that the block starts from: stepwise (default), average, lower, upper, random",
     )
-    p.add_argument(
-        "--routing", default=None, help="expert_choice (default), token_choice, none: recursive"
+    add_field_options(
+        p,
+        MoRConfig,
+        _FIELDS,
+        defaults=dict.fromkeys(_FIELDS),  # None leaves a field to the conversion
+        helps={
+            "routing": "expert_choice (default), token_choice, none: recursive",
+            "kv_strategy": "recursion_wise (default) or shared",
+            "relaxation_rank": "rank of the LoRA pair that each depth adds to each matrix of the "
+            "block; it starts from the singular value decomposition of what sharing lost; "
+            "default: no pairs",
+        },
     )
-    p.add_argument("--kv-strategy", default=None, help="recursion_wise (default) or shared")
-    p.add_argument(
-        "--relaxation-rank",
-        type=int | None,
-        default=None,
-        metavar="N",
-        help="each depth adds to each of the block's matrices a delta of rank N, which starts from "
-        "the singular value decomposition of what sharing lost; default: none",
-    )
-    for part in ("block", "prelude", "coda"):
-        p.add_argument(
-            f"--num-{part}-layers", type=int | None, default=None, help=f"layers of the {part}"
-        )
 
 
 def _chosen(name: str, options: Any, choices: tuple[str, ...]) -> Any:
-    """An option's value, the first choice if it was not given."""
+    """An option's value; without one the first of its choices."""
     value = getattr(options, name)
     if value is None:
         return choices[0]
@@ -199,7 +202,7 @@ def _chosen(name: str, options: Any, choices: tuple[str, ...]) -> Any:
 
 
 def _card(options: Any, model: MoRModel, command: str) -> None:
-    """The model card of a converted model."""
+    """Write the model card of a converted model."""
     trained = model.config.num_recursions == 1 or "official" in command.split()[2]
     state = "the same function" if trained else "its layers, and not trained since"
     origin = f"Converted from `{Path(options.source).name}`: {state}."

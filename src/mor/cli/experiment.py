@@ -61,7 +61,7 @@ def run(args: Sequence[str]) -> int:
 
 @contextmanager
 def _alone(out: Path) -> Generator[None, None, None]:
-    """Hold the folder; the system lets go of it however this process ends."""
+    """Lock the folder for this process; the system unlocks it however the process ends."""
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +74,7 @@ def _alone(out: Path) -> Generator[None, None, None]:
 
 
 def _run_all(screen: Console, experiment: Experiment, out: Path, command: str) -> int:
-    """Train what is not done; a run that fails does not stop the others."""
+    """Train every run that is not done, and write the results after each; a failure ends none."""
     cells, failures = experiment.runs, dict[str, str]()
     states = [cell.state(out / "runs" / cell.name) for cell in cells]  # a changed spec shows here
     done = states.count("done")

@@ -66,7 +66,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def find_config(name: str, num_recursions: int | None = None) -> MoRConfig:
-    """The model that a name stands for: YAML file, folder of a checkpoint or a run, or preset.
+    """The config of a YAML file, of a checkpoint's or a run's folder, or of a preset.
 
     Raises:
         ConfigError: nothing of this name, or its settings cannot work.
@@ -104,7 +104,7 @@ def _from_yaml(path: Path) -> MoRConfig:
 
 
 def costs(config: MoRConfig, context: int) -> dict[str, Any]:
-    """What a model costs at a sequence length, as plain data.
+    """Parameters, FLOPs and KV bytes of a model at a sequence length, as plain data.
 
     FLOPs are those of the forward pass, averaged over the sequence.
     """
@@ -124,7 +124,7 @@ def costs(config: MoRConfig, context: int) -> dict[str, Any]:
 
 
 def _kind(config: MoRConfig) -> str:
-    """The model in words."""
+    """Routing, layers, width and cache policy of a model, in words."""
     if config.num_recursions == 1:
         return f"vanilla, {config.num_hidden_layers} layers, {config.hidden_size} wide"
     routing = {
@@ -132,7 +132,7 @@ def _kind(config: MoRConfig) -> str:
         "expert_choice": "Mixture-of-Recursions, expert choice",
         "token_choice": "Mixture-of-Recursions, token choice",
     }[config.routing]
-    relaxed = f", deltas of rank {config.relaxation_rank}" if config.relaxation_rank else ""
+    relaxed = f", LoRA pairs of rank {config.relaxation_rank}" if config.relaxation_rank else ""
     layers = f"{config.num_prelude_layers} + {config.num_block_layers} + {config.num_coda_layers}"
     return (
         f"{routing}, {layers} layers, {config.hidden_size} wide, block up to "
@@ -171,7 +171,7 @@ def _rows(
 
 
 def _short(value: float) -> str:
-    """A number in a few digits: 118.0M."""
+    """A number with four digits and a unit, such as 118.4M."""
     for unit, size in _UNITS.items():
         if value >= size:
             return f"{value / size:.4g}{unit}"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mor.bench.harness import measure
+from mor.cli.options.config_options import flag
 from mor.cli.options.parser import parser
 from mor.errors import ConfigError
 from mor.machine import machine
@@ -32,8 +33,9 @@ def run(args: Sequence[str]) -> int:
     p.add_argument("--json", action="store_true", help="one JSON line instead of a table")
     options = p.parse_args(list(args))
     for name in ("blimp", "hellaswag", "batch_size", "rounds"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
+        value = getattr(options, name)
+        if value < 1:
+            raise ConfigError(f"{flag(name)}={value} must be at least 1.")
     items = {"blimp": options.blimp, "hellaswag": options.hellaswag}
     found = measure(
         options.model,

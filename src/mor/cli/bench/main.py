@@ -159,20 +159,19 @@ def _steps(options: Any) -> tuple[dict[str, Any], Tables]:
     return record, steps.tables(record)
 
 
-def _throughput_config(options: Any, sequences: int) -> Any:
-    """The `ThroughputConfig` of the options, with one of the numbers of sequences."""
+def _throughput_config(options: Any, max_num_seqs: int) -> Any:
+    """The `ThroughputConfig` of the options, which may give several numbers of sequences."""
     from mor.bench.throughput import ThroughputConfig
 
     return ThroughputConfig(
         preset=options.preset,
         models=tuple(options.models or ThroughputConfig.models),
-        max_num_seqs=sequences,
         prompt=options.prompt,
         output=options.output,
         decode_only=options.decode_only or options.equal_memory,
         rounds=options.rounds or 5,
         seconds=options.seconds,
-        **engine_settings(options),
+        **engine_settings(options) | {"max_num_seqs": max_num_seqs},  # one of those that are given
     )
 
 

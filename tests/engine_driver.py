@@ -18,8 +18,8 @@ from engine_helpers import (
 )
 from mor.engine.config import EngineConfig
 from mor.engine.llm import LLM
-from mor.engine.plan import BlockPlan, PreludePlan
-from mor.engine.request import Chunk, SequenceState, TokenOutput
+from mor.engine.plan import BlockPlan, DecodePlan, PreludePlan
+from mor.engine.request import SequenceState, TokenOutput
 from mor.model.generation import generate
 from mor.model.sampling import Completion, SamplingParams
 from mor.model.transformer import MoRModel
@@ -99,7 +99,7 @@ class EngineDriver:
         self.happened["requests"] += 1
 
     def step(self) -> None:
-        """One tick."""
+        """One step."""
         for event in self.llm.step():
             self._heard[event.request_id].append(event)
             if event.completions is not None:
@@ -108,7 +108,7 @@ class EngineDriver:
         self.happened["steps"] += 1
 
     def drain(self) -> None:
-        """Tick until all requests are done."""
+        """Step until all requests are done."""
         for _ in range(MAX_STEPS):
             if not self.llm.has_unfinished_requests:
                 break
@@ -192,14 +192,14 @@ class EngineDriver:
 
         scheduler.schedule_prelude, scheduler.schedule_block = entering, advancing  # type: ignore[method-assign]
         if (multi_step := self.llm.multi_step) is not None:
-            plan = multi_step.schedule
+            schedule = multi_step.schedule
 
-            def flying() -> list[Chunk]:
-                chunks = plan()
-                self.happened["steps in a row"] += bool(chunks)
-                return chunks
+            def decoding() -> DecodePlan | None:
+                plan = schedule()
+                self.happened["steps in a row"] += plan is not None
+                return plan
 
-            multi_step.schedule = flying  # type: ignore[method-assign]
+            multi_step.schedule = decoding  # type: ignore[method-assign]
 
 
 def _check_beginning(completion: Completion, want: Completion) -> None:

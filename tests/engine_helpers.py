@@ -109,7 +109,7 @@ def engine_settings(draw: st.DrawFn) -> dict[str, Any]:
 def run_all(
     llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[Completion]:
-    """Completions in the order of the requests; every tick leaves the engine whole."""
+    """Completions in the order of the requests; every step leaves the engine whole."""
     names = [llm.add_request(p, each) for p, each in zip(prompts, params, strict=True)]
     done: dict[str, list[Completion]] = {}
     for _ in range(MAX_STEPS):
@@ -125,7 +125,7 @@ def run_all(
 
 
 def step_until(llm: LLM, wanted: int, maximum: int = 500) -> list[TokenOutput]:
-    """Tick until so many events have come."""
+    """Step until so many outputs have come."""
     events: list[TokenOutput] = []
     for _ in range(maximum):
         if len(events) >= wanted:

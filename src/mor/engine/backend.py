@@ -1,4 +1,4 @@
-"""Where and how a model runs: device, dtype, kernels, and the memory for keys and values."""
+"""Where and how a model runs: device, dtypes, kernels, CUDA graphs."""
 
 import importlib
 import os
@@ -27,20 +27,21 @@ _DEFAULT_SCHEDULER_STEPS = 8  # a few milliseconds on a GPU: what a new request 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionBackend:
-    """The choice that was made."""
+    """Where and how one engine runs its model: its config's settings, and defaults for the rest."""
 
     device: torch.device
     weight_dtype: torch.dtype
-    """How weights are kept (int8 apart)."""
+    """Dtype of the weights; with `quantization` those of layers and head are int8 instead."""
     compute_dtype: torch.dtype
-    """Of hidden states, keys and values."""
+    """Dtype of hidden states, keys and values."""
     kernels: str
+    """`reference`, `cpu` or `triton`."""
     num_scheduler_steps: int
-    """Decode ticks in a row without the host."""
+    """Decode steps that run in a row on the device; 1: the host looks after each."""
 
     @classmethod
     def select(cls, model: MoRModel, config: EngineConfig) -> "ExecutionBackend":
-        """The fastest way that fits.
+        """The fastest kernels that device, dtype and shapes allow, unless the config names some.
 
         Raises:
             ConfigError: the settings contradict each other or the model's shapes.
@@ -55,10 +56,10 @@ class ExecutionBackend:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={config.device!r}: torch sees no GPU here; use 'cpu'.")
         weights = getattr(torch, config.dtype) if config.dtype else own.dtype
+        # The compiled CPU kernels read float32 or bfloat16 weights in panels of 16.
         fits = fits_cpu_kernels(model.config, config.block_size)
         small = weights in (torch.float32, torch.bfloat16)
-        best = "triton" if device.type == "cuda" else "cpu" if fits and small else "reference"
-        kernels = config.kernels or best
+        kernels = config.kernels or _fastest_kernels(device, fits and small)
         if kernels == "cpu" and model.config.qk_norm:
             raise ConfigError("kernels='cpu' has no qk_norm yet: use kernels='reference'.")
         if kernels == "cpu" and (device.type != "cpu" or not small or not fits):
@@ -69,6 +70,7 @@ class ExecutionBackend:
                 f"{model.config.intermediate_size}, {model.config.head_dim}, {config.block_size}. "
                 "Use kernels='reference'."
             )
+        # Triton's own variable: its kernels then run as Python, on any device, for tests.
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if kernels == "triton" and device.type != "cuda" and not interpreted:
             raise ConfigError(f"kernels='triton' needs device='cuda', not {device.type!r}.")
@@ -77,6 +79,7 @@ class ExecutionBackend:
                 f"quantization={config.quantization!r} needs kernels='cpu' (see there for what "
                 f"they take), and these settings run with {kernels!r}: leave it out."
             )
+        # The CPU kernels widen weights while they read them; all sums are float32.
         compute = torch.float32 if kernels == "cpu" else weights
         num_scheduler_steps = _resolve_num_scheduler_steps(model, config, device, kernels)
         return cls(
@@ -88,19 +91,20 @@ class ExecutionBackend:
         )
 
     def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> KernelBackend:
-        """Load the kernels."""
+        """The kernels, with the model's weights in the form that they take."""
         if self.kernels == "cpu":
             plain: Storage = "bfloat16" if self.weight_dtype == torch.bfloat16 else "float32"
             storage: Storage = "int8" if config.quantization == "int8" else plain
             return CpuKernels(model.config, cache.kv, storage, config.num_threads)
         operations = importlib.import_module(f"mor.ops.{self.kernels}")
-        # A graph has fixed shapes, and the lanes of each depth, which have deltas, vary in number.
+        # A graph has fixed shapes; LoRA pairs are added to the tokens of each depth, and how many
+        # these are varies from step to step.
         graphs = self.kernels == "triton" and not model.config.relaxation_rank
         wrap = self._graphs(model, cache) if graphs else None
         return TorchKernels(model.config, operations, cache.kv, self.compute_dtype, wrap)
 
     def _graphs(self, model: MoRModel, cache: KVCache) -> Callable[[LayerStack], LayerStack]:
-        """Decode ticks as CUDA graphs."""
+        """What wraps a stack, so that its decode steps are CUDA graphs."""
         return partial(
             CUDAGraphLayerStack,
             width=model.config.hidden_size,
@@ -112,36 +116,45 @@ class ExecutionBackend:
 
     @cached_property
     def capture_stream(self) -> torch.cuda.Stream | None:
-        """Where all CUDA graphs of this engine are recorded, and no others; None: nothing is."""
+        """The stream that records all CUDA graphs of this engine, no others; None: no graphs."""
         return (
             torch.cuda.Stream(self.device) if uses_cuda_graphs(self.kernels, self.device) else None
         )
 
 
+def _fastest_kernels(device: torch.device, fits_cpu: bool) -> str:
+    if device.type == "cuda":
+        return "triton"
+    return "cpu" if fits_cpu else "reference"
+
+
 def uses_cuda_graphs(kernels: str, device: torch.device) -> bool:
-    """Whether ticks become CUDA graphs."""
+    """Whether decode steps are recorded as CUDA graphs."""
     return kernels == "triton" and device.type == "cuda"
 
 
 def _resolve_num_scheduler_steps(
     model: MoRModel, config: EngineConfig, device: torch.device, kernels: str
 ) -> int:
-    """`EngineConfig.num_scheduler_steps`, or what suits; ConfigError if it cannot be."""
-    obstacle = (
-        "kernels='cpu', which wait for nobody"
-        if kernels == "cpu"
-        else "batching='sequence', which waits for the deepest token"
-        if config.batching == "sequence"
-        else "relaxation_rank, whose lanes are sorted by depth on the host"
-        if model.config.relaxation_rank
-        else None
-    )
+    """`EngineConfig.num_scheduler_steps`, or the default for these kernels.
+
+    Raises:
+        ConfigError: steps in a row are asked for, and something needs the host after each.
+    """
+    obstacle = None
+    if kernels == "cpu":
+        obstacle = "kernels='cpu', which wait for nobody"
+    elif config.batching == "sequence":
+        obstacle = "batching='sequence', which waits for the deepest token"
+    elif model.config.relaxation_rank:
+        obstacle = "relaxation_rank, whose tokens are sorted by depth on the host"
     if obstacle is None:
         return config.num_scheduler_steps or (
             _DEFAULT_SCHEDULER_STEPS if uses_cuda_graphs(kernels, device) else 1
         )
     if (config.num_scheduler_steps or 1) > 1:
         raise ConfigError(
-            f"burst={config.num_scheduler_steps} does not go with {obstacle}: leave it out."
+            f"num_scheduler_steps={config.num_scheduler_steps} does not go with {obstacle}: "
+            "leave it out."
         )
     return 1

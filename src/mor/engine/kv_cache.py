@@ -1,4 +1,7 @@
-"""The memory behind the pages: one tensor of keys, one of values."""
+"""The memory behind the pages: one tensor of keys, one of values.
+
+What page, cell and KV entry are, and a drawing: `mor.engine.pages`.
+"""
 
 from collections.abc import Sequence
 
@@ -11,11 +14,11 @@ from mor.model.config import MoRConfig
 from mor.ops.memory import free_memory, lazy_zeros
 from mor.ops.paged import PagedKV
 
-_SHARE_OF_FREE_MEMORY = 0.5
+_SHARE_OF_FREE_MEMORY = 0.5  # the rest is for activations, and for other programs
 
 
 class KVCache:
-    """Pages of all layers and depths, and how each kind of table lies in them.
+    """Memory for the KV entries of all layers and depths, and the layouts of page tables in it.
 
     Raises:
         ConfigError: `kv_cache_memory_bytes` holds no page, or it does not go with `block_size`.
@@ -31,16 +34,21 @@ class KVCache:
         if model.sharing == "sequence":
             block *= kv_depths  # all depths of a token run in one pass
         unshared = model.num_prelude_layers + model.num_coda_layers
+        # One pool for both stacks: a page is as high as the higher one.
         self.layers_per_page = height = max(block, unshared)
         self.block = self._layout(config, block)
         self.unshared = self._layout(config, unshared) if unshared else None
         self.table_width = -(-model.max_position_embeddings // config.block_size) + height
-        """Cells of the longest page table, with those of a last page that is begun."""
+        """Cell groups of the longest page table that a sequence can have. It grows by whole pages:
+        the last one may bring up to `layers_per_page` groups more than the entries take."""
+        # Bytes of a cell: keys and values of `block_size` entries of one layer.
         cell = 2 * kv_heads * head_dim * config.block_size * dtype.itemsize
         self.page_bytes = cell * self.layers_per_page
         self.num_pages = self._num_pages(model, config, device)
-        shape = (self.num_pages * self.layers_per_page, kv_heads)
+        shape = (self.num_pages * self.layers_per_page, kv_heads)  # (cells, G)
         try:
+            # Untouched pages of memory cost nothing on a CPU. Nobody counts on the zeros: no result
+            # depends on an entry that was not written.
             self.kv = PagedKV(
                 k=lazy_zeros((*shape, head_dim, config.block_size), dtype, device),
                 v=lazy_zeros((*shape, config.block_size, head_dim), dtype, device),
@@ -57,16 +65,18 @@ class KVCache:
         )
 
     def max_pages(self, model: MoRConfig, tokens: int) -> int:
-        """Pages of a sequence whose tokens all take every recursion."""
+        """Pages that a sequence takes if each of its tokens takes every recursion."""
         kv_depths = model.kv_policy.num_kv_depths(model.num_recursions)
         passes = 1 if model.sharing == "sequence" else kv_depths
         unshared = self.unshared.pages_for(tokens) if self.unshared is not None else 0
         return unshared + passes * self.block.pages_for(tokens)
 
     def _num_pages(self, model: MoRConfig, config: EngineConfig, device: torch.device) -> int:
+        """Pages that the config's memory holds; without one, half of the free memory at most."""
         max_length = self.max_pages(model, model.max_position_embeddings)
         if config.kv_cache_memory_bytes is not None:
             pages = config.kv_cache_memory_bytes // self.page_bytes
+            # A sequence of one token takes a page in each of its tables.
             if pages < 1 + model.num_recursions:
                 raise ConfigError(
                     f"kv_cache_memory_bytes={config.kv_cache_memory_bytes} hold {pages} pages of "
@@ -85,8 +95,11 @@ class KVCache:
         return pages
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole pages, in order: (from, to)."""
-        height = self.layers_per_page
+        """Copy whole pages, in this order: (from, to).
+
+        The order matters: a page that was copied from may have been freed and be copied to later.
+        """
+        height = self.layers_per_page  # cells of a page
         for source, target in pairs:
             for cells in (self.kv.k, self.kv.v):
                 start = target * height

@@ -1,4 +1,8 @@
-"""`LLM`: a model that serves many requests at once, offline or step by step."""
+"""`LLM`: a model that serves many requests at once, offline or step by step.
+
+It builds the engine's parts and runs their steps: `Scheduler` plans, `ModelRunner` computes,
+`OutputProcessor` makes texts and outputs of the tokens.
+"""
 
 import copy
 import itertools
@@ -22,12 +26,7 @@ from mor.errors import CapacityError, DataError, RequestError
 from mor.io.checkpoint import end_token_ids, load, resolve
 from mor.io.tokenizer import TOKENIZER_FILE, Tokenizer
 from mor.model.config import MoRConfig
-from mor.model.sampling import (
-    Completion,
-    SamplingParams,
-    check_request,
-    params_for_each,
-)
+from mor.model.sampling import Completion, SamplingParams, check_request, params_for_each
 from mor.model.sharing import RecursionSpec
 from mor.model.transformer import MoRModel
 
@@ -63,7 +62,8 @@ class LLM:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = config or EngineConfig()
-        self.end_token_ids: tuple[int, ...] = ()  # those of its generation_config.json
+        self.end_token_ids: tuple[int, ...] = ()
+        """Further tokens that end a completion, from the folder's generation_config.json."""
         if not isinstance(model, MoRModel):
             folder = resolve(model)
             model = load(folder)
@@ -99,7 +99,7 @@ class LLM:
         self._arrival_index = itertools.count()
 
     def describe(self) -> str:
-        """One line: kernels, dtype, memory for keys and values."""
+        """One line of text: kernels, device, dtype of weights, memory for keys and values."""
         kv = self.cache.num_pages * self.cache.page_bytes
         weights = self.config.quantization or str(self.backend.weight_dtype).removeprefix("torch.")
         return (
@@ -139,10 +139,11 @@ class LLM:
             wanted = set(names)
             with ProgressBar(len(names), progress) as bar:
                 while len(done) < len(names):
-                    for event in self.step():
-                        completions = event.completions
-                        if completions is not None and event.request_id in wanted:
-                            done[event.request_id] = completions
+                    for output in self.step():
+                        completions = output.completions
+                        # Requests that were added before run along; their outputs are lost here.
+                        if completions is not None and output.request_id in wanted:
+                            done[output.request_id] = completions
                             bar.advance()
         finally:
             for name in names:
@@ -171,7 +172,11 @@ class LLM:
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
     ) -> str:
-        """Queue a request; its id.
+        """Queue a request; returns its id.
+
+        Args:
+            params: None is greedy.
+            request_id: of the caller's choice; None: a new one.
 
         Raises:
             RequestError: the model cannot serve it, or the id is in use.
@@ -226,9 +231,12 @@ class LLM:
     # -- parts ----------------------------------------------------------------------------------
 
     def _run_step(self) -> None:
-        """The three phases of a step; where decoding is all there is, several steps in a row."""
-        if self.multi_step is not None and (chunks := self.multi_step.schedule()):
-            for sequence, token_id, logprob in self.multi_step.run(chunks):
+        """The three phases of a step; where decoding is all there is, several steps in a row.
+
+        A sequence that finishes leaves the scheduler before anything else is planned.
+        """
+        if self.multi_step is not None and (decode := self.multi_step.schedule()) is not None:
+            for sequence, token_id, logprob in self.multi_step.run(decode):
                 if self.output_processor.process_token(sequence, token_id, logprob, {}):
                     self.scheduler.remove(sequence)
             return
@@ -290,6 +298,7 @@ class LLM:
             )
 
     def _tokenize(self, prompt: Prompt, label: str) -> list[int]:
+        """Token ids of a prompt, which is called `label` in errors."""
         if not isinstance(prompt, str):
             try:
                 return [int(operator.index(token)) for token in prompt]
@@ -331,7 +340,7 @@ class LLM:
 
 
 def _end_of_text(config: MoRConfig, tokenizer: Tokenizer | None) -> int | None:
-    """What the model names, otherwise the tokenizer's."""
+    """The end-of-text token of the model's config, otherwise of the tokenizer, if it has one."""
     if config.eos_token_id is not None or tokenizer is None:
         return config.eos_token_id
     try:

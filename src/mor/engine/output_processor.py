@@ -1,4 +1,4 @@
-"""From sampled tokens to what callers hear: texts, `TokenOutput`s, `Completion`s, streams.
+"""From sampled tokens to what callers get: texts, `TokenOutput`s, `Completion`s, streams.
 
 Lives beside the engine, as vLLM's output processor does: the scheduler and the model runner know
 token ids only, and nothing here knows pages or tensors.
@@ -27,11 +27,15 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._stats = stats
         self._requests: dict[str, list[SequenceState]] = {}
-        # By request id and index: completions that wait for the other ones of their request.
+        """By request id: its `n` sequences, while one of them is unfinished."""
         self._completions: dict[str, dict[int, Completion]] = {}
+        """By request id and index: completions that wait for the other ones of their request."""
         self._detokenizers: dict[SequenceState, StopDetokenizer] = {}
-        self._outputs: list[TokenOutput] = []  # that no step has returned yet
+        """Of each unfinished sequence; empty without a tokenizer."""
+        self._outputs: list[TokenOutput] = []
+        """Outputs that no step has returned; an interrupted step leaves some."""
         self._streams: dict[str, deque[TokenOutput]] = {}
+        """By request id: outputs that its open stream has not yielded."""
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -100,13 +104,14 @@ class OutputProcessor:
         logprob: float,
         top_logprobs: dict[int, float],
     ) -> bool:
-        """Append a sampled token to a sequence and tell its caller; whether that finished it."""
+        """Append a sampled token to a sequence and make its output; whether that finished it."""
         sequence.append(token_id, logprob, top_logprobs)
         self._stats.count_token(sequence.recursion_counts[-1])
         detokenizer = self._detokenizers.get(sequence)
         is_end = token_id in sequence.stop_token_ids
         is_last = is_end or sequence.num_remaining <= 0
-        # A token that ends the text is no part of it; the last one lets go of held-back text.
+        # A token that ends the text is no part of it. The last token lets go of held-back text,
+        # such as half a character, which may complete a stop text.
         text = detokenizer.push(token_id) if detokenizer is not None and not is_end else ""
         if detokenizer is not None and is_last:
             text += detokenizer.flush()
@@ -124,6 +129,7 @@ class OutputProcessor:
                 token_id=token_id,
                 text=text,
                 logprob=logprob,
+                # Of the position before: the new token has not entered the model.
                 recursion_count=sequence.recursion_counts[-1],
                 top_logprobs=sequence.top_logprobs[-1] if sequence.top_logprobs else {},
                 prompt=sequence.to_completion("") if is_first else None,

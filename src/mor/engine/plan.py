@@ -6,11 +6,17 @@ A step has three phases, in this order, each with a plan and an output:
     prelude  PreludePlan  -> PreludeOutput   tokens that enter: embedding, prelude, first router
     block    BlockPlan    -> BlockOutput     one pass of the shared block, tokens of all depths
 
-The model runner knows plans only, the scheduler outputs only. Plain data: no tensors here.
+Where decoding is all there is, several steps in a row have one plan and one output:
+
+    DecodePlan -> DecodeOutput   multi-step decoding on the device (`mor.engine.multistep`)
+
+The scheduler builds plans and takes outputs, the model runner takes plans and builds outputs. Both
+are frozen; the chunks that they name are changed by the scheduler only. No tensors here.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mor.engine.request import Chunk, SequenceState
 from mor.model.sampling import SamplingParams
@@ -118,6 +124,39 @@ class BlockOutput:
 
     goes_on: tuple[bool, ...] = ()
     """For each active token of each chunk, in the plan's order: whether its router sends it on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePlan:
+    """Several decode steps in a row."""
+
+    chunks: tuple[Chunk, ...]
+    """The token in flight of each running sequence, a chunk of one; its tables have pages for all
+    entries that these steps can add."""
+    num_steps: int
+
+
+class DecodedToken(NamedTuple):
+    """A token that a step of multi-step decoding sampled."""
+
+    token_id: int
+    logprob: float
+    """Of the token, under the model: before temperature and truncation."""
+    num_passes: int
+    """Passes of the block of the position that produced it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOutput:
+    """What came of a `DecodePlan`."""
+
+    steps: tuple[tuple[DecodedToken | None, ...], ...]
+    """For each step and each chunk of the plan: what was sampled for its sequence; None where the
+    token in flight was still in the block, or the sequence had its last token already."""
+    active: tuple[bool, ...]
+    """For each sequence whether its token in flight, at the end, takes another pass."""
+    depths: tuple[int, ...]
+    """For each sequence the passes that its token in flight, at the end, has behind it."""
 
 
 def make_sampling_input(sequence: SequenceState) -> SamplingInput:

@@ -143,7 +143,7 @@ class PrefixCache:
         return node is None or self._nodes.get(node.key) is node
 
     def evict(self, num_free: int) -> None:
-        """Drop leaves, the least recently used first, until `wanted` pages are free."""
+        """Drop leaves, the least recently used first, until `num_free` pages are free."""
         while self._pool.num_free < num_free and self._nodes:
             leaf = next(node for node in self._nodes.values() if node.num_children == 0)
             self._drop(leaf)

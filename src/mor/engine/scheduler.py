@@ -3,15 +3,19 @@
 A step has three phases (see `mor.engine.plan`): coda, prelude, block. Each is planned when the one
 before is over, so that a token which leaves the block, is sampled, and enters again loses no step.
 
-Invariants, asserted by `check_integrity`:
+Invariants (`check_integrity` asserts the first five):
 
 - A sequence is in `waiting` or in `running`, both in order of arrival; only the latter hold pages.
 - `num_scheduled_tokens` = `num_computed_tokens` + the tokens of the sequence's chunks in flight.
 - A chunk in flight is in `_in_block` (some token is active) or in `_exited` (none is), never both.
 - A state slot is free or belongs to one token of one chunk.
 - A page is free, or its reference count is the number of tables and cached prefixes that hold it.
-- A sequence's chunks leave in order of position.
-- Pages run out: cached prefixes go first, then the youngest running sequence is preempted.
+- Every chunk in the block takes a pass in every step, so a sequence's earlier chunk reaches each
+  depth before a later one: the KV entries of a table are in order of position.
+- A sequence's chunks leave in order of position, too: a coda layer sees all earlier tokens.
+- When pages run out, cached prefixes go first, then the youngest running sequence is preempted: so
+  the oldest one always gets on, and with it the engine.
+- At most `max_num_batched_tokens` tokens take a pass of the block, at most `max_num_seqs` run.
 
 Plain Python: plans are data, the model runner turns them into tensors.
 """
@@ -112,6 +116,7 @@ class Scheduler:
             if self.prefix_cache is not None:
                 self.prefix_cache.evict(missing)
             if missing > self.pool.num_free:
+                # Its chunks may be in the plan that is being built, which drops them at its end.
                 youngest = self.running[-1]
                 self._preempt(youngest)
                 if youngest is sequence:
@@ -284,6 +289,7 @@ class Scheduler:
             if sequence.unshared_table is not None
             else 0
         )
+        # Not strict: where all depths share a table it is the only one, and holds every token.
         shares = zip(sequence.depth_tables, self.recursion_spec.depth_fractions, strict=False)
         return unshared + sum(t.layout.pages_for(int(count * share) + 1) for t, share in shares)
 
@@ -346,6 +352,7 @@ class Scheduler:
             table = sequence.depth_tables[chunk.depth]
             if self._make_room(sequence, table, len(chunk.active)):
                 writing.append((chunk, table.append(len(chunk.active)).start))
+        # A sequence may have been preempted after its own turn. Both sorts by depth are stable.
         writing = [(c, first) for c, first in writing if c in c.sequence.chunks]
         writing.sort(key=lambda pair: pair[0].depth)
         reading = sorted((c for c in reading if c in c.sequence.chunks), key=lambda c: c.depth)

@@ -1,4 +1,4 @@
-"""What the engine has done so far."""
+"""Counters of an engine's work, and the progress bar of `LLM.generate`."""
 
 import sys
 import time
@@ -10,29 +10,31 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class HasComputeTime(Protocol):
-    """Counts the time that it spends computing."""
+    """A model runner, as the statistics see it."""
 
     compute_seconds: float
+    """Seconds spent in layers, head, routers and sampler so far."""
 
 
 class EngineStats:
-    """Counters since the start, or since `reset`."""
+    """Counters since the engine was made, or since `reset`."""
 
     def __init__(self, num_recursions: int) -> None:
         self._num_recursions = num_recursions
         self.reset()
 
     def reset(self) -> None:
-        """Start to count anew."""
+        """Set all counters to zero."""
         self.steps = 0
+        """Engine steps; each of several in a row counts."""
         self.block_tokens = 0
-        """Tokens times passes of the block."""
+        """Tokens that took a pass of the block, summed over passes."""
         self.seconds = 0.0
-        """Spent in `step`."""
+        """Seconds spent in `LLM.step`."""
         self.compute_seconds = 0.0
-        """Of these, in layers, head, routers and sampler; the rest is bookkeeping."""
+        """Seconds of these in layers, head, routers and sampler; the rest is bookkeeping."""
         self.depth_histogram = [0] * (self._num_recursions + 1)
-        """Generated tokens by the recursions of the position that produced them, from 0 on."""
+        """[r]: generated tokens whose position, the one that produced them, took r recursions."""
 
     @property
     def tokens(self) -> int:
@@ -40,12 +42,12 @@ class EngineStats:
         return sum(self.depth_histogram)
 
     def count_token(self, recursions: int) -> None:
-        """One more generated token."""
+        """Count a generated token whose position took so many recursions."""
         self.depth_histogram[recursions] += 1
 
     @contextmanager
     def time_step(self, runner: HasComputeTime) -> Generator[None]:
-        """Time one tick."""
+        """Count the step that runs inside, its time, and its share of `runner`'s."""
         began, before = time.perf_counter(), runner.compute_seconds
         yield
         self.steps += 1
@@ -54,9 +56,14 @@ class EngineStats:
 
 
 class ProgressBar:
-    """Requests done so far, on stderr, where it is a terminal."""
+    """A bar on stderr that shows how many of `total` requests are done.
+
+    Args:
+        shown: False draws nothing.
+    """
 
     def __init__(self, total: int, shown: bool) -> None:
+        # Imported here: it takes a while to load, and only `generate` draws a bar.
         from rich.console import Console
         from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -83,5 +90,5 @@ class ProgressBar:
         self._bar.stop()
 
     def advance(self) -> None:
-        """One more request is done."""
+        """Count one more request as done."""
         self._bar.advance(self._task)

@@ -1,6 +1,6 @@
-"""Bursts: decode steps on the device without a look from the host, and what is made of them."""
+"""Multi-step decoding: steps in a row on the device, and what the host makes of them."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from mor.engine.layer_stack import TorchKernels
 from mor.engine.llm import LLM
 from mor.engine.model_runner import ModelRunner
 from mor.engine.multistep.device_decoder import DeviceDecoder, _Bucket
-from mor.engine.request import Chunk
+from mor.engine.plan import DecodeOutput, DecodePlan
 from mor.engine.sampler import DeviceSampler
 from mor.errors import ConfigError
 from mor.model.sampling import SamplingParams
@@ -40,18 +40,18 @@ KINDS = (
 
 @contextmanager
 def watched(llm: LLM) -> Generator[list[tuple[int, int]]]:
-    """(lanes, steps) of each burst."""
+    """(sequences, steps) of each multi-step run."""
     assert llm.multi_step is not None
-    flight, found = llm.multi_step._decoder, []
-    run = flight.run
+    decoder, found = llm.multi_step._decoder, []
+    run = decoder.run
 
-    def noting(chunks: Sequence[Chunk], steps: int) -> Any:
-        found.append((len(chunks), steps))
-        return run(chunks, steps)
+    def noting(plan: DecodePlan) -> DecodeOutput:
+        found.append((len(plan.chunks), plan.num_steps))
+        return run(plan)
 
-    flight.run = noting  # type: ignore[method-assign]
+    decoder.run = noting  # type: ignore[method-assign]
     yield found
-    flight.run = run  # type: ignore[method-assign]
+    decoder.run = run  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,13 +196,15 @@ def test_an_interrupted_run_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("expert", {"kernels": "cpu", "dtype": "float32"}, "kernels='cpu', which wait for nobody"),
         ("expert", {"batching": "sequence"}, "batching='sequence', which waits for the deepest"),
-        ("expert_relaxed", {}, "relaxation_rank, whose lanes"),
+        ("expert_relaxed", {}, "relaxation_rank, whose tokens"),
     ],
 )
 def test_runs_that_cannot_be(kind: str, fields: dict[str, Any], words: str) -> None:
     wide = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     model = tiny_model(kind, **wide)
-    with pytest.raises(ConfigError, match=f"burst=2 does not go with {words}.*leave it out"):
+    with pytest.raises(
+        ConfigError, match=f"num_scheduler_steps=2 does not go with {words}.*leave it out"
+    ):
         LLM(model, EngineConfig(kv_cache_memory_bytes=2**20, num_scheduler_steps=2, **fields))
     assert (
         LLM(
@@ -310,8 +312,8 @@ def test_flights_keep_their_memory() -> None:
     llm = engine_of(num_scheduler_steps=2)
     assert llm.multi_step is not None
     llm.generate([[1], [2], [3]], SamplingParams(max_tokens=8))
-    flight = llm.multi_step._decoder
-    assert isinstance(flight, DeviceDecoder)
-    kept = dict(flight._buckets)
+    decoder = llm.multi_step._decoder
+    assert isinstance(decoder, DeviceDecoder)
+    kept = dict(decoder._buckets)
     llm.generate([[1], [2], [3]], SamplingParams(max_tokens=8))
-    assert flight._buckets == kept
+    assert decoder._buckets == kept

@@ -1,7 +1,10 @@
-"""CUDA graphs for decode ticks: one recorded launch instead of a few hundred.
+"""CUDA graphs for decode steps: one recorded launch instead of a few hundred.
 
-A graph replays the same kernels on the same memory, so lanes are copied into fixed buffers and
-filled up to the next bucket: empty lanes see no keys and store nothing.
+A graph replays the same kernels on the same memory. So tokens are copied into fixed buffers, and
+the batch is padded to the next size in `_BUCKETS`: the rows behind the tokens see no KV entry and
+store none, and nobody reads what they compute.
+
+Shape letters: N tokens, B rows of a padded batch, E width.
 """
 
 from collections.abc import Callable
@@ -13,16 +16,17 @@ from torch import Tensor
 from mor.engine.layer_stack import LayerStack
 from mor.ops.paged import AttentionMetadata
 
+# Sizes of padded batches: each costs a recording, so they lie denser where padding would cost more.
 _BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
-def padded_batch_size(metadata: int) -> int:
-    """The size that so many lanes are filled up to."""
-    return next((bucket for bucket in _BUCKETS if bucket >= metadata), -(-metadata // 256) * 256)
+def padded_batch_size(num_tokens: int) -> int:
+    """The smallest bucket that holds so many tokens; behind the last one multiples of 256."""
+    return next((size for size in _BUCKETS if size >= num_tokens), -(-num_tokens // 256) * 256)
 
 
 def eager(stack: LayerStack) -> LayerStack:
-    """A stack without graphs of its own, to be part of a larger one."""
+    """The stack without graphs of its own, to be part of a larger graph."""
     return stack.stack if isinstance(stack, CUDAGraphLayerStack) else stack
 
 
@@ -46,7 +50,7 @@ class CUDAGraphFunction:
         self._out: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        """The function's result."""
+        """The function's result, valid until the next call."""
         if self._stream is None:
             return self._function()
         if self._graph is None:
@@ -56,7 +60,11 @@ class CUDAGraphFunction:
         return self._out
 
     def _record(self, stream: torch.cuda.Stream) -> Tensor:
-        """Run once, which compiles every kernel, then record, which runs nothing."""
+        """Run once, which compiles every kernel, then record, which runs nothing.
+
+        The result is that of the run, so that a first call does its work once, too.
+        """
+        # The recording stream waits for what the caller has queued, then the caller for the run.
         caller = torch.cuda.current_stream(stream.device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
@@ -70,7 +78,7 @@ class CUDAGraphFunction:
 
 
 class CUDAGraphLayerStack:
-    """A stack whose decode ticks, where every run is one lane, replay a recorded graph.
+    """A stack whose decode steps, where every run is one token, replay a recorded graph.
 
     Args:
         stack: operations that launch by shapes alone, never by values (`mor.ops.triton`).
@@ -97,8 +105,8 @@ class CUDAGraphLayerStack:
         self._buckets: dict[int, _Bucket] = {}
 
     def run(self, x: Float[Tensor, "n e"], metadata: AttentionMetadata) -> Float[Tensor, "n e"]:
-        """See `LayerStack.run`. Prefill, and more lanes than the largest bucket, run unrecorded."""
         num = x.shape[0]
+        # Prefill has many shapes and long kernels, and so have batches beyond the largest bucket.
         if metadata.max_query_len > 1 or num > _BUCKETS[-1]:
             return self.stack.run(x, metadata)
         size = padded_batch_size(num)
@@ -116,7 +124,7 @@ class CUDAGraphLayerStack:
 
 
 class _Bucket:
-    """Fixed memory for so many lanes, and the graph that works on it."""
+    """Fixed memory for a batch of B rows, and the graph that works on it."""
 
     def __init__(
         self,
@@ -144,21 +152,21 @@ class _Bucket:
         self._run = CUDAGraphFunction(lambda: stack.run(self._x, self._metadata), stream)
 
     def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Copy in, replay, and hand out the lanes that are real."""
+        """Copy tokens in, replay, and return a copy of their rows."""
         self._fill(x, metadata)
         return self._run()[: x.shape[0]].clone()
 
     def _fill(self, x: Tensor, metadata: AttentionMetadata) -> None:
-        num, writing, columns = (
-            x.shape[0],
-            metadata.slot_cells.shape[0],
-            metadata.page_tables.shape[1],
-        )
+        """Copy tokens into the fixed memory; whatever is left of earlier ones has no effect."""
+        num = x.shape[0]
+        num_writing = metadata.slot_cells.shape[0]
+        width = metadata.page_tables.shape[1]
+        fixed = self._metadata
         self._x[:num] = x
-        self._metadata.positions[:num] = metadata.positions
-        self._metadata.context_lens.zero_()
-        self._metadata.context_lens[:num] = metadata.context_lens
-        self._metadata.page_tables[:num, :columns] = metadata.page_tables
-        self._metadata.slot_cells.fill_(-1)  # nobody's: lanes that only read, and empty ones
-        self._metadata.slot_cells[:writing] = metadata.slot_cells
-        self._metadata.slot_offsets[:writing] = metadata.slot_offsets
+        fixed.positions[:num] = metadata.positions
+        fixed.context_lens.zero_()  # rows without a token see no entry
+        fixed.context_lens[:num] = metadata.context_lens
+        fixed.page_tables[:num, :width] = metadata.page_tables
+        fixed.slot_cells.fill_(-1)  # tokens that only read, and rows without a token, store nothing
+        fixed.slot_cells[:num_writing] = metadata.slot_cells
+        fixed.slot_offsets[:num_writing] = metadata.slot_offsets

@@ -141,6 +141,15 @@ class SequenceState:
         """Key of its prefixes: only sequences with the same recursion limits can share entries."""
         return self.min_recursions, self.max_recursions
 
+    def count_kv_entries(self, counts: Sequence[int]) -> list[int]:
+        """For each of its page tables, the entries of tokens with these recursion counts."""
+        unshared = [] if self.unshared_table is None else [len(counts)]
+        depths = range(len(self.depth_tables))
+        if len(depths) == 1:
+            return [*unshared, len(counts)]  # all depths share one: an entry for every token
+        # A token that took c passes has entries at depths 0 .. c - 1.
+        return unshared + [sum(c > depth for c in counts) for depth in depths]
+
     def uniform(self, ahead: int = 0) -> float:
         """Random number in [0, 1) for the next token, or one further ahead; greedy has none."""
         if self.params.temperature == 0:

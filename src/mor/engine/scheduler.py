@@ -189,7 +189,7 @@ class Scheduler:
             stop = start + size
             counts = sequence.recursion_counts[start:stop]
             before = node.num_kv_entries if node is not None else (0,) * len(tables)
-            added = self._count_kv_entries(sequence, counts)
+            added = sequence.count_kv_entries(counts)
             node = self.prefix_cache.insert(
                 parent=node,
                 namespace=sequence.prefix_namespace,
@@ -205,15 +205,6 @@ class Scheduler:
                 return
             sequence.prefix_node = node
             start = stop
-
-    def _count_kv_entries(self, sequence: SequenceState, counts: list[int]) -> list[int]:
-        """For each of the sequence's tables, the entries of tokens with these recursion counts."""
-        unshared = [len(counts)] if sequence.unshared_table is not None else []
-        spec = self.recursion_spec
-        if spec.shared_kv or spec.max_passes == 1:
-            return [*unshared, len(counts)]  # one table for the block, an entry for every token
-        # A token that took c passes has entries at depths 0 .. c - 1.
-        return unshared + [sum(c > depth for c in counts) for depth in range(spec.max_passes)]
 
     def take_all_chunks(self) -> None:
         """Take all chunks out of both queues; `requeue` puts each one back (multi-step)."""
@@ -364,9 +355,9 @@ class Scheduler:
 
     def update_after_block(self, plan: BlockPlan, output: BlockOutput) -> None:
         """Move the plan's chunks one depth on; tokens that stop leave their chunk's run."""
-        spec, at, moved = self.recursion_spec, 0, set()
+        spec = self.recursion_spec
+        at = 0  # index into the plan's tokens
         for chunk in plan.chunks:
-            moved.add(id(chunk))
             chunk.depth += 1
             depth, sequence = chunk.depth, chunk.sequence
             flags = output.goes_on[at : at + len(chunk.active)]
@@ -377,9 +368,10 @@ class Scheduler:
                 chunk.active = []
             elif depth >= sequence.min_recursions:  # below it the router is not asked
                 chunk.active = [i for i, on in zip(chunk.active, flags, strict=True) if on]
-        changed = [chunk for chunk in self._in_block if id(chunk) in moved]
-        self._in_block = [chunk for chunk in self._in_block if id(chunk) not in moved]
-        for chunk in changed:
+        # The plan had all chunks that are in the block now.
+        passed = self._in_block
+        self._in_block = []
+        for chunk in passed:
             self.requeue(chunk)
 
     # -- invariants -----------------------------------------------------------------------------

@@ -167,7 +167,7 @@ class FakeHub:
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_CHUNK", 4)
+    monkeypatch.setattr(hub, "_FILE_DOCUMENTS", 4)
 
 
 @pytest.mark.usefixtures("small_files")

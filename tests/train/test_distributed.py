@@ -173,11 +173,11 @@ def test_a_rank_holds_half_of_weights_gradients_and_moments() -> None:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         model, config = tiny_model("expert", vocab_size=64).float().train(), TrainConfig()
         world = World(kind=kind, rank=0, size=size, device=torch.device("cpu"))
-        spread = parallelize(model, config, world)
+        parallel = parallelize(model, config, world)
         optimizer = build_optimizer(model, config)
         ids = torch.zeros(2, 16, dtype=torch.long)
-        with spread.micro_batch(last=True):
-            loss = spread(ids, ids).total_loss
+        with parallel.micro_batch(last=True):
+            loss = parallel(ids, ids).total_loss
             assert loss is not None
             loss.backward()
         optimizer.step()
@@ -251,10 +251,10 @@ def test_tied_weights_stay_one_storage_when_sharded() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parallelize(model, TrainConfig(), world)
     assert model.lm_head.weight is model.embed_tokens.weight
-    whole = world.full_model(model)
-    assert whole.lm_head.weight is whole.embed_tokens.weight
-    assert whole.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+    full = world.full_model(model)
+    assert full.lm_head.weight is full.embed_tokens.weight
+    assert full.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in full.state_dict().items())
 
 
 @pytest.mark.usefixtures("process_group")

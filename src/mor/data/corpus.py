@@ -58,7 +58,8 @@ def build_corpus(
 ) -> CorpusSummary:
     """Tokenize files into the corpus `out`, which appears whole or not at all.
 
-    A build that is cut off leaves `out.partial`, from which the same call goes on.
+    A build that is cut off leaves `out.partial`, from which the same call goes on. Arguments that
+    are not listed are those of `build_from_documents`.
 
     Args:
         sources: text files (one document each), `.jsonl`, `.jsonl.zst`, `.parquet`, folders of
@@ -68,8 +69,6 @@ def build_corpus(
         hub_documents: the most documents to take of a dataset on the hub; None: all.
         workers: processes that encode; None: as many as there are cores, fewer for little text.
             The corpus does not depend on it.
-
-    The rest is as in `build_from_documents`.
 
     Raises:
         DataError: a source cannot be read (with file, line or row), or another build is going on.

@@ -67,8 +67,7 @@ def build_corpus(
         valid: sources to hold out as a whole, in place of a share of the documents.
         text_field: the field of a JSON line, or the column, that holds the text.
         hub_documents: the most documents to take of a dataset on the hub; None: all.
-        workers: processes that encode; None: as many as there are cores, fewer for little text.
-            The corpus does not depend on it.
+        workers: processes that encode; None: one per core, fewer for little text.
 
     Raises:
         DataError: a source cannot be read (with file, line or row), or another build is going on.
@@ -83,7 +82,7 @@ def build_corpus(
     )
     validation_split = ValidationSplit(0.0 if valid else valid_fraction, seed)
     encoder = None if tokenizer is None else _load_encoder(tokenizer)
-    # Everything the corpus depends on: a build that was cut off goes on only with the same plan.
+    # All that the corpus depends on: another plan starts the build anew.
     tokenizer_id = train_tokenizer if encoder is None else _digest(encoder)
     plan = [tokenizer_id, valid_fraction, seed, shard_tokens, text_field, documents.plan()]
     with open_journal(out, [INDEX_VERSION, *plan]) as journal:

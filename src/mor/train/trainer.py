@@ -56,10 +56,19 @@ Outcome = Literal["finished", "stopped"]
 _EVAL_BATCH_SIZE = 8  # sequences of one forward pass of an evaluation
 
 CHANGEABLE_ON_RESUME = frozenset(
-    """
-    eval_every save_every keep_checkpoints device verify_data spike_threshold tensorboard
-    parallel fsdp_reshard activation_checkpointing compile
-    """.split()
+    {
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+        "device",
+        "verify_data",
+        "spike_threshold",
+        "tensorboard",
+        "parallel",
+        "fsdp_reshard",
+        "activation_checkpointing",
+        "compile",
+    }
 )
 """Fields of `TrainConfig` that a resumed run may change: none of them changes what is learned."""
 

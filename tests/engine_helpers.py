@@ -23,15 +23,15 @@ shared_model = cache(tiny_model)
 """A tiny model, built once; tests must not change it."""
 
 
-def engine_of(kind: str = "expert", **fields: Any) -> LLM:
-    """An engine of a tiny model, with little room."""
+def engine_of(kind: str = "expert", *, model: MoRModel | None = None, **fields: Any) -> LLM:
+    """An engine of a tiny model, or of one that is given, with little room."""
     defaults = {
         "block_size": 4,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 16,
         "kv_cache_memory_bytes": 2**20,
     }
-    return LLM(shared_model(kind), EngineConfig(**{**defaults, **fields}))
+    return LLM(model or shared_model(kind), EngineConfig(**{**defaults, **fields}))
 
 
 def memory_for(model: MoRModel, block_size: int, tokens: int, share: float = 1.0) -> int:

@@ -1,4 +1,4 @@
-"""The engine adds to each lane the delta of its depth, whatever depths share its tick."""
+"""The engine adds to each token the LoRA pairs of its depth, whatever depths share its step."""
 
 from dataclasses import replace
 from typing import Any

@@ -11,7 +11,7 @@ SIZE = 4
 ROOT = (0, 3)
 OTHER_ROOT = (0, 1)
 LAYOUTS = (
-    PageLayout(block_size=SIZE, layers=1, layers_per_page=2),  # the outer layers: 8 to a page
+    PageLayout(block_size=SIZE, layers=1, layers_per_page=2),  # the unshared layers: 8 to a page
     PageLayout(block_size=SIZE, layers=2, layers_per_page=2),  # depth 0
     PageLayout(block_size=SIZE, layers=2, layers_per_page=2),  # depth 1
 )
@@ -106,7 +106,7 @@ def test_a_prefix_brings_its_counts_and_entries(cache: PrefixCache, pool: PagePo
 
 def test_only_a_begun_page_is_copied(cache: PrefixCache, pool: PagePool) -> None:
     first = Writer(cache, pool, {})
-    first.write([1, 2, 4, 5, 9])  # outer: 4 of 8, depth 0: 4 of 4, depth 1: 2 of 4
+    first.write([1, 2, 4, 5, 9])  # unshared: 4 of 8, depth 0: 4 of 4, depth 1: 2 of 4
     second = Writer(cache, pool, first.written)
     copies = cache.attach(cache.match_prefix(ROOT, [1, 2, 4, 5, 9]), second.tables)
     assert [source for source, _ in copies] == [first.tables[0].pages[0], first.tables[2].pages[0]]

@@ -38,7 +38,7 @@ def test_decodes_do_not_starve_a_long_prompt() -> None:
     for _ in range(10):
         sim.step()
     late = sim.add(list(range(60)), 1)
-    for _ in range(60 * 3 + 10):  # one lane is left: a token takes R ticks
+    for _ in range(60 * 3 + 10):  # room for one token: it takes R steps
         sim.step()
     assert len(late.output_token_ids) == 1
 

@@ -3,7 +3,7 @@
 `TorchStack` runs anywhere, with the operations of `mor.ops.reference` or of `mor.ops.triton`;
 `CpuStack` is one compiled call. Both give `x` after all layers of a stack.
 
-Shape letters: N lanes, E width, H query heads, G key-value heads, D head size, V vocabulary.
+Shape letters: N tokens, E width, H query heads, G key-value heads, D head size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,12 +34,12 @@ class LayerCall:
 
     layer: Layer
     kv_layer: int
-    """Which of a page's cells has its keys and values."""
+    """Cell, counted from the first one of a cell group, that holds its keys and values."""
     writes_kv: bool
-    """Whether it stores them; otherwise they are there already."""
+    """Whether it stores keys and values; otherwise an earlier pass has stored them."""
     depths: tuple[int, ...] = ()
-    """Depth of each range of `AttentionMetadata.depth_start_loc`: whose LoRA pairs its tokens get;
-    empty: the layer has none."""
+    """For each range of `AttentionMetadata.depth_start_loc` the depth whose LoRA pairs its tokens
+    get; empty if the layer has none."""
 
 
 @runtime_checkable
@@ -58,13 +58,13 @@ class KernelBackend(Protocol):
     name: str
 
     def build_stack(self, applications: Sequence[LayerCall]) -> LayerStack:
-        """Prepare layers; a layer that occurs twice is prepared once."""
+        """A stack of these calls; a layer that occurs twice is prepared once."""
         ...
 
     def compute_logits(
         self, norm: RMSNorm, weight: Float[Tensor, "v e"], x: Float[Tensor, "n e"]
     ) -> Float[Tensor, "n v"]:
-        """Final norm and head."""
+        """(N, V) logits: final norm and head."""
         ...
 
     def greedy(self, logits: Float[Tensor, "n v"]) -> tuple[list[int], list[float]] | None:
@@ -86,7 +86,8 @@ def make_rope_table(config: MoRConfig, dtype: torch.dtype, device: torch.device)
 
 
 def _fused_weights(layer: Layer) -> list[Tensor]:
-    """q, k and v, o, gate and up, down."""
+    """A layer's matrices in the order of use, those with the same input as one: q; k and v; o; gate
+    and up; down."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
         attention.q_proj.weight,
@@ -98,11 +99,14 @@ def _fused_weights(layer: Layer) -> list[Tensor]:
 
 
 def _loras(application: LayerCall, dtype: torch.dtype) -> list[list[LoRAPair]]:
-    """For each of `_fused_weights` the deltas of the lanes' groups."""
+    """For each of `_fused_weights`, the LoRA pair of each depth of the call."""
     attention, mlp = application.layer.self_attn, application.layer.mlp
     together: Sequence[tuple[DepthLoRALinear, ...]] = (
-        *((attention.q_proj,), (attention.k_proj, attention.v_proj), (attention.o_proj,)),
-        *((mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)),
+        (attention.q_proj,),
+        (attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
     )
     return [
         [
@@ -114,7 +118,13 @@ def _loras(application: LayerCall, dtype: torch.dtype) -> list[list[LoRAPair]]:
 
 
 class TorchKernels:
-    """torch's own matrix products with the operations of a module like `mor.ops.reference`."""
+    """torch's own matrix products, with the operations of `mor.ops.reference` or `mor.ops.triton`.
+
+    Args:
+        operations: one of these modules.
+        dtype: of weights, hidden states, keys and values.
+        wrap: makes another stack of each one that is built, such as one of CUDA graphs.
+    """
 
     def __init__(
         self,
@@ -134,18 +144,16 @@ class TorchKernels:
         self._head: Tensor | None = None
 
     def build_stack(self, applications: Sequence[LayerCall]) -> LayerStack:
-        """See `KernelBackend.build_stack`."""
         stack = TorchStack(self, applications)
         return stack if self._wrap is None else self._wrap(stack)
 
     def compute_logits(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
-        """See `KernelBackend.compute_logits`."""
         if self._head is None:
             self._head = weight.detach().to(self.dtype)
         return F.linear(self.operations.rms_norm(x, norm.weight, norm.eps), self._head)
 
     def greedy(self, logits: Tensor) -> None:
-        """The sampler is as fast."""
+        """None: the sampler is as fast."""
 
 
 class TorchStack:
@@ -159,34 +167,37 @@ class TorchStack:
             if id(application.layer) not in self._weights:
                 matrices = [m.detach().to(kernels.dtype) for m in _fused_weights(application.layer)]
                 self._weights[id(application.layer)] = matrices
-        self._deltas = [_loras(application, kernels.dtype) for application in applications]
+        self._loras = [_loras(application, kernels.dtype) for application in applications]
 
     def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """See `LayerStack.run`."""
         ops, kv = self._kernels.operations, self._kernels.kv
         _, groups, size = self._kernels.config.num_heads_and_dim
-        angles, writing = self._kernels.rope_table, metadata.slot_cells.shape[0]
-        for application, deltas in zip(self._applications, self._deltas, strict=True):
-            layer, home = application.layer, application.kv_layer
-            d_q, d_kv, d_o, d_gate_up, d_down = (
-                partial(add_loras, ds, metadata.depth_start_loc) for ds in deltas
+        rope = self._kernels.rope_table
+        num_writing = metadata.slot_cells.shape[0]  # tokens, the first ones
+        for application, loras in zip(self._applications, self._loras, strict=True):
+            layer, kv_layer = application.layer, application.kv_layer
+            # Each adds to y @ w the LoRA product of y at the depths of its rows.
+            lora_q, lora_kv, lora_o, lora_gate_up, lora_down = (
+                partial(add_loras, pairs, metadata.depth_start_loc) for pairs in loras
             )
             w_q, w_kv, w_o, w_gate_up, w_down = self._weights[id(layer)]
             before, after = layer.input_layernorm, layer.post_attention_layernorm
             y = ops.rms_norm(x, before.weight, before.eps)
-            q = d_q(y, F.linear(y, w_q)).unflatten(1, (-1, size))
+            q = lora_q(y, F.linear(y, w_q)).unflatten(1, (-1, size))  # (N, H, D)
             q = self._norm_heads(layer.self_attn.q_norm, q)
-            q = ops.rotate(q, angles, metadata)
-            if application.writes_kv and writing:
-                both = d_kv(y, F.linear(y[:writing], w_kv)).unflatten(1, (2, groups, size))
+            q = ops.rotate(q, rope, metadata)
+            if application.writes_kv and num_writing:
+                # (W, 2, G, D); tokens behind these find their keys and values in the pages.
+                both = lora_kv(y, F.linear(y[:num_writing], w_kv)).unflatten(1, (2, groups, size))
                 k = self._norm_heads(layer.self_attn.k_norm, both[:, 0])
-                k = ops.rotate(k, angles, metadata)
-                ops.store(k, both[:, 1], kv, home, metadata)
-            y = ops.attend(q, kv, home, metadata).flatten(1)
-            x = x + d_o(y, F.linear(y, w_o))
+                k = ops.rotate(k, rope, metadata)
+                ops.store(k, both[:, 1], kv, kv_layer, metadata)
+            # After the store: a token sees its own entry.
+            y = ops.attend(q, kv, kv_layer, metadata).flatten(1)
+            x = x + lora_o(y, F.linear(y, w_o))
             y = ops.rms_norm(x, after.weight, after.eps)
-            y = ops.silu_mul(d_gate_up(y, F.linear(y, w_gate_up)))
-            x = x + d_down(y, F.linear(y, w_down))
+            y = ops.silu_mul(lora_gate_up(y, F.linear(y, w_gate_up)))
+            x = x + lora_down(y, F.linear(y, w_down))
         return x
 
     def _norm_heads(self, norm: RMSNorm | None, heads: Tensor) -> Tensor:

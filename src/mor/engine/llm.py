@@ -78,16 +78,19 @@ class LLM:
         device, compute = self.backend.device, self.backend.compute_dtype
         if model.embed_tokens.weight.device != device:
             model = copy.deepcopy(model).to(device)  # the caller keeps its own where it is
+        # Memory for keys and values, its bookkeeping, and what plans with it.
         self.cache = KVCache(model.config, self.config, compute, device)
         self.pool = PagePool(self.cache.num_pages)
         caches = self.config.enable_prefix_caching
         self.prefix_cache = PrefixCache(self.pool, self.config.block_size) if caches else None
         recursion_spec = RecursionSpec.of(model.config)
         self.scheduler = Scheduler(self.config, recursion_spec, self.pool, self.prefix_cache)
+        # What computes the plans.
         kernels = self.backend.kernels_for(model, self.config, self.cache)
         num_state_slots = self.scheduler.num_state_slots
         self.runner = ModelRunner(model, self.config, self.cache, kernels, num_state_slots)
         self.stats = EngineStats(model.config.num_recursions)
+        # What makes texts and outputs of sampled tokens.
         self.output_processor = OutputProcessor(tokenizer, self.stats)
         self.multi_step: MultiStepScheduler | None = None
         num_steps = self.backend.num_scheduler_steps

@@ -65,6 +65,7 @@ class ModelRunner:
         self.states = make_hidden_states(
             model, kernels, num_state_slots + 1, self.dtype, self.device
         )
+        # Prelude and coda share page tables: their layers are counted through, prelude first.
         unshared = layers_of(model.prelude) + layers_of(model.coda)
         apps = [LayerCall(layer=m, kv_layer=i, writes_kv=True) for i, m in enumerate(unshared)]
         num = len(model.prelude)

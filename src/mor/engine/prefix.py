@@ -112,11 +112,19 @@ class PrefixCache:
         entries: Sequence[int],
         tables: Sequence[PageTable],
     ) -> PrefixNode:
-        """The node of `block_size` finished tokens after `parent`: the known one, or a new one."""
+        """The node of `block_size` finished tokens after `parent`: the known one, or a new one.
+
+        Args:
+            parent: None where the prefix begins.
+            counts: recursion count of each token.
+            entries: for each table, its number of entries after these tokens.
+            tables: page tables of the sequence that computed the tokens; it keeps its own pages.
+        """
         key = (namespace if parent is None else id(parent), tuple(tokens))
         if key in self._nodes:
             self._nodes.move_to_end(key)
             return self._nodes[key]
+        # From the page that holds the first new entry to the one that holds the last.
         before = parent.num_kv_entries if parent is not None else (0,) * len(tables)
         pages = tuple(
             tuple(t.pages[old // t.layout.entries_per_page : t.layout.pages_for(new)])
@@ -143,17 +151,18 @@ class PrefixCache:
         return node is None or self._nodes.get(node.key) is node
 
     def evict(self, num_free: int) -> None:
-        """Drop leaves, the least recently used first, until `num_free` pages are free."""
+        """Drop leaves, the least recently used first (or all), until `num_free` pages are free."""
         while self._pool.num_free < num_free and self._nodes:
             leaf = next(node for node in self._nodes.values() if node.num_children == 0)
             self._drop(leaf)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all nodes, children before their parents."""
         while self._nodes:
             self._drop(next(n for n in reversed(self._nodes.values()) if n.num_children == 0))
 
     def _drop(self, node: PrefixNode) -> None:
+        """Remove a node without children, and release its pages."""
         del self._nodes[node.key]
         if node.parent is not None:
             node.parent.num_children -= 1

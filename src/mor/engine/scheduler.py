@@ -248,6 +248,7 @@ class Scheduler:
             if not self._make_room(sequence, sequence.unshared_table, count):
                 return None
             sequence.unshared_table.append(count)
+        # There are enough: `budget` is at most the number of free ones.
         slots = self._free_state_slots[-count:]
         del self._free_state_slots[-count:]
         chunk = Chunk(sequence=sequence, start=sequence.num_scheduled_tokens, state_slots=slots)

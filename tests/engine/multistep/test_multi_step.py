@@ -110,7 +110,7 @@ def test_what_needs_the_host_at_every_token(params: dict[str, Any], why: str) ->
     assert all(size == 1 for size, _ in runs), why
 
 
-def test_whoever_waits_is_let_in_before_the_next_burst() -> None:
+def test_whoever_waits_is_let_in_before_the_next_run() -> None:
     llm = engine_of(num_scheduler_steps=4, max_num_seqs=2)
     with watched(llm) as runs:
         llm.add_request([1, 2], SamplingParams(max_tokens=40))
@@ -147,7 +147,7 @@ def test_with_short_memory_steps_go_one_by_one() -> None:
     check_empty(llm)
 
 
-def test_a_stop_text_ends_a_sequence_in_the_middle_of_a_burst() -> None:
+def test_a_stop_text_ends_a_sequence_in_the_middle_of_a_run() -> None:
     llm = engine_of(num_scheduler_steps=8, enable_prefix_caching=False)
     (whole,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=20))
     stop = whole.token_ids[9]
@@ -218,7 +218,7 @@ def test_runs_that_cannot_be(kind: str, fields: dict[str, Any], words: str) -> N
     ("device", "kernels", "num_scheduler_steps"),
     [("cuda", "triton", 8), ("cuda", "reference", 1), ("cpu", "reference", 1)],
 )
-def test_the_default_is_a_burst_where_it_can_be_recorded(
+def test_the_default_is_several_steps_where_they_can_be_recorded(
     device: str, kernels: str, num_scheduler_steps: int
 ) -> None:
     found = _resolve_num_scheduler_steps(
@@ -240,7 +240,7 @@ class OnTheDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tick_stays_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_stays_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the device `meta` have no values: nobody can look at one, as in a CUDA graph.
 
     The truth of attention and of storing does look; Triton's kernels are tested elsewhere.
@@ -308,7 +308,7 @@ def test_a_sampler_for_many_steps_is_the_sampler() -> None:
         assert logprobs.tolist() == pytest.approx(want.logprobs)
 
 
-def test_flights_keep_their_memory() -> None:
+def test_runs_keep_their_memory() -> None:
     llm = engine_of(num_scheduler_steps=2)
     assert llm.multi_step is not None
     llm.generate([[1], [2], [3]], SamplingParams(max_tokens=8))

@@ -117,7 +117,7 @@ def _loras(application: LayerCall, dtype: torch.dtype) -> list[list[LoRAPair]]:
     ]
 
 
-class TorchKernels:
+class TorchKernels(KernelBackend):
     """torch's own matrix products, with the operations of `mor.ops.reference` or `mor.ops.triton`.
 
     Args:
@@ -156,7 +156,7 @@ class TorchKernels:
         """None: the sampler is as fast."""
 
 
-class TorchStack:
+class TorchStack(LayerStack):
     """A stack that runs operation by operation."""
 
     def __init__(self, kernels: TorchKernels, applications: Sequence[LayerCall]) -> None:
@@ -209,7 +209,7 @@ class TorchStack:
         return rms_norm(rows, norm.weight, norm.eps).view(heads.shape)
 
 
-class CpuKernels:
+class CpuKernels(KernelBackend):
     """The compiled kernels of `mor.ops.cpu.kernels`: fp32 sums, weights in fp32, bf16 or int8."""
 
     name = "cpu"
@@ -294,7 +294,7 @@ class CpuKernels:
         return tokens.tolist(), logprobs.tolist()
 
 
-class CpuStack:
+class CpuStack(LayerStack):
     """A stack that is one compiled call."""
 
     def __init__(self, kernels: CpuKernels, applications: Sequence[LayerCall]) -> None:

@@ -77,7 +77,7 @@ class CUDAGraphFunction:
         return result
 
 
-class CUDAGraphLayerStack:
+class CUDAGraphLayerStack(LayerStack):
     """A stack whose decode steps, where every run is one token, replay a recorded graph.
 
     Args:

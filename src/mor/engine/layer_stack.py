@@ -144,10 +144,12 @@ class TorchKernels(KernelBackend):
         self._head: Tensor | None = None
 
     def build_stack(self, applications: Sequence[LayerCall]) -> LayerStack:
+        """A `TorchStack`, wrapped if there is a wrapper."""
         stack = TorchStack(self, applications)
         return stack if self._wrap is None else self._wrap(stack)
 
     def compute_logits(self, norm: RMSNorm, weight: Tensor, x: Tensor) -> Tensor:
+        """(N, V) logits; the head's weights are converted once."""
         if self._head is None:
             self._head = weight.detach().to(self.dtype)
         return F.linear(self.operations.rms_norm(x, norm.weight, norm.eps), self._head)
@@ -170,6 +172,7 @@ class TorchStack(LayerStack):
         self._loras = [_loras(application, kernels.dtype) for application in applications]
 
     def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """(N, E) states after all layers; x is not overwritten."""
         ops, kv = self._kernels.operations, self._kernels.kv
         _, groups, size = self._kernels.config.num_heads_and_dim
         rope = self._kernels.rope_table

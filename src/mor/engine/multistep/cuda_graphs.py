@@ -105,6 +105,7 @@ class CUDAGraphLayerStack(LayerStack):
         self._buckets: dict[int, _Bucket] = {}
 
     def run(self, x: Float[Tensor, "n e"], metadata: AttentionMetadata) -> Float[Tensor, "n e"]:
+        """(N, E) states after all layers; replayed if every run is one token."""
         num = x.shape[0]
         # Prefill has many shapes and long kernels, and so have batches beyond the largest bucket.
         if metadata.max_query_len > 1 or num > _BUCKETS[-1]:

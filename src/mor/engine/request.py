@@ -13,8 +13,8 @@ from mor.model.sampling import Completion, FinishReason, SamplingParams
 class Chunk:
     """Consecutive tokens of one sequence that entered together and leave together.
 
-    A prompt enters in chunks, a generated token is a chunk of one. At each depth the tokens that go
-    on are a shorter run; when none is left, the chunk waits for the coda.
+    A prompt enters in chunks, a generated token is a chunk of one. From pass to pass fewer of its
+    tokens are active; when none is left, the chunk waits for the coda.
     """
 
     sequence: "SequenceState"
@@ -27,9 +27,9 @@ class Chunk:
     active: list[int] = field(default_factory=list)
     """Places in the chunk of the tokens that take the coming pass, rising."""
     depth: int = 0
-    """Depth of the coming pass, from 0."""
+    """Depth of the coming pass, from 0: the passes that its active tokens have behind them."""
     exited_at_step: int = 0
-    """Engine step in which the last token left the block."""
+    """`Scheduler.step_index` of the step in which its last token left the block."""
 
     def __len__(self) -> int:
         return len(self.state_slots)
@@ -48,6 +48,7 @@ class Chunk:
         sequence = self.sequence
         if not sequence.params.prompt_logprobs:
             return range(0)
+        # A token predicts its successor, so each bound lies one place before that of the scores.
         first = max(0, sequence.params.prompt_logprobs_from - 1 - self.start)
         return range(first, max(first, min(len(self), sequence.num_prompt_tokens - 1 - self.start)))
 
@@ -58,19 +59,22 @@ class SequenceState:
 
     request_id: str
     index: int
+    """Which of the request's `n` completions it becomes, counted from 0."""
     arrival_index: int
-    """Rank of arrival: who came first is served first and preempted last."""
+    """Rank of its request's arrival: who came first is served first and preempted last."""
     params: SamplingParams
     token_ids: list[int]
     """Prompt and output, one after the other."""
     num_prompt_tokens: int
+    """Tokens of the prompt, the first ones of `token_ids`."""
     min_recursions: int
-    """Recursions that every token takes at least, whatever the router says; 0 is no limit."""
+    """Recursions that each token takes even where its router would let it exit; 0 is no limit."""
     max_recursions: int
-    """Recursions that every token takes at most."""
+    """Recursions after which each token exits even where its router would send it on."""
     stop_token_ids: frozenset[int]
     """Token ids that end it: those of its request, and the model's ends of text."""
     rng: Random
+    """Draws a random number for each generated token."""
     unshared_table: PageTable | None
     """KV entries of prelude and coda, one for every token; None if there are no such layers."""
     depth_tables: list[PageTable]
@@ -79,9 +83,15 @@ class SequenceState:
     recursion_counts: list[int] = field(default_factory=list)
     """For each computed token, from the first on, the recursions that it took."""
     logprobs: list[float] = field(default_factory=list)
+    """For each generated token, its log-probability under the model."""
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    """For each generated token, the likeliest tokens in its place and their log-probabilities.
+    Empty if the request does not ask for them."""
     prompt_logprobs: list[float | None] = field(default_factory=list)
+    """For each prompt token, its log-probability; None for the first one, which nothing precedes,
+    and for those before `prompt_logprobs_from`."""
     prompt_top_logprobs: list[dict[int, float] | None] = field(default_factory=list)
+    """For each prompt token, the likeliest tokens in its place; None as in `prompt_logprobs`."""
     chunks: list[Chunk] = field(default_factory=list)
     """Its chunks in flight, in order of position."""
     is_running: bool = False
@@ -91,8 +101,10 @@ class SequenceState:
     num_computed_tokens: int = 0
     """Tokens, from the first on, that are through the model or were found in the prefix cache."""
     finish_reason: FinishReason | None = None
+    """Why it ended; None while it goes on."""
     uniforms: list[float] = field(default_factory=list)
-    """Random numbers in [0, 1) for its next tokens, as far as they are drawn."""
+    """Random numbers in [0, 1) for its next tokens, as far as they are drawn: a token whose step is
+    repeated after a preemption gets the same one."""
     prefix_node: PrefixNode | None = None
     """Node of its longest prefix that the prefix cache knows; None: no prefix."""
     can_extend_prefix: bool = True
@@ -176,7 +188,7 @@ class SequenceState:
             self.prompt_top_logprobs[first:stop] = top_logprobs
 
     def to_completion(self, text: str) -> Completion:
-        """Its `Completion` as far as it has come."""
+        """Its `Completion` as far as it has come; `text` is that of its generated tokens."""
         output = self.output_token_ids
         return Completion(
             prompt_token_ids=self.prompt_token_ids,
@@ -185,6 +197,7 @@ class SequenceState:
             index=self.index,
             text=text,
             token_ids=output,
+            # Of the position that produced each token: the prompt's last one produced the first.
             recursion_counts=self.recursion_counts[self.num_prompt_tokens - 1 :][: len(output)],
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
@@ -198,8 +211,11 @@ class SequenceState:
         for table in self.page_tables:
             table.clear()
         self.chunks.clear()
-        self.num_scheduled_tokens = self.num_computed_tokens = self.num_cached_tokens = 0
-        self.prefix_node, self.can_extend_prefix = None, True
+        self.num_scheduled_tokens = 0
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.prefix_node = None
+        self.can_extend_prefix = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,17 +224,19 @@ class TokenOutput:
 
     request_id: str
     index: int
-    """Which of the request's n completions."""
+    """Which of the request's `n` completions it belongs to."""
     token_id: int
     text: str
     """What the token adds to the text; a token may add nothing yet, e.g. half of a character."""
     logprob: float
+    """Of the token, under the model: before penalties, temperature and truncation."""
     recursion_count: int
-    """Passes of the position that produced the token."""
+    """Recursions of the position that produced the token."""
     top_logprobs: dict[int, float] = field(default_factory=dict)
     """The likeliest tokens in its place, as many as were asked for."""
     prompt: Completion | None = None
     """With the first token of a completion: what came of its prompt (counts, log-probabilities)."""
     finish_reason: FinishReason | None = None
+    """Why its completion ended, if it is the last token of one."""
     completions: list[Completion] | None = None
     """All of the request's completions, with the last token of the last one."""

@@ -8,7 +8,7 @@ import torch
 
 from engine_helpers import check_empty, check_equals_oracle, prompts_with_shared_starts, run_all
 from mor.engine.config import EngineConfig
-from mor.engine.layer_stack import CpuStack
+from mor.engine.kernels.cpu_backend import CpuStack
 from mor.engine.llm import LLM
 from mor.model.generation import generate
 from mor.model.sampling import SamplingParams

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from mor.bench.timing import paired
 from mor.model.config import MoRConfig
-from mor.ops.cpu import gemm
 from mor.ops.cpu import kernels as cpu
-from mor.ops.cpu.packed_weights import PackedLinear, Storage
+from mor.ops.cpu.packed_weights import PackedLinear, WeightDType, dtype_code
+from mor.ops.cpu.records import AttentionBatch, KVCells, PackedWeight, Quantized
+from mor.ops.paged import AttentionMetadata
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -47,35 +48,30 @@ def products(config: MoRConfig, threads: int, layers: int = 10) -> dict[str, Any
         timed = [seconds(task(rows)) for rows in _ROWS]
         result[name] = [f / s / 1e9 for f, s in zip(flops, timed, strict=True)]
 
-    storages: tuple[Storage, ...] = ("float32", "bfloat16", "int8")
-    for storage in storages:
-        packed = [[PackedLinear(w, storage) for w in ws] for ws in weights]
-        rates(f"mor_{storage}", partial(_ours, packed, storage, threads))
+    weight_dtypes: tuple[WeightDType, ...] = get_args(WeightDType)
+    for weight_dtype in weight_dtypes:
+        packed = [[PackedLinear(w, weight_dtype) for w in ws] for ws in weights]
+        rates(f"mor_{weight_dtype}", partial(_ours, packed, threads))
     rates("torch_linear_float32", lambda rows: _torch(weights, rows))
     if torch.backends.mkldnn.is_available():
         rates("onednn_packed_float32", lambda rows: _onednn(weights, rows))
     return result
 
 
-def _ours(
-    packed: list[list[PackedLinear]], storage: Storage, threads: int, rows: int
-) -> Callable[[], object]:
-    kind = {"float32": gemm.FLOAT32, "bfloat16": gemm.BFLOAT16, "int8": gemm.INT8}[storage]
+def _ours(packed: list[list[PackedLinear]], threads: int, rows: int) -> Callable[[], object]:
     widest = max(w.in_features for w in packed[0])
     inputs = [np.random.randn(rows, w.in_features).astype(np.float32) for w in packed[0]]
     outputs = [np.zeros((rows, w.padded_features), np.float32) for w in packed[0]]
-    rounded, scales = np.zeros((rows, 2 * widest), np.uint8), np.zeros(rows, np.float32)
+    quantized = Quantized(
+        values=np.zeros((rows, 2 * widest), np.uint8),  # of each number a byte or an int16
+        scales=np.zeros(rows, np.float32),
+    )
 
     def task() -> None:
         for weights in packed:
             for weight, x, out in zip(weights, inputs, outputs, strict=True):
-                address = (
-                    weight.data.data_ptr(),
-                    weight.scales.data_ptr(),
-                    weight.max_quantized_input,
-                )
-                found = np.array(address)
-                cpu.linear(threads, kind, x, rows, found, out, 0, (rounded, scales))
+                found = PackedWeight(dtype_code(weight.weight_dtype), *weight.pointers)
+                cpu.linear(threads, x, found, out, 0, quantized)
 
     return task
 
@@ -110,14 +106,23 @@ def attention(
     keys = rng.standard_normal((*shape, size, block_size), np.float32)
     values = rng.standard_normal((*shape, block_size, size), np.float32)
     order = rng.permutation(sequences * blocks).reshape(sequences, blocks) * layers
-    tables, runs = order.astype(np.int32), np.arange(sequences + 1, dtype=np.int32)
-    seen = np.full(sequences, context, np.int32)
+    tables = order.astype(np.int32)
+    none = torch.zeros(0, dtype=torch.int32)  # a decode step that stores nothing
+    metadata = AttentionMetadata(
+        positions=torch.full((sequences,), context - 1, dtype=torch.int32),
+        context_lens=torch.full((sequences,), context, dtype=torch.int32),
+        query_start_loc=torch.arange(sequences + 1, dtype=torch.int32),
+        page_tables=torch.from_numpy(tables),
+        slot_cells=none,
+        slot_offsets=none,
+    )
+    cells, batch = KVCells(k=keys, v=values), AttentionBatch.of(metadata)
     q = rng.standard_normal((sequences, heads * size), np.float32)
     out = np.zeros_like(q)
 
     def ours() -> None:
         for layer in range(layers):
-            cpu.attend(threads, q, (keys, values), layer, runs, tables, seen, out)
+            cpu.attend(threads, q, cells, layer, batch, out)
 
     both = keys.reshape(-1), values.reshape(-1)
     times = paired(ours, lambda: [cpu.read_all(threads, part) for part in both], rounds=9)

@@ -21,7 +21,7 @@ from mor.bench.workload import (
     random_model,
     request_flops,
 )
-from mor.engine.layer_stack import CpuKernels, CpuStack
+from mor.engine.kernels.cpu_backend import CpuKernels, CpuStack
 from mor.engine.llm import LLM
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig
@@ -259,15 +259,21 @@ def best_product_rate(kernels: CpuKernels, stack: CpuStack, rows: int, repeats: 
     Args:
         rows: tokens of the batch.
     """
-    y, q, kv, mixed, gate_up, inner, *_ = kernels.workspace(rows)
-    x = np.zeros((rows, y.shape[1]), np.float32)
-    arrays = ((y, q), (y, kv), (mixed, x), (y, gate_up), (inner, x))
+    memory = kernels.workspace(rows)
+    x = np.zeros((rows, memory.normed.shape[1]), np.float32)
+    arrays = (  # inputs and outputs of each product of a layer
+        (memory.normed[:rows], memory.q),
+        (memory.normed[:rows], memory.kv),
+        (memory.attn_out[:rows], x),
+        (memory.normed[:rows], memory.gate_up),
+        (memory.inner[:rows], x),
+    )
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
         for weights in stack.packed:
             for weight, (source, target) in zip(weights, arrays, strict=True):
-                kernels.linear(weight, source, rows, target)
+                kernels.linear(weight, source, target)
         best = min(best, time.perf_counter() - began)
     flops = sum(2 * rows * w.in_features * w.out_features for ws in stack.packed for w in ws)
     return flops / best

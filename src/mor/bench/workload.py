@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mor.engine.config import EngineConfig
-from mor.engine.layer_stack import CpuStack
+from mor.engine.kernels.cpu_backend import CpuStack
 from mor.engine.llm import LLM
 from mor.errors import ConfigError
 from mor.model.config import MoRConfig

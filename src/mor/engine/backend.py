@@ -9,18 +9,14 @@ from functools import cached_property, partial
 import torch
 
 from mor.engine.config import EngineConfig
+from mor.engine.kernels.cpu_backend import CpuKernels, fits_cpu_kernels
+from mor.engine.kernels.layer_stack import KernelBackend, LayerStack
+from mor.engine.kernels.torch_backend import TorchKernels
 from mor.engine.kv_cache import KVCache
-from mor.engine.layer_stack import (
-    CpuKernels,
-    KernelBackend,
-    LayerStack,
-    TorchKernels,
-    fits_cpu_kernels,
-)
 from mor.engine.multistep.cuda_graphs import CUDAGraphLayerStack
 from mor.errors import ConfigError
 from mor.model.transformer import MoRModel
-from mor.ops.cpu.packed_weights import Storage
+from mor.ops.cpu.packed_weights import WeightDType
 
 _DEFAULT_SCHEDULER_STEPS = 8  # a few milliseconds on a GPU: what a new request may have to wait
 
@@ -93,9 +89,9 @@ class ExecutionBackend:
     def kernels_for(self, model: MoRModel, config: EngineConfig, cache: KVCache) -> KernelBackend:
         """The kernels, with the model's weights in the form that they take."""
         if self.kernels == "cpu":
-            plain: Storage = "bfloat16" if self.weight_dtype == torch.bfloat16 else "float32"
-            storage: Storage = "int8" if config.quantization == "int8" else plain
-            return CpuKernels(model.config, cache.kv, storage, config.num_threads)
+            plain: WeightDType = "bfloat16" if self.weight_dtype == torch.bfloat16 else "float32"
+            stored: WeightDType = "int8" if config.quantization == "int8" else plain
+            return CpuKernels(model.config, cache.kv, stored, config.num_threads)
         operations = importlib.import_module(f"mor.ops.{self.kernels}")
         # A graph has fixed shapes; LoRA pairs are added to the tokens of each depth, and how many
         # these are varies from step to step.

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mor.engine.config import EngineConfig
+from mor.engine.kernels.layer_stack import KernelBackend, LayerCall, layers_of
 from mor.engine.kv_cache import KVCache
-from mor.engine.layer_stack import KernelBackend, LayerCall, layers_of
 from mor.engine.pages import PageTable
 from mor.engine.plan import (
     BlockOutput,

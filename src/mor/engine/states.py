@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mor.engine.layer_stack import CpuKernels, KernelBackend
+from mor.engine.kernels.cpu_backend import CpuKernels
+from mor.engine.kernels.layer_stack import KernelBackend
 from mor.engine.request import Chunk
 from mor.model.config import MoRConfig
 from mor.model.ragged_batch import RaggedBatch
@@ -151,26 +152,30 @@ class FusedExpertChoiceStates(ExpertChoiceStates):
     """Expert choice with linear routers in one compiled call between two passes (CPU, fp32)."""
 
     def __init__(self, config: MoRConfig, hidden: Tensor, router: ExpertChoiceRouter) -> None:
-        from mor.ops.cpu import router as cpu_route
+        from mor.ops.cpu import router as cpu_router
 
         super().__init__(config, hidden, router)
-        self._ops = ops = cpu_route
+        self._ops = ops = cpu_router
         weights = [r.proj.weight for r in router.routers if isinstance(r, LinearRouter)]
-        self._routers = torch.cat(weights).numpy(), self._thresholds.float().numpy()
-        squash = {"sigmoid": ops.SIGMOID, "tanh": ops.TANH, "none": ops.NONE}
+        activations = {"sigmoid": ops.SIGMOID, "tanh": ops.TANH, "none": ops.NONE}
         assert config.router_activation is not None
         assert config.router_alpha is not None
-        activation = squash[config.router_activation]
-        self._squash = activation, float(config.router_alpha), 1 / config.router_temperature
+        self._routers = ops.LinearRouters(
+            weights=torch.cat(weights).numpy(),
+            thresholds=self._thresholds.float().numpy(),
+            activation=activations[config.router_activation],
+            alpha=float(config.router_alpha),
+            inverse_temperature=1 / config.router_temperature,
+        )
         self._update = ops.ADD_GATED if config.gating == "weighted" else ops.ADD
-        self._memory = self.hidden.numpy(), self._gate.numpy()
+        self._buffers = ops.StateBuffers(hidden=self.hidden.numpy(), gates=self._gate.numpy())
 
     def write(self, chunks: Sequence[Chunk], x: Float[Tensor, "n e"]) -> list[bool]:
         return self._route(state_slots_of(chunks), [0] * len(x), x, self._ops.SET)
 
     def read(self, slots: list[int]) -> Float[Tensor, "n e"]:
         out = np.empty((len(slots), self.hidden.shape[1]), np.float32)
-        self._ops.gather(self._memory[0], np.array(slots), out)
+        self._ops.gather(self._buffers.hidden, np.array(slots), out)
         return torch.from_numpy(out)
 
     def update(
@@ -182,18 +187,8 @@ class FusedExpertChoiceStates(ExpertChoiceStates):
     def _route(self, slots: list[int], depths: list[int], x: Tensor, how: int) -> list[bool]:
         """Update states (`how`: set, add, add gated) and judge each token by its depth's router."""
         goes_on = np.empty(len(slots), np.bool_)
-        hidden, gate = self._memory
-        self._ops.route(
-            hidden,
-            gate,
-            np.array(slots),
-            x.numpy(),
-            how,
-            np.array(depths),
-            self._routers,
-            self._squash,
-            goes_on,
-        )
+        update = self._ops.Update(x=x.numpy(), slots=np.array(slots), mode=how)
+        self._ops.route(self._buffers, self._routers, update, np.array(depths), goes_on)
         return goes_on.tolist()
 
 

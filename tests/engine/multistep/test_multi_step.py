@@ -19,8 +19,8 @@ from engine_helpers import (
 )
 from mor.engine.backend import _resolve_num_scheduler_steps
 from mor.engine.config import EngineConfig
+from mor.engine.kernels.torch_backend import TorchKernels
 from mor.engine.kv_cache import KVCache
-from mor.engine.layer_stack import TorchKernels
 from mor.engine.llm import LLM
 from mor.engine.model_runner import ModelRunner
 from mor.engine.multistep.device_decoder import DeviceDecoder, _Bucket

@@ -19,18 +19,14 @@ from numba import njit
 from torch import Tensor
 
 from mor.ops import reference
-from mor.ops.cpu import gemm
 from mor.ops.cpu import kernels as cpu
 from mor.ops.cpu.cpu_features import has_int8_dot, has_wide_registers
-from mor.ops.cpu.packed_weights import PackedLinear, Storage
+from mor.ops.cpu.packed_weights import PackedLinear, WeightDType, dtype_code
+from mor.ops.cpu.records import QKV, AttentionBatch, CosSin, KVCells, PackedWeight, Quantized
 from mor.ops.cpu.simd_rows import exp_row
 from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 
-KINDS: dict[Storage, int] = {
-    "float32": gemm.FLOAT32,
-    "bfloat16": gemm.BFLOAT16,
-    "int8": gemm.INT8,
-}
+WEIGHT_DTYPES: tuple[WeightDType, ...] = ("float32", "bfloat16", "int8")
 EPS = 2.0**-23
 
 
@@ -46,26 +42,26 @@ def threads(wanted: int) -> int:
 
 
 def product(x: Tensor, packed: PackedLinear, out: np.ndarray, rows: int, add: int) -> None:
+    """out[:rows] = x[:rows] @ packed.T, or += if `add`."""
     bytes_ = 2 * packed.in_features + 6 & ~3
-    rounded = np.full((rows, bytes_), 77, np.uint8), np.zeros(rows, np.float32)
-    weight = np.array(
-        (packed.data.data_ptr(), packed.scales.data_ptr(), packed.max_quantized_input)
+    quantized = Quantized(
+        values=np.full((rows, bytes_), 77, np.uint8), scales=np.zeros(rows, np.float32)
     )
-    kind = KINDS[packed.weight_dtype]
-    cpu.linear(threads(2), kind, x.numpy(), rows, weight, out, add, rounded)
+    weight = PackedWeight(dtype_code(packed.weight_dtype), *packed.pointers)
+    cpu.linear(threads(2), x[:rows].numpy(), weight, out, add, quantized)
 
 
-def meant(weight: Tensor, storage: Storage) -> Tensor:
+def meant(weight: Tensor, weight_dtype: WeightDType) -> Tensor:
     """The float64 weights that a packed matrix stands for."""
-    if storage == "float32":
+    if weight_dtype == "float32":
         return weight.double()
-    if storage == "bfloat16":
+    if weight_dtype == "bfloat16":
         return weight.bfloat16().double()
     scales = weight.abs().amax(1, keepdim=True).double() / 127
     return (weight.double() / scales).round() * scales
 
 
-@pytest.mark.parametrize("storage", KINDS)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @settings(max_examples=12)
 @given(
     rows=st.integers(1, 40),
@@ -75,21 +71,21 @@ def meant(weight: Tensor, storage: Storage) -> Tensor:
     seed=st.integers(0, 99),
 )
 def test_linear(
-    storage: Storage, rows: int, inputs: int, outputs: int, add: int, seed: int
+    weight_dtype: WeightDType, rows: int, inputs: int, outputs: int, add: int, seed: int
 ) -> None:
     x, weight = drawn(seed, rows + 2, inputs), drawn(seed + 1, outputs, inputs)
-    packed = PackedLinear(weight, storage)
+    packed = PackedLinear(weight, weight_dtype)
     assert packed.padded_features % 16 == 0
     before = drawn(seed + 2, rows + 2, packed.padded_features)
     out = before.clone()
     product(x, packed, out.numpy(), rows, add)
     assert torch.equal(out[rows:], before[rows:])  # rows beyond stay
     exact = x[:rows].double()
-    target = meant(weight, storage)
+    target = meant(weight, weight_dtype)
     want = exact @ target.T + add * before[:rows, :outputs].double()
     sums = exact.abs() @ target.abs().T + before[:rows, :outputs].abs()
     bound = (2 + math.sqrt(inputs)) * EPS * sums
-    if storage == "int8":  # inputs are rounded to the nearest of `levels` steps
+    if weight_dtype == "int8":  # inputs are rounded to the nearest of `levels` steps
         step = exact.abs().amax(1, keepdim=True) / packed.max_quantized_input
         bound = bound + 0.501 * step * target.abs().sum(1) + 4 * EPS * sums
     assert ((out[:rows, :outputs] - want).abs() <= bound).all()
@@ -142,7 +138,7 @@ def test_the_largest_int8_sums_do_not_run_over() -> None:
 def test_rms_norm(width: int, scale: float) -> None:
     x, weight = scale * drawn(width, 9, width), 1 + 0.1 * drawn(1, width)
     out = torch.full((9, width), 3.0)
-    cpu.rms_norm(threads(2), x.numpy(), 7, weight.numpy(), 1e-5, out.numpy())
+    cpu.rms_norm(threads(2), x[:7].numpy(), weight.numpy(), 1e-5, out.numpy())
     want = reference.rms_norm(x[:7].double(), weight.double(), 1e-5)
     assert torch.allclose(out[:7].double(), want, rtol=8 * EPS, atol=0)
     assert (out[7:] == 3).all()
@@ -152,7 +148,7 @@ def test_silu_mul() -> None:
     gate_up = 4 * drawn(0, 11, 96)
     gate_up[3, :48] = torch.linspace(-100, 100, 48)
     out = torch.full((11, 48), 3.0)
-    cpu.silu_mul(threads(2), gate_up.numpy(), 9, out.numpy())
+    cpu.silu_mul(threads(2), gate_up[:9].numpy(), out.numpy())
     want = reference.silu_mul(gate_up[:9].double())
     assert torch.allclose(out[:9].double(), want, rtol=16 * EPS, atol=1e-30)
     assert (out[9:] == 3).all()
@@ -189,7 +185,7 @@ def test_greedy(vocabulary: int) -> None:
     logits[2, :vocabulary] = 1.5  # all are equal: the first wins
     logits[3, vocabulary - 1] = logits[3, 0] = 100
     tokens, logprobs = np.empty(7, np.int64), np.empty(7, np.float32)
-    cpu.greedy(threads(2), logits.numpy(), 7, vocabulary, tokens, logprobs)
+    cpu.greedy(threads(2), logits.numpy(), vocabulary, tokens, logprobs)
     want = logits[:, :vocabulary].double().log_softmax(-1)
     assert tokens.tolist() == want.argmax(-1).tolist()
     assert (tokens[2], tokens[3]) == (0, 0)
@@ -267,13 +263,12 @@ def test_attend(case: str, groups: int, per_group: int, num_threads: int) -> Non
     for layer in (0, 1):
         out = torch.full((num, q[0].numel()), 7.0)
         cpu.attend(
-            *(threads(num_threads), q.flatten(1).numpy(), (kv.k.numpy(), kv.v.numpy()), layer),
-            *(
-                metadata.query_start_loc.numpy(),
-                metadata.page_tables.numpy(),
-                metadata.context_lens.numpy(),
-                out.numpy(),
-            ),
+            threads(num_threads),
+            q.flatten(1).numpy(),
+            KVCells.of(kv),
+            layer,
+            AttentionBatch.of(metadata),
+            out.numpy(),
         )
         want = reference.attend(q.double(), exact, layer, metadata).flatten(1)
         assert (out - want).abs().max() < (2e-5 if per_group == 3 else 3e-6)
@@ -321,10 +316,12 @@ def test_rotate_and_store(writing: int, groups: int, heads: int) -> None:
     k = reference.rotate(new[:, 0], rotations, metadata)
     reference.store(k, new[:, 1], exact, layer, metadata)
     cpu.rotate_and_store(
-        *(threads(2), q.numpy(), both.numpy(), num),
-        *((rotations.cos.numpy(), rotations.sin.numpy()), positions.numpy()),
-        *((kv.k.numpy(), kv.v.numpy()), layer),
-        (metadata.slot_cells.numpy(), metadata.slot_offsets.numpy()),
+        threads(2),
+        QKV(q=q.numpy(), kv=both[:writing].numpy()),
+        KVCells.of(kv),
+        layer,
+        AttentionBatch.of(metadata),
+        CosSin.of(rotations),
     )
     assert torch.allclose(q.double(), want_q.flatten(1), rtol=0, atol=1e-6)
     assert torch.allclose(kv.k.double(), exact.k, rtol=0, atol=1e-6)

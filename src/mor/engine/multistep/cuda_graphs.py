@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mor.engine.layer_stack import LayerStack
+from mor.engine.kernels.layer_stack import LayerStack
 from mor.ops.paged import AttentionMetadata
 
 # Sizes of padded batches: each costs a recording, so they lie denser where padding would cost more.

@@ -1,165 +1,261 @@
-"""Products of the CPU kernels: rows by packed weights, in fp32, bf16 or int8, and low-rank deltas.
+"""Products of the CPU kernels: rows by packed weights, in fp32, bf16 or int8, and LoRA pairs.
 
-Functions are one thread's part of an operation, see `team`. M rows, K inputs.
+Each function does one thread's part of a stage (see `work_queue`); the threads share a product by
+columns: a tile is all rows of some panels. Letters: M rows, K inputs, N outputs with padding.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 from numba import njit
 
+from mor.ops.cpu.cpu_features import FASTMATH, SIMD_WIDTH
 from mor.ops.cpu.microkernel import (
-    PANEL,
-    SIMD_WIDTH,
+    InputRows,
+    OutputBlock,
+    PanelPair,
     gemm_microkernel,
-    int8_steps,
+    int8_k_per_step,
     microkernel_panels,
     microkernel_rows,
 )
-from mor.ops.cpu.simd_rows import abs_max_row, round_row
-from mor.ops.cpu.work_queue import finish_tile, next_tile, wait_for_tiles
+from mor.ops.cpu.packed_weights import BFLOAT16, FLOAT32, INT8, PANEL
+from mor.ops.cpu.records import PackedWeight
+from mor.ops.cpu.simd_rows import abs_max_row, quantize_row
+from mor.ops.cpu.work_queue import (
+    finish_tile,
+    next_tile,
+    num_row_tiles,
+    rows_of_tile,
+    wait_for_tiles,
+)
 
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
-"""How a packed weight is stored."""
-_CACHED_INPUTS = 256 * 1024  # bytes of input rows that stay in a core's cache while weights pass
-_CUT = 288  # steps of a panel that stay in a core's first cache, 18 KiB
-_PIECES = 2  # of a product for each thread
-_ROWS = 4  # rows of an elementwise operation that make a piece
-_SAFE = frozenset(("reassoc", "contract", "nsz", "arcp"))  # fast math, but infinities stay
+_INPUT_CACHE_BYTES = 256 * 1024  # of input rows that stay in a core's cache while weights pass
+_STEPS_IN_L1 = 288  # of a panel that stay in a core's first cache: 18 KiB of fp32
+_TILES_PER_THREAD = 2  # a slow thread then leaves half of its share to the others
+
+
+class Gemm(NamedTuple):
+    """out[:num_rows] = x[:num_rows] @ weight.T, or += if `add`."""
+
+    x: np.ndarray
+    """(M, K) float32."""
+    num_rows: int
+    out: np.ndarray
+    """(M, N) float32."""
+    add: int
+    """0 or 1."""
+
+
+class Layout(NamedTuple):
+    """How the operands of a product lie in memory."""
+
+    x: int
+    """Address of the inputs: float32, or quantized."""
+    x_bytes: int
+    """From one row to the next."""
+    out: int
+    """Address of the results."""
+    out_bytes: int
+    """From one row to the next."""
+    step_bytes: int
+    """From one step of a panel to the next."""
+    num_steps: int
+    """Of a panel."""
+
+
+class LoRA(NamedTuple):
+    """The LoRA pairs of one product."""
+
+    pointers: np.ndarray
+    """(2 * depths, 3) `PackedLinear.pointers` of A and B in turns; 0 depths: there are none."""
+    width: int
+    """Columns of x @ A.T."""
+    depth_start_loc: np.ndarray
+    """Rows depth_start_loc[r] .. depth_start_loc[r + 1] take pair r."""
+    lora_out: np.ndarray
+    """Memory for x @ A.T."""
 
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def _panels(kind, low, high, m, k, add, x, x_bytes, w, out, o_bytes, xs, ws):
-    """Panels low..high of a product, all rows; weights stream by, input rows stay in the cache."""
-    per_step = int8_steps() if kind == INT8 else 1
-    steps = (k + per_step - 1) // per_step
-    w_bytes = PANEL * (per_step if kind == INT8 else 4 if kind == FLOAT32 else 2)
-    panel, maximum, together = steps * w_bytes, microkernel_rows(), microkernel_panels()
-    height = max(1, _CACHED_INPUTS // x_bytes // maximum) * maximum
-    cut = steps  # of a panel that passes all rows before the next one comes
-    if together == 1 and kind != INT8:  # a panel by itself, and sums that may be split
-        cuts = (steps + _CUT - 1) // _CUT
-        cut = (steps + cuts - 1) // cuts
-    for top in range(0, m, height):
-        count = min(height, m - top)
-        blocks = (count + maximum - 1) // maximum  # of equal size: one of two rows runs slowly
-        for p in range(low, high, together):
-            p2 = min(p + together, high) - 1
-            d = (ws + 8 * PANEL * p, ws + 8 * PANEL * p2)
-            for k0 in range(0, steps, cut):
-                t, plus = min(cut, steps - k0), add if k0 == 0 else 1
-                b = (w + p * panel + k0 * w_bytes, w + p2 * panel + k0 * w_bytes)
-                skip = t * w_bytes if together == 1 else together * panel
-                ahead = (b[0] + skip, b[1] + skip)
-                for j in range(blocks):
-                    i = top + j * count // blocks
-                    r = top + (j + 1) * count // blocks - i
-                    a, s, line = x + i * x_bytes + 4 * k0, xs + 4 * i, out + i * o_bytes
-                    c = (line + p * 4 * PANEL, line + p2 * 4 * PANEL)
-                    if kind == FLOAT32:
-                        gemm_microkernel(
-                            "float32", r, plus, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
-                        )
-                    elif kind == BFLOAT16:
-                        gemm_microkernel(
-                            "bfloat16", r, plus, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
-                        )
+def weight_at(dtype, pointers):
+    """A `PackedWeight` of what `PackedLinear.pointers` gives."""
+    return PackedWeight(
+        dtype=dtype, data=pointers[0], scales=pointers[1], max_quantized_input=pointers[2]
+    )
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _layout(gemm, weight, quantized):
+    """The `Layout` of a product's operands, by the kind of its weights."""
+    x, x_bytes = gemm.x.ctypes.data, 4 * gemm.x.shape[1]
+    k_per_step, step_bytes = 1, 4 * PANEL
+    if weight.dtype == BFLOAT16:
+        step_bytes = 2 * PANEL
+    elif weight.dtype == INT8:
+        x, x_bytes = quantized.values.ctypes.data, quantized.values.shape[1]
+        k_per_step = int8_k_per_step()
+        step_bytes = PANEL * k_per_step
+    return Layout(
+        x=x,
+        x_bytes=x_bytes,
+        out=gemm.out.ctypes.data,
+        out_bytes=4 * gemm.out.shape[1],
+        step_bytes=step_bytes,
+        num_steps=(gemm.x.shape[1] + k_per_step - 1) // k_per_step,
+    )
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _multiply_panels(gemm, weight, quantized, first_panel, end_panel):
+    """A tile: panels first_panel .. end_panel - 1 of a product, all rows.
+
+    Weights stream by once, while as many input rows as fit stay in the cache.
+    """
+    x, x_bytes, out, out_bytes, step_bytes, num_steps = _layout(gemm, weight, quantized)
+    panel_bytes = num_steps * step_bytes
+    max_rows, num_panels = microkernel_rows(), microkernel_panels()
+    cached_rows = max(1, _INPUT_CACHE_BYTES // x_bytes // max_rows) * max_rows
+    # A panel that does not fit into the first cache passes all rows in parts of equal size. Only
+    # where a panel goes alone: two at once need twice the cache. int8 sums cannot be split, since
+    # the microkernel scales them.
+    part_steps = num_steps
+    if num_panels == 1 and weight.dtype != INT8:
+        num_parts = (num_steps + _STEPS_IN_L1 - 1) // _STEPS_IN_L1
+        part_steps = (num_steps + num_parts - 1) // num_parts
+    for row_start in range(0, gemm.num_rows, cached_rows):
+        num_rows = min(cached_rows, gemm.num_rows - row_start)
+        # Register blocks of equal height: a last one of two rows would run slowly.
+        num_blocks = (num_rows + max_rows - 1) // max_rows
+        for panel in range(first_panel, end_panel, num_panels):
+            second = min(panel + num_panels, end_panel) - 1  # the same panel again: an odd one
+            for k0 in range(0, num_steps, part_steps):
+                steps = min(part_steps, num_steps - k0)
+                w = weight.data + k0 * step_bytes
+                # Prefetch what is read next: the rest of a lone panel, or the next two panels.
+                ahead = steps * step_bytes if num_panels == 1 else num_panels * panel_bytes
+                panels = PanelPair(
+                    first=w + panel * panel_bytes,
+                    second=w + second * panel_bytes,
+                    step_bytes=step_bytes,
+                    num_steps=steps,
+                    prefetch_first=w + panel * panel_bytes + ahead,
+                    prefetch_second=w + second * panel_bytes + ahead,
+                    scales_first=weight.scales + 8 * PANEL * panel,  # scales and initial sums
+                    scales_second=weight.scales + 8 * PANEL * second,
+                )
+                for block in range(num_blocks):
+                    i = row_start + block * num_rows // num_blocks
+                    end = row_start + (block + 1) * num_rows // num_blocks
+                    inputs = InputRows(
+                        address=x + i * x_bytes + 4 * k0,  # a step takes 4 bytes of a row
+                        row_bytes=x_bytes,
+                        num_rows=end - i,
+                        scales=quantized.scales.ctypes.data + 4 * i,
+                    )
+                    outputs = OutputBlock(
+                        first=out + i * out_bytes + panel * 4 * PANEL,
+                        second=out + i * out_bytes + second * 4 * PANEL,
+                        row_bytes=out_bytes,
+                        add=gemm.add if k0 == 0 else 1,  # later parts of a sum come on top
+                    )
+                    # The kind of weights is a constant in each call: three microkernels.
+                    if weight.dtype == FLOAT32:
+                        gemm_microkernel("float32", inputs, panels, outputs)
+                    elif weight.dtype == BFLOAT16:
+                        gemm_microkernel("bfloat16", inputs, panels, outputs)
                     else:
-                        gemm_microkernel(
-                            "int8", r, add, a, x_bytes, b, w_bytes, ahead, t, c, o_bytes, s, d
-                        )
+                        gemm_microkernel("int8", inputs, panels, outputs)
 
 
-@njit(nogil=True, cache=True, fastmath=set(_SAFE))
+@njit(nogil=True, cache=True, fastmath=set(FASTMATH))
 @no_type_check
-def _quantize(counters, step, x, m, levels, xq, xs):
-    """Rows of x as integers of at most `levels` either way, and the scale of each row.
+def _quantize(queue, stage, gemm, max_quantized_input, quantized):
+    """Rows of x as integers of at most `max_quantized_input` either way, and each row's scale.
 
-    xq holds bytes: unsigned ones with 128 for 0, or int16, as the products of int8 take them.
+    They are stored as the microkernel takes them: unsigned bytes with 128 for 0, or int16.
     """
-    k, whole, pieces = x.shape[1], x.shape[1] // SIMD_WIDTH * SIMD_WIDTH, (m + _ROWS - 1) // _ROWS
-    size = 4 // int8_steps()
-    piece = next_tile(counters, step)
-    while piece < pieces:
-        for i in range(piece * _ROWS, min(m, (piece + 1) * _ROWS)):
-            row, top = x.ctypes.data + 4 * k * i, np.float32(0)
-            if whole > 0:
-                top = abs_max_row(row, whole)
-            for j in range(whole, k):
-                top = max(top, abs(x[i, j]))
-            scale = top / np.float32(levels)
-            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-            if whole > 0:
-                round_row(row, whole, inverse, xq.ctypes.data + xq.shape[1] * i)
-            for j in range(whole, k + (-k & 3)):  # a step's missing k meet weights of 0
+    x, values = gemm.x, quantized.values
+    k = x.shape[1]
+    vector_k = k // SIMD_WIDTH * SIMD_WIDTH  # whole vectors; what is left goes one by one
+    stored_bytes = 4 // int8_k_per_step()  # 1 or 2 of each number
+    num_tiles = num_row_tiles(gemm.num_rows)
+    tile = next_tile(queue, stage)
+    while tile < num_tiles:
+        for i in rows_of_tile(tile, gemm.num_rows):
+            row, max_abs = x.ctypes.data + 4 * k * i, np.float32(0)
+            if vector_k > 0:
+                max_abs = abs_max_row(row, vector_k)
+            for j in range(vector_k, k):
+                max_abs = max(max_abs, abs(x[i, j]))
+            scale = max_abs / np.float32(max_quantized_input)
+            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)  # a row of zeros
+            if vector_k > 0:
+                quantize_row(row, vector_k, inverse, values.ctypes.data + values.shape[1] * i)
+            for j in range(vector_k, k + (-k & 3)):  # a step's missing k meet weights of 0
                 value = np.int64(np.rint(x[i, j] * inverse)) if j < k else 0
-                if size == 1:
-                    xq[i, j] = value + 128
-                else:
-                    xq[i, 2 * j], xq[i, 2 * j + 1] = value & 255, (value >> 8) & 255
-            xs[i] = scale
-        finish_tile(counters, step)
-        piece = next_tile(counters, step)
-    wait_for_tiles(counters, step, pieces)
+                if stored_bytes == 1:
+                    values[i, j] = value + 128
+                else:  # int16, the lower byte first
+                    values[i, 2 * j], values[i, 2 * j + 1] = value & 255, (value >> 8) & 255
+            quantized.scales[i] = scale
+        finish_tile(queue, stage)
+        tile = next_tile(queue, stage)
+    wait_for_tiles(queue, stage, num_tiles)
 
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def _linear(counters, step, threads, kind, x, m, weight, out, add, xq, xs):
-    """out[:m] = x[:m] @ w.T, or += if `add`; int8 takes the rounded inputs instead of x.
+def _linear(queue, stage, gemm, weight, quantized):
+    """One stage: the product; int8 weights meet `quantized` instead of x."""
+    num_panels = gemm.out.shape[1] // PANEL
+    # Panels go in pairs where the microkernel takes two; a tile is some neighboring pairs.
+    per_call = microkernel_panels()
+    num_pairs = (num_panels + per_call - 1) // per_call
+    num_tiles = min(num_pairs, _TILES_PER_THREAD * queue.num_threads)
+    tile = next_tile(queue, stage)
+    while tile < num_tiles:
+        # Larger tiles first: threads that claim in turns then have the same in the end.
+        first = tile * (num_pairs // num_tiles) + min(tile, num_pairs % num_tiles)
+        end = first + num_pairs // num_tiles + (tile < num_pairs % num_tiles)
+        first, end = first * per_call, min(end * per_call, num_panels)
+        _multiply_panels(gemm, weight, quantized, first, end)
+        finish_tile(queue, stage)
+        tile = next_tile(queue, stage)
+    wait_for_tiles(queue, stage, num_tiles)
 
-    Args:
-        weight: addresses of packed panels and of their scales.
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _quantize_and_linear(queue, stage, gemm, weight, quantized):
+    """Two stages: inputs quantized if the weights are int8, and the product."""
+    if weight.dtype == INT8:
+        _quantize(queue, stage, gemm, weight.max_quantized_input, quantized)
+    _linear(queue, stage + 1, gemm, weight, quantized)
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _add_lora(queue, stage, gemm, lora, quantized):
+    """out[:num_rows] += x[:num_rows] @ A.T @ B.T, another pair for each depth; two stages a depth.
+
+    `gemm.add` does not count, and `quantized` is not read, as A and B are float32.
     """
-    k, panels = x.shape[1], out.shape[1] // PANEL
-    source, row_bytes = x.ctypes.data, 4 * k
-    if kind == INT8:
-        source, row_bytes = xq.ctypes.data, xq.shape[1]
-    together = microkernel_panels()
-    groups = (panels + together - 1) // together
-    pieces = min(groups, _PIECES * threads)
-    piece = next_tile(counters, step)
-    while piece < pieces:
-        # Larger pieces first: threads that claim in turns then have the same in the end.
-        low = piece * (groups // pieces) + min(piece, groups % pieces)
-        high = low + groups // pieces + (piece < groups % pieces)
-        low, high = low * together, min(high * together, panels)
-        _panels(
-            *(kind, low, high, m, k, add, source, row_bytes, weight[0], out.ctypes.data),
-            *(4 * out.shape[1], xs.ctypes.data, weight[1]),
-        )
-        finish_tile(counters, step)
-        piece = next_tile(counters, step)
-    wait_for_tiles(counters, step, pieces)
-
-
-@njit(nogil=True, cache=True)
-@no_type_check
-def _project(counters, step, threads, kind, x, m, weight, out, add, rounded):
-    """Two steps: inputs rounded if the weights are int8, and the product."""
-    xq, xs = rounded
-    if kind == INT8:
-        _quantize(counters, step, x, m, weight[2], xq, xs)
-    _linear(counters, step + 1, threads, kind, x, m, weight, out, add, xq, xs)
-
-
-@njit(nogil=True, cache=True)
-@no_type_check
-def _add_deltas(counters, step, threads, x, m, deltas, width, groups, thin, out, rounded):
-    """out[:m] += x[:m] @ A.T @ B.T, with a pair of matrices for each group; two steps a group.
-
-    Args:
-        deltas: (2 * groups, 3) addresses of A and B in turns, as in `_linear`; 0 groups: nothing.
-        width: columns of x @ A.T; `thin` has room for them.
-        groups: rows groups[g] .. groups[g + 1] are group g.
-    """
-    xq, xs = rounded
-    for g in range(deltas.shape[0] // 2):
-        low, high = min(groups[g], m), min(groups[g + 1], m)
-        if low < high:
-            n = high - low
-            between, at = thin.reshape(-1)[: n * width].reshape(n, width), step + 2 * g
-            a, b = deltas[2 * g], deltas[2 * g + 1]
-            _linear(counters, at, threads, FLOAT32, x[low:high], n, a, between, 0, xq, xs)
-            _linear(counters, at + 1, threads, FLOAT32, between, n, b, out[low:high], 1, xq, xs)
+    for r in range(lora.pointers.shape[0] // 2):
+        first = min(lora.depth_start_loc[r], gemm.num_rows)
+        end = min(lora.depth_start_loc[r + 1], gemm.num_rows)
+        n = end - first
+        if n == 0:  # no token at this depth: its two stages stay unused
+            continue
+        x, out = gemm.x[first:end], gemm.out[first:end]
+        a = weight_at(FLOAT32, lora.pointers[2 * r])
+        b = weight_at(FLOAT32, lora.pointers[2 * r + 1])
+        # x @ A.T is as narrow as the rank: it uses only the front part of its memory.
+        lora_out = lora.lora_out.reshape(-1)[: n * lora.width].reshape(n, lora.width)
+        down = Gemm(x=x, num_rows=n, out=lora_out, add=0)
+        up = Gemm(x=lora_out, num_rows=n, out=out, add=1)
+        _linear(queue, stage + 2 * r, down, a, quantized)
+        _linear(queue, stage + 2 * r + 1, up, b, quantized)

@@ -1,6 +1,8 @@
 """Machine code that walks along one row of float32: exponentials, sums, largest values, rounding.
 
-Like `micro`, in LLVM's vectors: what Numba's own loops would compute one number at a time.
+Like `microkernel`, in LLVM's vectors: what Numba's own loops would compute one number at a time.
+Each function is a loop over SIMD_WIDTH numbers at a time (`_loop`) with one vector as its running
+result; rows are given by address, and their count is a multiple of SIMD_WIDTH.
 """
 
 import functools
@@ -10,27 +12,27 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mor.ops.cpu.cpu_features import has_int8_dot
-from mor.ops.cpu.microkernel import SIMD_WIDTH, VectorBuilder
+from mor.ops.cpu.cpu_features import SIMD_WIDTH, has_int8_dot
+from mor.ops.cpu.microkernel import VectorBuilder
 
 
 @intrinsic
 @no_type_check
 def exp_row(typing, x, count, subtracted):
-    """x[i] = exp(x[i] - subtracted) in place, and their sum; count is a multiple of LANES."""
+    """x[i] = exp(x[i] - subtracted) in place; returns the sum of the results."""
     signature = types.float32(types.intp, types.intp, types.float32)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         code = VectorBuilder(builder)
         x, count, subtracted = args
-        top = code.splat(subtracted)
+        subtrahend = code.splat(subtracted)
 
-        def step(at: Any, total: Any) -> Any:
-            value = code.exp(builder.fsub(code.load(at, code.floats), top))
+        def body(at: Any, total: Any) -> Any:
+            value = code.exp(builder.fsub(code.load(at, code.floats), subtrahend))
             code.store(value, at)
             return builder.fadd(total, value)
 
-        return _horizontal_sum(code, _loop(code, x, count, code.all(0.0), step))
+        return _horizontal_sum(code, _loop(code, x, count, code.all(0.0), body))
 
     return signature, generate
 
@@ -38,24 +40,18 @@ def exp_row(typing, x, count, subtracted):
 @intrinsic
 @no_type_check
 def max_row(typing, x, count):
-    """Largest float32; count is a multiple of LANES, at least LANES."""
+    """The largest number; count is at least SIMD_WIDTH."""
     signature = types.float32(types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         code = VectorBuilder(builder)
         x, count = args
 
-        def larger(a: Any, b: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+        def body(at: Any, total: Any) -> Any:
+            return _larger(code, code.load(at, code.floats), total)
 
-        def step(at: Any, total: Any) -> Any:
-            return larger(code.load(at, code.floats), total)
-
-        vector = _loop(code, x, count, code.load(x, code.floats), step)
-        parts = [
-            builder.extract_element(vector, ir.Constant(code.i32, i)) for i in range(SIMD_WIDTH)
-        ]
-        return functools.reduce(larger, parts)
+        # The row's own first numbers to begin with: all of them may be below 0.
+        return _horizontal_max(code, _loop(code, x, count, code.load(x, code.floats), body))
 
     return signature, generate
 
@@ -63,33 +59,27 @@ def max_row(typing, x, count):
 @intrinsic
 @no_type_check
 def abs_max_row(typing, x, count):
-    """Largest magnitude; count is a multiple of LANES."""
+    """The largest magnitude."""
     signature = types.float32(types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         code = VectorBuilder(builder)
         x, count = args
 
-        def larger(a: Any, b: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-        def step(at: Any, total: Any) -> Any:
+        def body(at: Any, total: Any) -> Any:
             value = code.load(at, code.floats)
-            return larger(code.call(f"llvm.fabs.v{SIMD_WIDTH}f32", code.floats, value), total)
+            magnitude = code.call(f"llvm.fabs.v{SIMD_WIDTH}f32", code.floats, value)
+            return _larger(code, magnitude, total)
 
-        vector = _loop(code, x, count, code.all(0.0), step)
-        parts = [
-            builder.extract_element(vector, ir.Constant(code.i32, i)) for i in range(SIMD_WIDTH)
-        ]
-        return functools.reduce(larger, parts)
+        return _horizontal_max(code, _loop(code, x, count, code.all(0.0), body))
 
     return signature, generate
 
 
 @intrinsic
 @no_type_check
-def round_row(typing, x, count, factor, out):
-    """out[i] = x[i] * factor to the nearest integer, for int8 products; count as in `exp_row`.
+def quantize_row(typing, x, count, factor, out):
+    """out[i] = x[i] * factor, rounded to the nearest integer, as int8 products take their inputs.
 
     Unsigned bytes with 128 for 0 where bytes are multiplied, else int16.
     """
@@ -101,18 +91,19 @@ def round_row(typing, x, count, factor, out):
         scale = code.splat(factor)
         size = 1 if has_int8_dot() else 2
 
-        def step(at: Any, total: Any) -> Any:
+        def body(at: Any, total: Any) -> Any:
             value = builder.fmul(code.load(at, code.floats), scale)
             value = code.call(f"llvm.nearbyint.v{SIMD_WIDTH}f32", code.floats, value)
             whole = builder.fptosi(value, code.ints)
-            if size == 1:
+            if size == 1:  # -128..127 becomes 0..255
                 whole = builder.add(whole, ir.Constant(code.ints, [128] * SIMD_WIDTH))
             rounded = builder.trunc(whole, ir.VectorType(ir.IntType(8 * size), SIMD_WIDTH))
-            moved = builder.lshr(builder.sub(at, x), ir.Constant(code.i64, 3 - size))
-            code.store(rounded, builder.add(out, moved))
+            # An output is 1 or 2 bytes where an input has 4: its offset is that of x, shifted.
+            offset = builder.lshr(builder.sub(at, x), ir.Constant(code.i64, 3 - size))
+            code.store(rounded, builder.add(out, offset))
             return total
 
-        _loop(code, x, count, code.all(0.0), step)
+        _loop(code, x, count, code.all(0.0), body)
         return context.get_dummy_value()
 
     return signature, generate
@@ -121,19 +112,19 @@ def round_row(typing, x, count, factor, out):
 @intrinsic
 @no_type_check
 def exp_sum_row(typing, x, count, subtracted):
-    """Sum of exp(x[i] - subtracted); count is a multiple of LANES, at least LANES."""
+    """Sum of exp(x[i] - subtracted); x stays as it is."""
     signature = types.float32(types.intp, types.intp, types.float32)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         code = VectorBuilder(builder)
         x, count, subtracted = args
-        top = code.splat(subtracted)
+        subtrahend = code.splat(subtracted)
 
-        def step(at: Any, total: Any) -> Any:
-            value = code.exp(builder.fsub(code.load(at, code.floats), top))
+        def body(at: Any, total: Any) -> Any:
+            value = code.exp(builder.fsub(code.load(at, code.floats), subtrahend))
             return builder.fadd(total, value)
 
-        return _horizontal_sum(code, _loop(code, x, count, code.all(0.0), step))
+        return _horizontal_sum(code, _loop(code, x, count, code.all(0.0), body))
 
     return signature, generate
 
@@ -141,18 +132,18 @@ def exp_sum_row(typing, x, count, subtracted):
 @intrinsic
 @no_type_check
 def sum_row(typing, x, count):
-    """Sum of float32; count is a multiple of LANES."""
+    """The sum of a row."""
     signature = types.float32(types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         code = VectorBuilder(builder)
         x, count = args
 
-        def step(at: Any, total: Any) -> Any:
-            code.prefetch(code.plus(at, 2048))
+        def body(at: Any, total: Any) -> Any:
+            code.prefetch(code.plus(at, 2048))  # far enough ahead of a core's rate of reading
             return builder.fadd(total, code.load(at, code.floats))
 
-        return _horizontal_sum(code, _loop(code, x, count, code.all(0.0), step))
+        return _horizontal_sum(code, _loop(code, x, count, code.all(0.0), body))
 
     return signature, generate
 
@@ -160,15 +151,16 @@ def sum_row(typing, x, count):
 @intrinsic
 @no_type_check
 def silu_mul_row(typing, gate, up, out, count):
-    """out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]; count is a multiple of LANES."""
+    """out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]."""
     signature = types.void(types.intp, types.intp, types.intp, types.intp)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         code = VectorBuilder(builder)
         gate, up, out, count = args
+        # One address moves on; the other two lie at a constant distance from it.
         to_up, to_out = builder.sub(up, gate), builder.sub(out, gate)
 
-        def step(at: Any, total: Any) -> Any:
+        def body(at: Any, total: Any) -> Any:
             value = code.load(at, code.floats)
             opposite = code.exp(builder.fsub(code.all(0.0), value))
             squashed = builder.fdiv(value, builder.fadd(code.all(1.0), opposite))
@@ -176,14 +168,17 @@ def silu_mul_row(typing, gate, up, out, count):
             code.store(result, builder.add(at, to_out))
             return total
 
-        _loop(code, gate, count, code.all(0.0), step)
+        _loop(code, gate, count, code.all(0.0), body)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _loop(code: VectorBuilder, start: Any, count: Any, initial: Any, step: Any) -> Any:
-    """`total = step(address, total)` for every LANES float32 of a row; the last total."""
+def _loop(code: VectorBuilder, start: Any, count: Any, initial: Any, body: Any) -> Any:
+    """The last total of `total = body(address, total)` for every SIMD_WIDTH numbers of a row.
+
+    At least one vector is read.
+    """
     builder = code.builder
     before = builder.block
     loop, after = builder.append_basic_block("row"), builder.append_basic_block("rest")
@@ -191,7 +186,7 @@ def _loop(code: VectorBuilder, start: Any, count: Any, initial: Any, step: Any) 
     builder.branch(loop)
     builder.position_at_end(loop)
     at, total = builder.phi(code.i64), builder.phi(code.floats)
-    new = step(at, total)
+    new = body(at, total)
     following = code.plus(at, 4 * SIMD_WIDTH)
     at.add_incoming(start, before)
     at.add_incoming(following, loop)
@@ -202,9 +197,23 @@ def _loop(code: VectorBuilder, start: Any, count: Any, initial: Any, step: Any) 
     return new
 
 
+def _larger(code: VectorBuilder, a: Any, b: Any) -> Any:
+    """The larger of two numbers, or of each pair in two vectors; b where one is NaN."""
+    return code.builder.select(code.builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _parts(code: VectorBuilder, vector: Any) -> list[Any]:
+    """The SIMD_WIDTH numbers of a vector."""
+    return [
+        code.builder.extract_element(vector, ir.Constant(code.i32, i)) for i in range(SIMD_WIDTH)
+    ]
+
+
+def _horizontal_max(code: VectorBuilder, vector: Any) -> Any:
+    """The largest number of a vector."""
+    return functools.reduce(functools.partial(_larger, code), _parts(code, vector))
+
+
 def _horizontal_sum(code: VectorBuilder, vector: Any) -> Any:
-    total = ir.Constant(code.f32, 0.0)
-    for i in range(SIMD_WIDTH):
-        part = code.builder.extract_element(vector, ir.Constant(code.i32, i))
-        total = code.builder.fadd(total, part)
-    return total
+    """The sum of a vector's numbers, from the first to the last."""
+    return functools.reduce(code.builder.fadd, _parts(code, vector), ir.Constant(code.f32, 0.0))

@@ -6,7 +6,8 @@
 - `gemm`, `attention`, `elementwise`: products, paged attention, norms as tiles of that queue;
 - `kernels`: whole layer stacks, the head, greedy choice; what the engine calls;
 - `router`: states and routing decisions between two passes of the block;
-- `cpu_features`: what the processor can do, and compiler flags.
+- `cpu_features`: what the processor can do, and compiler flags;
+- `code_cache`: Numba's cache on disk, dropped when a source has changed.
 
 Products follow BLIS (Van Zee and van de Geijn, 2015) with prepacked weights. out (M, N) =
 x (M, K) @ weight (N, K).T, with N cut into panels of PANEL = 16 columns:

@@ -7,6 +7,7 @@ tests hold them equal. Functions that begin with an underscore do one thread's p
 Shape letters as in `mor.ops.paged`, and M rows, K inputs, E width, I inner width, L layers.
 """
 
+from pathlib import Path
 from typing import NamedTuple, no_type_check
 
 import numpy as np
@@ -20,6 +21,7 @@ from mor.ops.cpu.attention import (
     index_tiles,
     new_scratch,
 )
+from mor.ops.cpu.code_cache import drop_stale_code
 from mor.ops.cpu.cpu_features import SIMD_WIDTH
 from mor.ops.cpu.elementwise import _rms_norm, _rotate_and_store, _silu_mul
 from mor.ops.cpu.gemm import Gemm, LoRA, _add_lora, _linear, _quantize_and_linear, weight_at
@@ -72,9 +74,14 @@ class Cycles(NamedTuple):
 
 
 def use_threads(wanted: int) -> int:
-    """How many threads the kernels use from now on: `wanted`, or all Numba was started with."""
+    """How many threads the kernels use from now on: `wanted`, or all Numba was started with.
+
+    To be called before any kernel: it also drops machine code of other sources from the cache.
+    """
     from numba import config
 
+    cache = Path(getattr(run_layers, "stats").cache_path)  # noqa: B009 - of Numba's dispatcher
+    drop_stale_code(cache, Path(__file__).parent.glob("*.py"))
     threads = min(wanted, int(getattr(config, "NUMBA_NUM_THREADS")))  # noqa: B009
     set_num_threads(threads)
     return threads

@@ -15,7 +15,7 @@ Up to here it is bookkeeping, without tensors. What computes:
 - `config.py`: `EngineConfig`, the settings of all this.
 - `backend.py`: device, dtypes and kernels that the settings come to.
 - `kv_cache.py`: the memory behind the pages.
-- `layer_stack.py`: layers prepared for each kind of kernels.
+- `kernels/`: stacks of layers, prepared for torch or for the compiled CPU kernels.
 - `states.py`: hidden states of tokens in flight, and the routers between two passes.
 - `sampler.py`: the next token of each row of logits.
 - `model_runner.py`: plans into tensors, and the model's stages on them.

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, get_args, get_origin
+from typing import Any, Literal, Protocol, get_args, get_origin, runtime_checkable
 
 from mor.validation import base_type
 
 
+@runtime_checkable
 class OptionGroup(Protocol):
     """A parser, or a group of its options."""
 

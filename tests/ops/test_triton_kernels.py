@@ -12,24 +12,25 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton_batches
 from torch import Tensor
+from triton_batches import Batch, ints, make
 
 from mor.errors import MissingExtraError
 from mor.ops import reference
-from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
+from mor.ops.paged import PagedKV
 
 LOADED_EARLY = "triton" in sys.modules
 kernels = importlib.import_module("mor.ops.triton")
 FOUND = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 needs_triton = pytest.mark.skipif(not FOUND, reason="triton is not installed")
 in_this_process = pytest.mark.skipif(INTERPRETED, reason="not for the interpreter")
 on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU here")
@@ -38,74 +39,6 @@ runs_kernels = pytest.mark.skipif(
     reason="no GPU here: test_in_the_interpreter runs it" if FOUND else "triton is not installed",
 )
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LENGTH, LAYERS = 512, 3  # positions that the rotations know; cells of a page
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The tensors of one pass; `LAYERS` neighboring cells make a page."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    kv: PagedKV
-    metadata: AttentionMetadata
-    rotations: RopeTable
-
-
-def ints(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def make(
-    runs: list[tuple[int, int]],
-    *,
-    seed: int = 0,
-    heads: tuple[int, int] = (6, 2),
-    dim: int = 16,
-    size: int = 8,
-    spare: int = 2,
-    writing: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    cache: torch.dtype | None = None,
-) -> Batch:
-    """Runs of (lanes, entries of the table): the last lane of a run sees all its entries.
-
-    Cells come in random order; `spare` pages, and as many columns of the tables, are out of use.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-    pages = [-(-seen // size) for _, seen in runs]
-    order = torch.randperm(sum(pages) + spare, generator=generator) * LAYERS
-    tables = torch.full((len(runs), max(pages) + spare), -1, dtype=torch.int32)
-    for row, cells in zip(tables, order.split([*pages, spare])[:-1], strict=True):
-        row[: len(cells)] = cells
-    metadata = [(u, s + 1) for u, (n, last) in enumerate(runs) for s in range(last - n, last)]
-    writes = [(int(tables[u, (s - 1) // size]), (s - 1) % size) for u, s in metadata][:writing]
-    (h, g), stored, total = heads, cache or dtype, len(order) * LAYERS
-    angles = randn(LENGTH, dim // 2, dtype=torch.float32)
-    return Batch(
-        q=randn(len(metadata), h, dim),
-        k=randn(len(writes), g, dim),
-        v=randn(len(writes), g, dim),
-        kv=PagedKV(
-            k=randn(total, g, dim, size, dtype=stored), v=randn(total, g, size, dim, dtype=stored)
-        ),
-        metadata=AttentionMetadata(
-            positions=torch.randint(LENGTH, (len(metadata),), generator=generator).int().to(DEVICE),
-            context_lens=ints([seen for _, seen in metadata]),
-            query_start_loc=ints(
-                [sum(count for count, _ in runs[:u]) for u in range(len(runs) + 1)]
-            ),
-            page_tables=tables.to(DEVICE),
-            slot_cells=ints([cell for cell, _ in writes]),
-            slot_offsets=ints([slot for _, slot in writes]),
-        ),
-        rotations=RopeTable(cos=angles.cos(), sin=angles.sin()),
-    )
 
 
 def assert_near(ours: Tensor, truth: Tensor) -> None:
@@ -228,7 +161,7 @@ def test_empty_runs_and_padding(max_query_len: int | None, splits: int) -> None:
         context_lens=torch.cat((batch.metadata.context_lens, ints([0, 0, 0]))),
         query_start_loc=ints(
             [0, 0, 1, 5, 5, 6, 7, 7, 7]
-        ),  # and the last two lanes belong to no run
+        ),  # and the last two tokens belong to no run
         page_tables=torch.cat((none, a, b, none, c, none, none, none)),
     )
     q = torch.cat((batch.q, torch.ones_like(batch.q[:3])))
@@ -244,14 +177,14 @@ def test_nothing_to_attend_to() -> None:
         batch.metadata, query_start_loc=ints([0]), page_tables=batch.metadata.page_tables[:0]
     )
     assert kernels.attend(batch.q, batch.kv, 0, no_runs).eq(0).all()
-    no_lanes = replace(
+    no_tokens = replace(
         batch.metadata, positions=ints([]), context_lens=ints([]), query_start_loc=ints([0, 0])
     )
-    assert kernels.attend(batch.q[:0], batch.kv, 0, no_lanes).shape == (0, 6, 16)
+    assert kernels.attend(batch.q[:0], batch.kv, 0, no_tokens).shape == (0, 6, 16)
 
 
 @runs_kernels
-def test_what_no_lane_sees_does_not_matter() -> None:
+def test_what_no_token_sees_does_not_matter() -> None:
     batch = make([(1, 13), (2, 20)])
     truth = reference.attend(batch.q, batch.kv, 1, batch.metadata)
     k, v = (torch.full_like(x, float("nan")) for x in (batch.kv.k, batch.kv.v))
@@ -268,11 +201,11 @@ def test_decode_has_the_same_bits_in_any_company() -> None:
     batch = make([(1, 100), (1, 33), (1, 7)], heads=(3, 1))
     together = kernels.attend(batch.q, batch.kv, 0, batch.metadata, max_query_len=1, splits=2)
     seen, tables = (x.split(1) for x in (batch.metadata.context_lens, batch.metadata.page_tables))
-    for lane, q in enumerate(batch.q.split(1)):
-        own = {"context_lens": seen[lane], "page_tables": tables[lane]}
+    for token, q in enumerate(batch.q.split(1)):
+        own = {"context_lens": seen[token], "page_tables": tables[token]}
         alone = replace(batch.metadata, positions=ints([0]), query_start_loc=ints([0, 1]), **own)
         ours = kernels.attend(q, batch.kv, 0, alone, max_query_len=1, splits=2)
-        assert torch.equal(ours[0], together[lane])
+        assert torch.equal(ours[0], together[token])
 
 
 @runs_kernels
@@ -296,7 +229,7 @@ def test_rotate_and_store(writing: int | None, dim: int, dtype: torch.dtype) -> 
 
 
 @runs_kernels
-def test_a_lane_without_a_cell_stores_nothing() -> None:
+def test_a_token_without_a_cell_stores_nothing() -> None:
     batch = make([(1, 9), (2, 30)])
     metadata = replace(batch.metadata, slot_cells=batch.metadata.slot_cells.clone())
     metadata.slot_cells[1:] = -1
@@ -331,8 +264,8 @@ def test_parts_of_one_projection_need_no_copy() -> None:
 @pytest.mark.parametrize("width", [1, 48, 1100])
 def test_row_operations(width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(width)
-    wide = torch.randn(3, 2 * width + 1, generator=generator).to(DEVICE, dtype)
-    weight = torch.rand(width, generator=generator).to(DEVICE)
+    wide = torch.randn(3, 2 * width + 1, generator=generator).to(triton_batches.DEVICE, dtype)
+    weight = torch.rand(width, generator=generator).to(triton_batches.DEVICE)
     x, gate_up = wide[:, :width], wide[:, 1:]
     assert_near(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     assert_near(kernels.silu_mul(gate_up), reference.silu_mul(gate_up))
@@ -345,7 +278,7 @@ def test_launches_depend_on_shapes_only(
 ) -> None:
     grids: list[tuple[int, ...]] = []
     monkeypatch.setattr(kernels, "launch", lambda _, grid, *rest, **options: grids.append(grid))
-    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    monkeypatch.setattr(triton_batches, "DEVICE", "cpu")
     batch = make([(2, 8)] * 10, spare=20)
 
     def unreadable(part: Any) -> Any:
@@ -398,7 +331,7 @@ def test_kernels_compile_without_a_gpu(
     launched: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", compiler(arch, launched))
-    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    monkeypatch.setattr(triton_batches, "DEVICE", "cpu")
     batch = make([(1, 300), (40, 90)], heads=(15, 5), dim=64, size=16, dtype=torch.bfloat16)
     q, k, v, kv, metadata, turn = vars(batch).values()
     kernels.rotate(q, turn, metadata)

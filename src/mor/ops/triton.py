@@ -26,13 +26,13 @@ try:
 except ImportError:
     pass
 
-_MAX_ROWS = 64  # rows (lanes x query heads of one key-value head) of a program of `attend`
+_MAX_ROWS = 64  # rows (tokens x query heads of one key-value head) of a program of `attend`
 _TILE_BYTES = 16384  # keys that such a program holds at once
 _SPLIT_ENTRIES = 128  # entries that are worth a program of their own
 
 
 def _packed(x: Tensor) -> Tensor:
-    """x, (N, heads, D), with each lane's part in one piece; lanes may lie anywhere."""
+    """x, (N, heads, D), with each token's part in one piece; tokens may lie anywhere."""
     return x if not len(x) or x[0].is_contiguous() else x.contiguous()
 
 
@@ -50,38 +50,40 @@ def _turned(x: tensor, cos: tensor, sin: tensor, inside: tensor, half: constexpr
 def _place(
     q: tensor, out: tensor, k: tensor, v: tensor, cos: tensor, sin: tensor, positions: tensor,
     k_cells: tensor, v_cells: tensor, slot_cells: tensor, slot_offsets: tensor, layer: tensor,
-    num_writing: tensor, q_lane: tensor, k_lane: tensor, v_lane: tensor, turns: constexpr,
+    num_writing: tensor, q_stride: tensor, k_stride: tensor, v_stride: tensor, turns: constexpr,
     heads: constexpr, kv_heads: constexpr, half: constexpr, size: constexpr,
     block_h: constexpr, block_g: constexpr, block_half: constexpr,
 ) -> None:  # fmt: skip
-    """One program a lane: turns its queries (if `heads`), turns and stores its keys and values."""
-    lane = tl.program_id(0).to(tl.int64)
+    """One program a token: turns its queries (if `heads`), turns and stores its keys and values."""
+    token = tl.program_id(0).to(tl.int64)
     dim: constexpr = 2 * half
     d = tl.arange(0, block_half)[None]
     if turns:
-        angle = tl.load(positions + lane).to(tl.int64) * half + d
+        angle = tl.load(positions + token).to(tl.int64) * half + d
         c = tl.load(cos + angle, mask=d < half, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=d < half, other=0.0).to(tl.float32)
     if heads > 0:
         head = tl.arange(0, block_h)[:, None]
         inside = (head < heads) & (d < half)
-        first, second = _turned(q + lane * q_lane + head * dim + d, c, s, inside, half)
-        there = out + (lane * heads + head) * dim + d
+        first, second = _turned(q + token * q_stride + head * dim + d, c, s, inside, half)
+        there = out + (token * heads + head) * dim + d
         tl.store(there, first, mask=inside)
         tl.store(there + half, second, mask=inside)
-    if lane >= num_writing:
+    if token >= num_writing:
         return
-    cell = tl.load(slot_cells + lane).to(tl.int64)
-    slot = tl.load(slot_offsets + lane)
+    # The cell of the stack's first layer; negative where a graph's padding must store nothing.
+    cell = tl.load(slot_cells + token).to(tl.int64)
+    slot = tl.load(slot_offsets + token)
     g = tl.arange(0, block_g)[:, None]
     inside = (g < kv_heads) & (d < half) & (cell >= 0)
-    key, value = k + lane * k_lane + g * dim + d, v + lane * v_lane + g * dim + d
+    key, value = k + token * k_stride + g * dim + d, v + token * v_stride + g * dim + d
     if turns:
         first, second = _turned(key, c, s, inside, half)
     else:
         first = tl.load(key, mask=inside, other=0.0)
         second = tl.load(key + half, mask=inside, other=0.0)
     start = ((cell + layer) * kv_heads + g) * (dim * size)
+    # Keys are stored turned, (D, S): a query meets the S of them at once. Values are (S, D).
     there = k_cells + start + d * size + slot
     tl.store(there, first, mask=inside)
     tl.store(there + half * size, second, mask=inside)
@@ -92,18 +94,18 @@ def _place(
 
 @jit
 @no_type_check
-def _tile_lanes(
-    program: tensor, runs: tensor, num_lanes: tensor, num_runs: tensor, tile: constexpr
+def _tile_tokens(
+    program: tensor, runs: tensor, num_tokens: tensor, num_runs: tensor, tile: constexpr
 ) -> Any:  # fmt: skip
-    """Run, first lane and end of the lanes of a program; it has none where the end is not behind.
+    """Run, first token and end of the tokens of a program; it has none where the end is not behind.
 
     Run u gets the programs from runs[u] // tile + u on. That is enough for its tiles wherever it
-    starts, and makes N // tile + U in all. Where a tile is one lane, program i has lane i.
-    Lanes behind the last run go to that run: they are padding, and shall get their zeros.
+    starts, and makes N // tile + U in all. Where a tile is one token, program i has token i.
+    Tokens behind the last run go to that run: they are padding, and shall get their zeros.
     """
     last = num_runs - 1
     spare: constexpr = 0 if tile == 1 else 1  # for a run's last tile, that may be a part of one
-    # A guess that is right when every lane is a run: it saves decode the search.
+    # A guess that is right when every token is a run: it saves decode the search.
     guess = tl.minimum(program, last)
     above = tl.minimum(guess + 1, last)
     low = tl.where(tl.load(runs + guess) // tile + guess * spare <= program, guess, 0)
@@ -117,7 +119,7 @@ def _tile_lanes(
     if tile > 1:
         first = tl.load(runs + low)
         first += (program - (first // tile + low)) * tile
-        end = tl.where(low == last, num_lanes, tl.load(runs + low + 1))
+        end = tl.where(low == last, num_tokens, tl.load(runs + low + 1))
     return low, first, end
 
 
@@ -162,26 +164,28 @@ def _scan(
 @no_type_check
 def _attend(
     q: tensor, k: tensor, v: tensor, out: tensor, sums: tensor, context_lens: tensor, runs: tensor,
-    tables: tensor, scale: tensor, layer: tensor, num_lanes: tensor, num_runs: tensor,
-    table_width: tensor, q_lane: tensor, heads: constexpr, kv_heads: constexpr, dim: constexpr,
+    tables: tensor, scale: tensor, layer: tensor, num_tokens: tensor, num_runs: tensor,
+    table_width: tensor, q_stride: tensor, heads: constexpr, kv_heads: constexpr, dim: constexpr,
     size: constexpr, aligned: constexpr, tile: constexpr, splits: constexpr,
     block_m: constexpr, block_n: constexpr, block_d: constexpr,
 ) -> None:  # fmt: skip
-    """A program: up to `tile` lanes of one run, one key-value head, one part of the entries."""
+    """A program: up to `tile` tokens of one run, one key-value head, one part of the entries."""
     kv_head, split = tl.program_id(1), tl.program_id(2)
-    run, first, end = _tile_lanes(tl.program_id(0), runs, num_lanes, num_runs, tile)
+    run, first, end = _tile_tokens(tl.program_id(0), runs, num_tokens, num_runs, tile)
     if first >= end:
         return
     group: constexpr = heads // kv_heads
     row, d = tl.arange(0, block_m), tl.arange(0, block_d)
-    lane = (first + row // group).to(tl.int64)
-    used = (row < tile * group) & (lane < end)
-    seen = tl.load(context_lens + lane, mask=used, other=0)
+    token = (first + row // group).to(tl.int64)
+    used = (row < tile * group) & (token < end)
+    seen = tl.load(context_lens + token, mask=used, other=0)
     reach = tl.max(seen, 0)
     span = tl.cdiv(tl.cdiv(reach, splits), block_n) * block_n
     inside = used[:, None] & (d < dim)[None]
     head = kv_head * group + row % group
-    queries = tl.load(q + (lane * q_lane + head * dim)[:, None] + d[None], mask=inside, other=0.0)
+    queries = tl.load(
+        q + (token * q_stride + head * dim)[:, None] + d[None], mask=inside, other=0.0
+    )
     start, stop = split * span, tl.minimum(split * span + span, reach)
     table = tables + run * table_width
     peak, total, mixed = _scan(
@@ -189,7 +193,7 @@ def _attend(
         kv_heads, dim, size, aligned, block_m, block_n, block_d,
     )  # fmt: skip
     total = tl.where(total == 0, 1.0, total)  # nothing seen: zeros, and a peak without weight
-    place = (split.to(tl.int64) * num_lanes + lane) * heads + head
+    place = (split.to(tl.int64) * num_tokens + token) * heads + head
     tl.store(out + (place * dim)[:, None] + d[None], mixed / total[:, None], mask=inside)
     if splits > 1:
         tl.store(sums + place, peak + tl.log2(total), mask=used)
@@ -198,13 +202,13 @@ def _attend(
 @jit
 @no_type_check
 def _merge(
-    parts: tensor, sums: tensor, out: tensor, num_lanes: tensor,
+    parts: tensor, sums: tensor, out: tensor, num_tokens: tensor,
     heads: constexpr, dim: constexpr, splits: constexpr, block_d: constexpr,
 ) -> None:  # fmt: skip
-    """One program a lane and head: the parts of its attention, weighted by their sums."""
+    """One program a token and head: the parts of its attention, weighted by their sums."""
     place = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
     split, d = tl.arange(0, splits), tl.arange(0, block_d)
-    at = split.to(tl.int64) * num_lanes * heads + place
+    at = split.to(tl.int64) * num_tokens * heads + place
     sums_here = tl.load(sums + at)
     weights = tl.exp2(sums_here - tl.max(sums_here, 0))
     values = tl.load(parts + (at * dim)[:, None] + d[None], mask=(d < dim)[None], other=0.0)
@@ -243,7 +247,7 @@ def _silu_mul(
 def rotate(
     x: Float[Tensor, "n h d"], rotations: RopeTable, metadata: AttentionMetadata
 ) -> Float[Tensor, "n h d"]:
-    """RoPE at each lane's position, computed in fp32: `reference.rotate`."""
+    """RoPE at each token's position, computed in fp32: `reference.rotate`."""
     (num, heads, dim), x, out = x.shape, _packed(x), x.new_empty(x.shape)
     launch(
         _place, (num,), x,
@@ -261,9 +265,9 @@ def store(
     layer: int,
     metadata: AttentionMetadata,
 ) -> None:
-    """Put the writing lanes' rotated keys and values into their slots: `reference.store`.
+    """Put the writing tokens' rotated keys and values into their slots: `reference.store`.
 
-    A lane whose `slot_cells` is negative writes nothing, so a graph's padding can be among the W.
+    A token whose `slot_cells` is negative writes nothing, so a graph's padding can be among the W.
     """
     _write(k[:, :0], k, v, None, kv, layer, metadata)
 
@@ -310,12 +314,12 @@ def attend(
     max_query_len: int | None = None,
     splits: int | None = None,
 ) -> Float[Tensor, "n h d"]:
-    """Paged flash attention of every lane to the first `context_lens` entries of its run's table.
+    """Paged flash attention of every token to the first `context_lens` entries of its run's table.
 
-    `reference.attend`, and more: a lane that sees no entry gets zeros, a run may have no lanes, and
-    lanes behind the last run are padding, whose context_lens must be 0.
+    `reference.attend`, and more: a token that sees no entry gets zeros, a run may have no tokens,
+    and tokens behind the last run are padding, whose context_lens must be 0.
 
-    A program takes a tile of lanes of one run with all query heads of one key-value head, so that
+    A program takes a tile of tokens of one run with all query heads of one key-value head, so that
     these share what is read; where programs are few, as in decode, several of them share the
     entries of a tile, and a second kernel merges what they found (flash decoding).
 

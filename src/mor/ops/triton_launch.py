@@ -22,7 +22,7 @@ def jit(kernel: Callable[..., Any]) -> Any:
     bare function. The names are of numbers that change from call to call: nothing shall be
     compiled anew because one of them happens to be 1 or a multiple of 16.
     """
-    changing = ("layer", "num_lanes", "num_runs", "num_writing", "table_width")
+    changing = ("layer", "num_tokens", "num_runs", "num_writing", "table_width")
     return triton.jit(do_not_specialize=changing)(kernel) if triton is not None else kernel
 
 

@@ -74,7 +74,7 @@ bench-gpu: install ## every test and benchmark that needs a GPU; records go to O
 	done
 	@for n in 32 128; do \
 		$(VENV)/bin/mor bench throughput --json --preset 360m --dtype bfloat16 --max-num-seqs $$n --num-scheduler-steps 1 \
-			> "$(OUT)/throughput-360m-bf16-$$n-ticks.json" || exit 1; \
+			> "$(OUT)/throughput-360m-bf16-$$n-one-step.json" || exit 1; \
 	done
 	@$(VENV)/bin/mor bench latency --json --preset 360m --dtype bfloat16 > "$(OUT)/latency-360m-bf16.json"
 	@$(VENV)/bin/mor bench train --json > "$(OUT)/train.json"

@@ -1,4 +1,4 @@
-"""Attention of whole sequences where plain causal attention does not do: documents, queries alone.
+"""Attention of whole sequences inside documents, or of some queries to all keys, in training.
 
 Shape letters: N packed tokens, B batch, W queries of a sequence, T time, H query heads, G key-value
 heads, D head size.
@@ -10,15 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_QUERY_CHUNK = 128
+_QUERY_CHUNK = 128  # queries whose mask and scores exist at once
 
 
 def number_documents(ids: Int[Tensor, "b t"], end: int) -> Int[Tensor, " bt"]:
-    """Number of each token's document, rising through the batch.
+    """Index of each token's document, counted through the whole batch, from 1 on.
 
     A document ends with the id `end`; each row of the batch begins a new one.
     """
-    begins = (ids == end).roll(1, dims=1)
+    begins = (ids == end).roll(1, dims=1)  # the token after an end begins a document
     begins[:, 0] = True
     return begins.reshape(-1).cumsum(0)
 
@@ -37,12 +37,13 @@ def attend_inside(
     lengths = torch.unique_consecutive(documents, return_counts=True)[1]
     starts = lengths.cumsum(0) - lengths
     widths = starts.new_tensor([1 << (length - 1).bit_length() for length in lengths.tolist()])
+    # Documents of one width are a batch: padding at most doubles their length.
     outs, places = list[Tensor](), list[Tensor]()
     for width in widths.unique().tolist():
         mine = widths == width
         within = torch.arange(width, device=q.device)
         rows = starts[mine, None] + within  # (documents, width)
-        there = within < lengths[mine, None]
+        there = within < lengths[mine, None]  # (documents, width): a token, not padding
         q_rows, k_rows, v_rows = (
             x[rows.clamp(max=x.shape[0] - 1)].transpose(1, 2) for x in (q, k, v)
         )
@@ -51,6 +52,7 @@ def attend_inside(
         )
         outs.append(out.transpose(1, 2)[there])
         places.append(rows[there])
+    # Back from the order of widths into the order of tokens.
     return torch.cat(outs).index_select(0, torch.cat(places).argsort())
 
 
@@ -61,7 +63,7 @@ def attend_at(
     positions: Int[Tensor, "b w"],
     documents: Int[Tensor, " bt"] | None = None,
 ) -> Float[Tensor, "b h w d"]:
-    """Queries at scattered positions over the keys of all T positions, or of their own document.
+    """Causal attention of queries at some positions to all T keys, or to those of their document.
 
     In chunks of queries, each over the keys up to its last position, so that no (W, T) mask is
     ever whole; a chunk's mask is rebuilt in the backward pass instead of kept.
@@ -81,7 +83,7 @@ def attend_at(
     outs = []
     for start in range(0, q.shape[2], _QUERY_CHUNK):
         where = positions[:, start : start + _QUERY_CHUNK]
-        reach = int(where.max()) + 1
+        reach = int(where.max()) + 1  # keys behind a chunk's last position are seen by no query
         args = (q[:, :, start : start + _QUERY_CHUNK], k[:, :, :reach], v[:, :, :reach], where)
         if torch.is_grad_enabled():
             outs.append(checkpoint(chunk, *args, use_reentrant=False, preserve_rng_state=False))

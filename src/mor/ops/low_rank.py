@@ -1,8 +1,9 @@
-"""Low-rank deltas of linear layers: y = W x + B A x, with another A and B at each depth.
+"""LoRA pairs of linear layers: y = W x + B A x, with another A and B at each depth.
 
-A layer that runs at several depths has one matrix W for all of them and a thin pair for each (Bae
-et al., "Relaxed Recursive Transformers", arXiv 2410.20672). Shape letters: N rows, K inputs,
-M outputs, R rank.
+A layer that runs at several depths has one matrix W for all of them and a pair of low rank for each
+(Bae et al., "Relaxed Recursive Transformers", arXiv 2410.20672).
+
+Shape letters: N rows, K inputs, M outputs, R rank, W rows that have an output.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 class LoRAPair(NamedTuple):
-    """A thin pair of matrices."""
+    """Two matrices of low rank R whose product B A is added to a weight (Hu et al., 2021)."""
 
     down: Float[Tensor, "r k"]
     """A."""
@@ -25,8 +26,12 @@ class LoRAPair(NamedTuple):
 
     @classmethod
     def fused(cls, parts: Sequence["LoRAPair"], dtype: torch.dtype) -> "LoRAPair":
-        """The delta of several layers with the same inputs, their outputs one after another."""
+        """One pair for several layers with the same inputs, their outputs one after another.
+
+        Its rank is the sum of theirs.
+        """
         down = torch.cat([part.down.detach() for part in parts])
+        # Each part's outputs read only its own rows of A: B is block-diagonal.
         return cls(down.to(dtype), torch.block_diag(*(p.up.detach() for p in parts)).to(dtype))
 
     @classmethod
@@ -37,19 +42,19 @@ class LoRAPair(NamedTuple):
 
 
 def add_loras(
-    deltas: Sequence[LoRAPair],
-    groups: Sequence[int],
+    pairs: Sequence[LoRAPair],
+    depth_start_loc: Sequence[int],
     x: Float[Tensor, "n k"],
     out: Float[Tensor, "w m"],
 ) -> Float[Tensor, "w m"]:
-    """`out`, a product of the first W rows of `x`, with each group's delta added in place.
+    """`out`, a product of the first W rows of `x`, with each row's pair added in place.
 
     Args:
-        deltas: of the groups; none: nothing is added.
-        groups: rows groups[g] .. groups[g + 1] have deltas[g].
+        pairs: of the depths; none: nothing is added.
+        depth_start_loc: rows depth_start_loc[r] .. depth_start_loc[r + 1] - 1 take pairs[r].
     """
-    for delta, (first, end) in zip(deltas, pairwise(groups), strict=False):
-        last = min(end, out.shape[0])
+    for pair, (first, end) in zip(pairs, pairwise(depth_start_loc), strict=False):
+        last = min(end, out.shape[0])  # rows from W on have no output here
         if first < last:
-            out[first:last] += F.linear(F.linear(x[first:last], delta.down), delta.up)
+            out[first:last] += F.linear(F.linear(x[first:last], pair.down), pair.up)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 _MALLOC = ((-4, 0), (-1, -1), (-2, 2**28))
 # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 _GIVE_BACK = ((-4, 2**15), (-3, 2**16), (-1, 0), (-2, 0))
-_PROBE = 2**26
+_PROBE = 2**26  # bytes; larger than any threshold at which glibc maps memory by itself
 
 
 class _MallInfo(ctypes.Structure):
@@ -22,11 +22,11 @@ class _MallInfo(ctypes.Structure):
 
 
 def retain_freed_memory() -> bool:
-    """Have glibc keep what large tensors free, for the next step's, instead of giving it back.
+    """Have glibc keep what tensors free, instead of giving it back; returns whether it does.
 
-    A step asks for the same gigabytes again and again, and the system clears every page that it
-    hands out. Of the whole process; returns whether it works, which is tried out: another
-    allocator may stand in for glibc's, and then glibc's options are set for nobody.
+    A training step asks for the same gigabytes again and again, and the system clears every page
+    that it hands out. This holds for the whole process. It is tried out, since another allocator
+    may stand in for glibc's, and then glibc's options are set for nobody.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt") or not hasattr(libc, "mallinfo"):
@@ -38,16 +38,17 @@ def retain_freed_memory() -> bool:
         return False
     before = libc.mallinfo().in_use
     block = libc.malloc(_PROBE)  # never written to: costs addresses, not memory
+    # From the heap, not mapped by itself: what is in use grows by about the probe.
     grown = (libc.mallinfo().in_use - before) % 2**32
     libc.free(block)
     return bool(block) and _PROBE // 2 < grown < 2 * _PROBE
 
 
 def return_freed_memory() -> bool:
-    """The opposite: memory of 64 KB and more goes back to the system when it is freed.
+    """Have glibc return memory of 64 KB and more when it is freed; returns whether it took that.
 
-    Slower. What the process then holds is what is alive in it, without what malloc cannot use
-    again; for measurements. Returns whether glibc took the options.
+    For measurements of memory, since it is slower: what the process then holds is what is alive in
+    it, without what malloc keeps for later.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):

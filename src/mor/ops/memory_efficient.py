@@ -1,4 +1,4 @@
-"""Pieces of a layer that keep less for the backward pass, and pass over memory fewer times.
+"""Parts of a layer that keep less for the backward pass, and pass over memory fewer times.
 
 What autograd keeps of norm, rotation and SwiGLU as torch's own operations is half of a training
 step's activations. Here they keep their inputs, which others keep anyway, and little else.
@@ -29,6 +29,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         (grad,) = grads
+        # y = w u with u = x / rms(x): dx = (g - u mean(g u)) / rms(x), g = w dy; dw = sum(dy u).
         unit = x * scale
         grad_x = grad * weight.to(unit.dtype)
         along = (grad_x * unit).mean(-1, keepdim=True)
@@ -53,6 +54,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(N, H * D) heads, rotated in their own memory."""
     first, second = x.view(len(x), -1, 2, cos.shape[-1]).unbind(2)
     was = first.clone()
     first.mul_(cos).addcmul_(second, sin, value=-1)
@@ -72,13 +74,14 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        # The inverse of a rotation is its transpose: the opposite angle.
         return _rotate_in_place(grads[0].clone(), cos, -sin), None, None
 
 
 def rotate(
     x: Float[Tensor, "n hd"], cos: Float[Tensor, "n 1 half"], sin: Float[Tensor, "n 1 half"]
 ) -> Float[Tensor, "n hd"]:
-    """RoPE of queries or keys as their projection gives them, which is overwritten where it can be.
+    """RoPE of queries or keys; x may be overwritten.
 
     First and second half of a head form the pairs, as in Llama.
     """
@@ -97,7 +100,7 @@ class _SiluTimes(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         (grad,) = grads
-        inner = grad * up
+        inner = grad * up  # gradient of silu(gate), then of gate
         torch.ops.aten.silu_backward.grad_input(inner, gate, grad_input=inner)
         return inner, F.silu(gate).mul_(grad)
 

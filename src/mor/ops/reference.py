@@ -1,7 +1,7 @@
-"""The engine's operations in plain torch: any dtype, any device, the truth for the fast ones.
+"""The engine's operations in plain torch, for any dtype and device; the fast ones must equal them.
 
-Shape letters as in `paged`: N lanes, W lanes that write, E width, H query heads, G key-value heads,
-D head size, S slots of a cell.
+Shape letters as in `paged`: N tokens, W tokens that write, E width, H query heads, G key-value
+heads, D head size, S slots of a cell.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from mor.ops.paged import AttentionMetadata, PagedKV, RopeTable
 def rotate(
     x: Float[Tensor, "n h d"], rotations: RopeTable, metadata: AttentionMetadata
 ) -> Float[Tensor, "n h d"]:
-    """RoPE at each lane's position; first and second half of a head form the pairs (Llama)."""
+    """RoPE at each token's position; first and second half of a head form the pairs (Llama)."""
     where = metadata.positions[: x.shape[0]].long()
     cos, sin = rotations.cos[where][:, None].to(x.dtype), rotations.sin[where][:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
@@ -31,9 +31,10 @@ def store(
     layer: int,
     metadata: AttentionMetadata,
 ) -> None:
-    """Put the writing lanes' rotated keys and values into their slots."""
+    """Put the writing tokens' rotated keys and values into their slots; cell -1 stores nothing."""
     stores = metadata.slot_cells >= 0
     cells, slots = metadata.slot_cells[stores].long() + layer, metadata.slot_offsets[stores].long()
+    # One (cell, slot) per token: (w, G, D), whatever lies between the two indices.
     kv.k[cells, :, :, slots] = k[stores].to(kv.k.dtype)
     kv.v[cells, :, slots] = v[stores].to(kv.v.dtype)
 
@@ -41,9 +42,9 @@ def store(
 def attend(
     q: Float[Tensor, "n h d"], kv: PagedKV, layer: int, metadata: AttentionMetadata
 ) -> Float[Tensor, "n h d"]:
-    """Attention of every lane to the first `context_lens` entries of its run's table.
+    """Attention of every token to the first `context_lens` entries of its run's table.
 
-    Where all lanes of a run see none, they get zeros.
+    Where no token of a run sees any, they get zeros.
     """
     out = torch.zeros_like(q)
     bounds, size = metadata.query_start_loc.tolist(), kv.k.shape[3]
@@ -51,9 +52,11 @@ def attend(
         seen = metadata.context_lens[first:last].long()
         if not (reach := int(seen.max())):
             continue
+        # The pages of a run side by side, as if it were one sequence of `reach` entries.
         cells = metadata.page_tables[run, : -(-reach // size)].long() + layer
         keys = kv.k[cells].permute(1, 0, 3, 2).flatten(1, 2)[:, :reach]  # (G, entries, D)
         values = kv.v[cells].permute(1, 0, 2, 3).flatten(1, 2)[:, :reach]
+        # Causal by number of entries, not by position: a depth may lack some of the positions.
         mask = torch.arange(reach, device=q.device)[None] < seen[:, None]
         out[first:last] = F.scaled_dot_product_attention(
             q[first:last].transpose(0, 1)[None],

@@ -1,4 +1,4 @@
-"""Choosing tokens by their logits: the likeliest, draws from what cuts leave, scores.
+"""Choosing tokens by their logits: the likeliest, samples of a truncated distribution, scores.
 
 Shape letters: N rows, V vocabulary.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @runtime_checkable
 class TruncationParams(Protocol):
-    """How a row is drawn, see `mor.model.sampling.SamplingParams`."""
+    """How a row is sampled: what is read here of `mor.model.sampling.SamplingParams`."""
 
     @property
     def temperature(self) -> float:
@@ -48,12 +48,13 @@ def score(
     """Log-probabilities of given tokens, and `num_top` of the likeliest ones in their places.
 
     Args:
-        most: likely tokens that are looked for, whatever `num_top` is, so that a row's choice
+        maximum: likely tokens that are looked for, whatever `num_top` is, so that a row's choice
             among equals is its own.
         best: likeliest token of each row and its log-probability, if known; `num_top` is 0 or 1.
     """
     if best is not None:
         largest = logits.gather(1, tokens.new_tensor(best[0])[:, None])
+        # log p(token) = log p(best) + (logit(token) - logit(best)): no softmax is needed.
         behind = (logits.gather(1, tokens[:, None]) - largest)[:, 0].tolist()
         pairs = list(zip(*best, strict=True))
         scores = [top + less for (_, top), less in zip(pairs, behind, strict=True)]
@@ -63,17 +64,22 @@ def score(
     if num_top:
         likeliest = logprobs.topk(min(maximum, logits.shape[1]))
         columns += [likeliest.indices, likeliest.values]
+    # One transfer from the device: ids as float64 are exact.
     table = torch.cat([column.double() for column in columns], dim=1).tolist()
     return [line[0] for line in table], [top_logprobs(line[1:], num_top) for line in table]
 
 
 def upcast(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-    """Logits in float32, or in float64 if they are."""
+    """Logits in float32; float64 ones stay."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def top_logprobs(line: list[float], num_top: int | None) -> dict[int, float]:
-    """The first entries of a line of ids, then log-probabilities; likeliest first, then by id."""
+    """Id and log-probability of the first `num_top` tokens; likeliest first, equals by id.
+
+    Args:
+        line: ids, then as many log-probabilities.
+    """
     half = len(line) // 2
     best = sorted(zip(line[:half], line[half:], strict=True), key=lambda pair: (-pair[1], pair[0]))
     return {int(token): logprob for token, logprob in best[: num_top or 0]}
@@ -81,7 +87,7 @@ def top_logprobs(line: list[float], num_top: int | None) -> dict[int, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingTensors:
-    """How some rows are drawn, on the device: nothing of it is read back or sent anew."""
+    """How some rows are sampled, on the device: nothing of it is read back or sent anew."""
 
     temperature: Float[Tensor, "n 1"]
     min_p: Float[Tensor, "n 1"]
@@ -90,13 +96,13 @@ class SamplingTensors:
     top_p: tuple[Int[Tensor, " p"], Float[Tensor, "p 1"]] | None
     """Rows that keep a share of the weight, and the shares; None: there are none."""
     cuts: bool
-    """Whether anything is cut at all."""
+    """Whether any row is truncated at all."""
 
     @classmethod
     def of(
         cls, cuts: Sequence[TruncationParams], vocabulary: int, like: Tensor
     ) -> "SamplingTensors":
-        """For logits of so many columns, of the dtype and on the device of `like`."""
+        """For logits of `vocabulary` columns, of the dtype and on the device of `like`."""
 
         def ints(values: list[int]) -> Tensor:
             return torch.tensor(values, device=like.device)
@@ -127,13 +133,16 @@ def sample(
         best: the likeliest token of each row.
         uniforms: each row's random number in [0, 1).
     """
+    # Unnormalized probabilities, the likeliest token's being 1: inverse CDF needs no more.
     weights = scores.sub_(scores.gather(1, best)).div_(draws.temperature).exp_()
     minimum = torch.zeros_like(draws.temperature)  # each row's smallest weight that is kept
     if draws.top_k is not None:
         some, ks, maximum = draws.top_k
+        # All rows take the largest k; each reads off its own k-th weight.
         minimum[some] = weights[some].topk(maximum).values.gather(1, ks - 1)
     if draws.top_p is not None:
         some, shares = draws.top_p
+        # top_p is a share of what top_k left.
         left = weights[some]
         left = torch.where(left < minimum[some], 0.0, left)
         minimum[some] = torch.maximum(minimum[some], _nucleus(left, shares))
@@ -167,6 +176,7 @@ def _nucleus(weights: Float[Tensor, "n v"], top_p: Float[Tensor, "n 1"]) -> Floa
         small = (total - enough) / (2 * weights.shape[1])
         bounds = torch.cat((enough, small), dim=1).tolist()
         return as_column([_reaching(w, *b) for w, b in zip(weights, bounds, strict=True)], weights)
+    # Sort, and count the tokens before the one at which the sum is enough: that one is kept.
     ordered = weights.sort(descending=True).values
     num_less = (ordered.cumsum(-1) < enough).sum(-1, keepdim=True)
     return ordered.gather(1, num_less.clamp(max=ordered.shape[1] - 1))

@@ -196,18 +196,18 @@ def test_greedy(vocabulary: int) -> None:
 # -- attention ------------------------------------------------------------------------------------
 
 Run = tuple[int, int]
-"""Entries before a run's lanes, and lanes."""
+"""Entries before a run's tokens, and tokens."""
 
 
 def paged(
     runs: list[Run], *, groups: int, size: int, page: int, height: int = 2, gaps: bool = False
 ) -> tuple[PagedKV, AttentionMetadata]:
-    """A pool whose pages lie about in any order, and lanes of these runs in it.
+    """A pool whose pages lie about in any order, and tokens of these runs in it.
 
-    What no lane sees is large, so that a look at it shows.
+    What no token sees is large, so that a look at it shows.
     """
     source = torch.Generator().manual_seed(sum(a * 7 + b for a, b in runs))
-    entries = [before + metadata * (2 if gaps else 1) for before, metadata in runs]
+    entries = [before + num_tokens * (2 if gaps else 1) for before, num_tokens in runs]
     num_pages = [-(-e // page) for e in entries]
     pages = torch.randperm(sum(num_pages) + 3, generator=source)
     cells = len(pages) * height
@@ -217,11 +217,11 @@ def paged(
     )
     tables = torch.zeros(len(runs), max(num_pages), dtype=torch.int32)
     context_lens, at = [], 0
-    for number, ((before, metadata), e) in enumerate(zip(runs, entries, strict=True)):
+    for number, ((before, num_tokens), e) in enumerate(zip(runs, entries, strict=True)):
         own = pages[at : at + num_pages[number]].int() * height
         at += num_pages[number]
         tables[number, : len(own)] = own
-        seen = [before + (2 if gaps else 1) * (lane + 1) for lane in range(metadata)]
+        seen = [before + (2 if gaps else 1) * (i + 1) for i in range(num_tokens)]
         context_lens += seen
         for entry in range(seen[-1]):
             for layer in range(height):
@@ -229,9 +229,9 @@ def paged(
                 kv.k[cell, :, :, entry % page] = torch.randn(groups, size, generator=source)
                 kv.v[cell, :, entry % page] = torch.randn(groups, size, generator=source)
         assert seen[-1] <= e
-    bounds = torch.tensor([0, *(metadata for _, metadata in runs)]).cumsum(0)
+    bounds = torch.tensor([0, *(num_tokens for _, num_tokens in runs)]).cumsum(0)
     none = torch.zeros(0, dtype=torch.int32)
-    lanes_ = AttentionMetadata(
+    metadata = AttentionMetadata(
         positions=torch.tensor(context_lens, dtype=torch.int32) - 1,
         context_lens=torch.tensor(context_lens, dtype=torch.int32),
         query_start_loc=bounds.int(),
@@ -239,7 +239,7 @@ def paged(
         slot_cells=none,
         slot_offsets=none,
     )
-    return kv, lanes_
+    return kv, metadata
 
 
 CASES: dict[str, list[Run]] = {
@@ -275,21 +275,21 @@ def test_attend(case: str, groups: int, per_group: int, num_threads: int) -> Non
 
 
 def test_attend_follows_the_definition() -> None:
-    """The reference itself, one lane at a time."""
+    """The reference itself, one token at a time."""
     kv, metadata = paged(CASES["mixed"], groups=2, size=16, page=16)
     q = drawn(0, len(metadata.context_lens), 4, 16).double()
     exact = PagedKV(k=kv.k.double(), v=kv.v.double())
     got = reference.attend(q, exact, 1, metadata)
     bounds = metadata.query_start_loc.tolist()
     for run, first in enumerate(bounds[:-1]):
-        for lane in range(first, bounds[run + 1]):
-            places = [divmod(entry, 16) for entry in range(int(metadata.context_lens[lane]))]
+        for token in range(first, bounds[run + 1]):
+            places = [divmod(entry, 16) for entry in range(int(metadata.context_lens[token]))]
             cells = [(int(metadata.page_tables[run, page]) + 1, slot) for page, slot in places]
             for head in range(4):
                 k = torch.stack([exact.k[cell, head // 2, :, slot] for cell, slot in cells])
                 v = torch.stack([exact.v[cell, head // 2, slot] for cell, slot in cells])
-                weights = (k @ q[lane, head] / 4).softmax(0)
-                assert torch.allclose(got[lane, head], weights @ v, atol=1e-12)
+                weights = (k @ q[token, head] / 4).softmax(0)
+                assert torch.allclose(got[token, head], weights @ v, atol=1e-12)
 
 
 @pytest.mark.parametrize(("writing", "groups", "heads"), [(9, 2, 4), (4, 1, 4), (0, 3, 3)])

@@ -85,7 +85,7 @@ def test_linear(
     want = exact @ target.T + add * before[:rows, :outputs].double()
     sums = exact.abs() @ target.abs().T + before[:rows, :outputs].abs()
     bound = (2 + math.sqrt(inputs)) * EPS * sums
-    if weight_dtype == "int8":  # inputs are rounded to the nearest of `levels` steps
+    if weight_dtype == "int8":  # inputs are rounded to multiples of a step
         step = exact.abs().amax(1, keepdim=True) / packed.max_quantized_input
         bound = bound + 0.501 * step * target.abs().sum(1) + 4 * EPS * sums
     assert ((out[:rows, :outputs] - want).abs() <= bound).all()
@@ -101,7 +101,7 @@ def test_int8_rounding_is_worth_its_bits() -> None:
     out = torch.zeros(24, 64)
     product(x, packed, out.numpy(), 24, 0)
     want = x.double() @ meant(weight, "int8").T
-    # Uniform rounding: a step of max / levels, of about 3.2 deviations, over sqrt(12).
+    # Uniform rounding: a step of max / max_quantized_input, about 3.2 deviations, over sqrt(12).
     assert (out - want).std() / want.std() < 1.3 * 3.2 / packed.max_quantized_input / math.sqrt(12)
     true = x.double() @ weight.double().T
     assert (out - true).std() / true.std() < 1.5e-2

@@ -175,11 +175,13 @@ def _attend(
     if first >= end:
         return
     group: constexpr = heads // kv_heads
+    # Row i of the tile: a token's i % group-th query head among those of the key-value head.
     row, d = tl.arange(0, block_m), tl.arange(0, block_d)
     token = (first + row // group).to(tl.int64)
     used = (row < tile * group) & (token < end)
     seen = tl.load(context_lens + token, mask=used, other=0)
     reach = tl.max(seen, 0)
+    # Entries are split evenly, in whole blocks: late programs may get none, and store zeros.
     span = tl.cdiv(tl.cdiv(reach, splits), block_n) * block_n
     inside = used[:, None] & (d < dim)[None]
     head = kv_head * group + row % group
@@ -210,6 +212,7 @@ def _merge(
     split, d = tl.arange(0, splits), tl.arange(0, block_d)
     at = split.to(tl.int64) * num_tokens * heads + place
     sums_here = tl.load(sums + at)
+    # log2 of each part's sum of weights: a part without entries has -1e38, hence weight 0.
     weights = tl.exp2(sums_here - tl.max(sums_here, 0))
     values = tl.load(parts + (at * dim)[:, None] + d[None], mask=(d < dim)[None], other=0.0)
     mixed = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
@@ -350,6 +353,7 @@ def attend(
     if splits > 1:
         parts = q.new_empty((splits, *q.shape), dtype=torch.float32)
         sums = q.new_empty((splits, num, heads), dtype=torch.float32)
+    # exp2 is faster than exp: scores are taken in powers of two.
     scale = dim**-0.5 * math.log2(math.e)
     launch(
         _attend, (tiles, kv_heads, splits), q,

@@ -279,6 +279,7 @@ def _attend_tile(attention, context_lens, tile, pages, scratch):
             scratch.queries[i, d] = q[token, head * size + d] * scale
             scratch.acc[i, d] = 0
         scratch.row_max[i], scratch.row_sum[i] = np.float32(_MASKED), 0
+    # All tokens of the tile walk to the last one's end; what an earlier one does not see is masked.
     for start in range(0, tile.max_context_len, _KEY_BLOCK):
         stop = min(tile.max_context_len, start + _KEY_BLOCK)
         num_scores = (stop - start + PANEL - 1) // PANEL * PANEL

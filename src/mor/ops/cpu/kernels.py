@@ -133,6 +133,7 @@ def _attention_sublayer(queue, run, layer):
         kv = Gemm(x=workspace.normed, num_rows=num_writing, out=workspace.kv, add=0)
         _project(queue, run, layer, _KV, kv)
     projected = cycles()
+    # Stored before anybody attends: a token sees its own entry and those of its batch before it.
     qkv = QKV(q=workspace.q[:n], kv=workspace.kv[:num_writing])
     cos_sin = CosSin(cos=layers.cos, sin=layers.sin)
     layer_cells = (run.cells, kv_layer)

@@ -19,7 +19,6 @@ In reading order:
 `mor.io.hf` is not imported here: it needs transformers, which takes seconds to import.
 """
 
-from mor.io import checkpoint, gguf, hf_export, llama, tokenizer
-from mor.io import reference_checkpoint as official
+from mor.io import checkpoint, gguf, hf_export, llama, reference_checkpoint, tokenizer
 
-__all__ = ["checkpoint", "gguf", "hf_export", "llama", "official", "tokenizer"]
+__all__ = ["checkpoint", "gguf", "hf_export", "llama", "reference_checkpoint", "tokenizer"]

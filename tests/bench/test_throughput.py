@@ -74,8 +74,11 @@ def test_random_models_keep_the_configured_share_at_each_depth() -> None:
     config = dataclasses.replace(tiny_config(num_recursions=4), thresholds=None)
     model = random_model(config, 64)
     load = SteadyLoad(engine(model, 8), 8, RequestShape(prompt=40, output=40))
-    load.run(1.0)
     histogram = load.llm.stats.depth_histogram
+    for _ in range(50):  # a busy machine may need more than one second
+        load.run(0.2)
+        if all(histogram[1:]):
+            break
     assert histogram[0] == 0
     assert all(count > 0 for count in histogram[1:])
 
@@ -154,7 +157,7 @@ def test_multi_step_runs_are_compared_with_their_like() -> None:
             loads.append((found.llm.backend.num_scheduler_steps, found.llm.config.batching))
             return found
 
-    tiny = {"max_num_seqs": 3, "prompt": 8, "output": 6, "seconds": 0.02, "rounds": 1}
+    tiny = {"max_num_seqs": 3, "prompt": 8, "output": 6, "seconds": 0.1, "rounds": 1}
     record = measure(Noting(**tiny, models=("mor3",), num_scheduler_steps=2), lambda _: None)
     assert loads == [(2, "depth"), (2, "depth"), (1, "sequence"), (1, "depth")]
     assert record["depth_over_sequence"]["mor3"] > 0

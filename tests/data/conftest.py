@@ -1,26 +1,6 @@
-"""A small corpus for all tests of the session."""
+"""What the tests here share."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-import torch
-
-import run_helpers as runs
 from peak import one_gemm_peak
+from training_fixtures import corpus, one_thread
 
-__all__ = ["one_gemm_peak"]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.write_corpus(tmp_path_factory.mktemp("runs") / "corpus")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums in a fixed order, so that two runs can be equal to the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["corpus", "one_gemm_peak", "one_thread"]

@@ -216,3 +216,25 @@ def test_streams_side_by_side_lose_no_token() -> None:
     assert tokens == wanted[0].token_ids
     check_empty(llm)
     assert not llm.output_processor._streams
+
+
+def test_an_interruption_after_the_last_token_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = engine_of()
+    (want,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3))
+    process_token = llm.output_processor.process_token
+
+    def interrupted(*args: Any) -> bool:
+        if process_token(*args):
+            raise KeyboardInterrupt
+        return False
+
+    llm.add_request([5, 6, 7], SamplingParams(max_tokens=3))
+    monkeypatch.setattr(llm.output_processor, "process_token", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(iter(llm.step, None))  # until it is interrupted
+    llm.check_integrity()
+    (completion,) = llm.step()[-1].completions or []  # the last output is still told
+    assert completion.token_ids == want.token_ids
+    check_empty(llm)
